@@ -1,0 +1,19 @@
+// The CPU kernels, chosen once for the processor that runs them.
+#pragma once
+
+#include "attention/arguments.h"
+
+namespace zerotuning::attention {
+
+struct CpuKernels {
+  // Rows [begin, end) of the flattened batch × heads × rows.
+  void (*merge)(const MergeArguments&, int64_t begin, int64_t end);
+  void (*add)(const AddArguments&, int64_t begin, int64_t end);
+  // Items [begin, end) of the flattened batch × heads × chunks. Each item is summed alone, so the result does not
+  // depend on how items are spread over threads.
+  void (*log_scale_gradient)(const LogScaleGradientArguments&, int64_t begin, int64_t end);
+};
+
+const CpuKernels& cpu_kernels();
+
+}  // namespace zerotuning::attention

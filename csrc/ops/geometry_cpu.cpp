@@ -1,0 +1,111 @@
+// Reading the geometry and writing the bias (geometry_cpu.h).
+#include "ops/geometry_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace zerotuning::ops {
+namespace {
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : aten::contiguous(tensor); }
+
+void read_query_start(const Problem& p, Geometry& geometry) {
+  geometry.query_start.assign(p.batch, p.keys - p.queries);
+  if (!p.query_start) return;
+  const Tensor start = dense(*p.query_start);
+  const int64_t* data = start.const_data_ptr<int64_t>();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    require(data[b] >= 0 && data[b] + p.queries <= p.keys, "query_start[", b, "] must be between 0 and Tk - Tq = ",
+            p.keys - p.queries, ", got ", data[b]);
+    geometry.query_start[b] = data[b];
+  }
+}
+
+void read_span(const Problem& p, Geometry& geometry) {
+  geometry.span.assign(2 * p.batch, 0);
+  if (p.span) {
+    const Tensor span = dense(*p.span);
+    const int64_t* data = span.const_data_ptr<int64_t>();
+    for (int64_t b = 0; b < p.batch; ++b) {
+      require(0 <= data[2 * b] && data[2 * b] <= data[2 * b + 1] && data[2 * b + 1] <= p.keys, "span[", b,
+              "] must be [first, end) within the ", p.keys, " keys, got [", data[2 * b], ", ", data[2 * b + 1], ")");
+      geometry.span[2 * b] = data[2 * b];
+      geometry.span[2 * b + 1] = data[2 * b + 1];
+    }
+    return;
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const bool* mask = geometry.key_mask ? geometry.key_mask + b * p.keys : nullptr;
+    const int64_t first = mask ? std::find(mask, mask + p.keys, true) - mask : 0;
+    geometry.span[2 * b] = first;
+    geometry.span[2 * b + 1] = std::min(first + 1, p.keys);
+  }
+}
+
+template <typename Real>
+void check_not_nan(const Tensor& log_scale) {
+  const Tensor values = dense(log_scale);
+  const Real* data = values.const_data_ptr<Real>();
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    require(std::isfinite(data[i]), "log_scale must be finite, got ", data[i], " at index ", i);
+  }
+}
+
+template <typename Real>
+void write_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t samples, int64_t keys,
+                const Tensor& bias) {
+  const Real* log_scale = static_cast<const Real*>(p.log_scale.const_data_ptr());
+  const int64_t sample_stride = p.log_scale_per_sample() ? p.log_scale.stride(0) : 0;
+  const int64_t head_stride = p.log_scale.stride(p.log_scale.dim() - 1);
+  Real* row = bias.mutable_data_ptr<Real>();
+  for (int64_t b = begin; b < begin + samples; ++b) {
+    const int64_t first = std::min(geometry.span[2 * b], keys), end = std::min(geometry.span[2 * b + 1], keys);
+    const bool* mask = geometry.key_mask ? geometry.key_mask + b * p.keys : nullptr;
+    for (int64_t h = 0; h < p.heads; ++h, row += keys) {
+      std::fill(row, row + keys, Real{0});
+      std::fill(row + first, row + end, log_scale[b * sample_stride + h * head_stride]);
+      for (int64_t j = 0; mask && j < keys; ++j) {
+        if (!mask[j]) row[j] = -std::numeric_limits<Real>::infinity();
+      }
+    }
+  }
+}
+
+}  // namespace
+
+bool Geometry::same_query_start() const {
+  return std::adjacent_find(query_start.begin(), query_start.end(), std::not_equal_to<>()) == query_start.end();
+}
+
+Geometry read_geometry(const Problem& p) {
+  Geometry geometry;
+  if (p.key_mask) {
+    geometry.key_mask_owner = dense(*p.key_mask);
+    geometry.key_mask = geometry.key_mask_owner.const_data_ptr<bool>();
+  }
+  read_query_start(p, geometry);
+  read_span(p, geometry);
+  if (p.dtype == attention::DType::float64) {
+    check_not_nan<double>(p.log_scale);
+  } else {
+    check_not_nan<float>(p.log_scale);
+  }
+  return geometry;
+}
+
+Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t end, int64_t keys) {
+  const bool shared = !p.log_scale_per_sample() && !p.key_mask && !p.span;
+  const int64_t samples = shared ? 1 : end - begin;
+  const bool wide = p.dtype == attention::DType::float64;
+  Tensor bias = torch::stable::new_empty(p.log_scale, Sizes{samples, p.heads, 1, keys},
+                                         wide ? ScalarType::Double : ScalarType::Float);
+  if (wide) {
+    write_bias<double>(p, geometry, begin, samples, keys, bias);
+  } else {
+    write_bias<float>(p, geometry, begin, samples, keys, bias);
+  }
+  return bias;
+}
+
+}  // namespace zerotuning::ops

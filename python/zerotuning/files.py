@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+from zerotuning.errors import ZeroTuningError
+
+
+def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
+    """Write `content` to `path`; a reader, or a crash, sees the old file or the new one, never a part.
+
+    Errors: ZeroTuningError when the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        # os.open rather than tempfile: the file gets the user's usual permissions, not 0600.
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, path)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ZeroTuningError(f"cannot write {path}: {error.strerror or error}") from error
+    return path
+
+
+def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
+    """`write_bytes_atomically` of `text` in UTF-8."""
+    return write_bytes_atomically(path, text.encode("utf-8"))
+
+
+def write_json_atomically(path: str | os.PathLike[str], value: Any) -> Path:
+    """`write_bytes_atomically` of `value` as indented JSON with a final newline.
+
+    Errors: ZeroTuningError for a value that JSON cannot hold, NaN and infinities among them, before anything
+    is written.
+    """
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ZeroTuningError(f"cannot write {path} as JSON: {error}") from error
+    return write_text_atomically(path, text + "\n")

@@ -1,0 +1,137 @@
+"""The operators: their Python functions, fake kernels and gradients. The kernels are C++ (csrc/ops, csrc/attention).
+
+Both compute causal attention in which each head's logit of the initial token is raised by ``log_scale``: exactly
+ZeroTuning's scaling of that attention weight by γ = exp(log_scale) followed by renormalising (arXiv 2505.11739,
+section 3), without a [Tq, Tk] matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["attention", "decode_attention"]
+
+torch.ops.load_library(str(Path(__file__).parent / "lib" / "libzerotuning_ops.so"))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    span: Tensor | None = None,
+    query_start: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Causal attention with a scaled initial token; differentiable in query, key, value and log_scale.
+
+    .. math:: o_i = \sum_j a'_{ij} v_j, \quad a'_{ij} = \frac{\gamma_j e^{s_{ij}}}{\sum_k \gamma_k e^{s_{ik}}}, \quad
+              \gamma_j = e^{\text{log\_scale}} \text{ for the initial token, else } 1
+
+    Args:
+        query: (B, H, Tq, D), float32, bfloat16, float16 or float64.
+        key: (B, Hkv, Tk, D) with H a multiple of Hkv, dtype and device of query.
+        value: (B, Hkv, Tk, Dv).
+        log_scale: (H) or (B, H), the natural logarithm of γ; float32 (float64 with a float64 query).
+        key_mask: (B, Tk) bool, True for real keys. The initial token is the first real key of each sample.
+        span: (B, 2) int64, the keys [first, end) that are scaled instead of the initial token; first == end: none.
+        query_start: (B) int64, the position of the first query among the keys. Default Tk - Tq: the queries are the
+            last keys. Query i sees the keys up to query_start + i.
+        window: number of keys that a query sees, its own included (sliding window); 0 for all.
+        scale: factor of the logits, default D ** -0.5.
+
+    Returns:
+        output (B, H, Tq, Dv) in query's dtype; logsumexp (B, H, Tq), natural logarithm, in log_scale's dtype, not
+        differentiable. A query that sees no key gives output 0 and logsumexp -inf.
+
+    Raises:
+        ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it.
+    """
+    factor = _softmax_scale(query, scale)
+    return torch.ops.zerotuning.attention(
+        query, key, value, log_scale, key_mask, span, query_start, window, factor
+    )
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    span: Tensor | None = None,
+    query_start: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`attention` for few queries against a long cache (generation): the same arguments, no gradient.
+
+    A single query reads each key and value once for all the query heads that share it.
+
+    Returns:
+        output (B, H, Tq, Dv).
+    """
+    factor = _softmax_scale(query, scale)
+    return torch.ops.zerotuning.decode_attention(
+        query, key, value, log_scale, key_mask, span, query_start, window, factor
+    )
+
+
+def _softmax_scale(query: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+
+
+# Fake kernels: shapes, dtypes and strides of the results, for torch.compile and torch.export.
+
+
+def _empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> Tensor:
+    return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
+
+
+@torch.library.register_fake("zerotuning::attention")
+def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+    batch, heads, rows, _ = query.shape
+    output = _empty_rows(query, batch, heads, rows, value.shape[-1])
+    return output, log_scale.new_empty(batch, rows, heads).transpose(1, 2)
+
+
+@torch.library.register_fake("zerotuning::decode_attention")
+def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+    batch, heads, rows, _ = query.shape
+    return _empty_rows(query, batch, heads, rows, value.shape[-1])
+
+
+@torch.library.register_fake("zerotuning::attention_backward")
+def _(  # type: ignore[no-untyped-def]
+    grad_output, query, key, value, log_scale, output, logsumexp, key_mask, span, query_start, window, scale
+):
+    gradients = (_empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
+    return *gradients, log_scale.new_empty(log_scale.shape)
+
+
+# Gradients: design.md section 4. Nothing but the inputs, the output and its log-sum-exp is kept.
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    query, key, value, log_scale, key_mask, span, query_start, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(query, key, value, log_scale, *output, key_mask, span, query_start)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def]
+    query, key, value, log_scale, output, logsumexp, *geometry = ctx.saved_tensors
+    gradients = torch.ops.zerotuning.attention_backward(
+        grad_output, query, key, value, log_scale, output, logsumexp, *geometry, ctx.window, ctx.scale
+    )
+    return *gradients, None, None, None, None, None
+
+
+torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_keep_for_backward)

@@ -1,0 +1,570 @@
+"""Switching a transformers model to attention with scaled initial tokens, and back.
+
+transformers looks its attention function up by name. Registered here under "zerotuning": the attention function, which
+hands query, key and value as they come (K/V unrepeated) to `ops`, and the mask function, which says in O(T) numbers what
+a dense mask would say in O(T²). Each attention layer gets a child module that holds its scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from zerotuning import ops, reference
+from zerotuning.errors import ZeroTuningError
+from zerotuning.scales import HeadScales
+
+IMPLEMENTATION = "zerotuning"
+#: Name of the child module of each attention layer.
+CHILD = "zerotuning"
+#: Cached generation steps of up to so many queries take the decode operator.
+DECODE_QUERIES = 16
+#: Numbers in front of the key mask in a geometry tensor: query_start, first scaled key, end of the scaled keys.
+HEADER = 3
+
+
+class HeadScaling(nn.Module):
+    """The scales of one attention layer: log γ of one or several named settings, float32 whatever the model's dtype."""
+
+    log_scale: Tensor
+
+    def __init__(self, layer_name: str, heads: int, device: torch.device) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+        self.heads = heads
+        self.enabled = True
+        # [settings, heads]. Not persistent: a patched model saves as it did before.
+        self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
+        self.register_buffer("rows", None, persistent=False)  # [B] int64: the setting of each sample
+        self.parameter: Tensor | None = None  # [heads], in place of the settings while a search is on
+
+    def _apply(self, fn: Any, recurse: bool = True) -> HeadScaling:
+        exact = self.log_scale
+        super()._apply(fn, recurse)
+        if self.log_scale.dtype != torch.float32:  # model.half(), model.to(torch.bfloat16)
+            self.log_scale = exact.to(self.log_scale.device)
+        return self
+
+    def current(self, batch: int) -> Tensor:
+        """log γ for a batch: [heads], or [batch, heads] where `rows` chose."""
+        if not self.enabled:
+            return torch.zeros_like(self.log_scale[0])
+        if self.parameter is not None:
+            return self.parameter
+        if self.rows is None:
+            return self.log_scale[0]
+        samples = self.rows.shape[0]
+        if batch % samples:
+            raise ZeroTuningError(f"rows names the scales of {samples} samples, the batch has {batch}")
+        rows = self.rows if batch == samples else self.rows.repeat_interleave(batch // samples)  # beam search
+        return self.log_scale[rows]
+
+
+# The attention function.
+
+
+def zerotuning_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What a patched model calls in place of its attention: query (B, H, Tq, D) -> output (B, Tq, H, Dv)."""
+    if _probe.active:
+        _probe.record(module, query, sliding_window)
+    _refuse_unsupported(module, dropout, is_causal, kwargs)
+    scaling_of_layer = getattr(module, CHILD, None)
+    if scaling_of_layer is None:
+        if not _probe.active:
+            raise ZeroTuningError(f"{_describe(module)} was not reached when the model was patched; unpatch and patch it again")
+        log_scale = torch.zeros(query.shape[1], device=query.device)
+    else:
+        log_scale = scaling_of_layer.current(query.shape[0])
+    if attention_mask is not None and not _is_geometry(attention_mask, key):
+        output = _attend_densely(query, key, value, log_scale, attention_mask, scaling)
+    else:
+        output = _attend(query, key, value, log_scale, attention_mask, sliding_window or 0, scaling)
+    return output.transpose(1, 2), None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    geometry: Tensor | None,
+    window: int,
+    scale: float | None,
+) -> Tensor:
+    arguments: dict[str, Any] = {"window": window, "scale": scale}
+    if geometry is not None:
+        header = geometry[:, 0, 0, :HEADER].long()
+        arguments["query_start"] = header[:, 0]
+        arguments["span"] = header[:, 1:]
+        arguments["key_mask"] = geometry[:, 0, 0, HEADER:] != 0
+    if query.dtype == torch.float64:
+        log_scale = log_scale.double()
+    tensors = (query, key, value, log_scale)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if not needs_gradient and query.shape[2] <= DECODE_QUERIES and key.shape[2] > query.shape[2]:
+        return ops.decode_attention(*tensors, **arguments)
+    return ops.attention(*tensors, **arguments)[0]
+
+
+def _attend_densely(
+    query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, mask: Tensor, scale: float | None
+) -> Tensor:
+    """A mask that is no causal, padded or windowed one: the formula itself, as dense as the mask, in float32."""
+    if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
+        raise ZeroTuningError(f"attention_mask must be [B, 1, Tq, Tk] with Tk = {key.shape[2]}, got {list(mask.shape)}")
+    if mask.dtype == torch.int8:
+        visible, scaled = mask > 0, mask == 2
+    else:  # the caller's own 4-D mask: the initial token is the first key that a query sees
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        scaled = torch.zeros_like(visible).scatter(-1, visible.int().argmax(-1, keepdim=True), True)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    output, _ = reference.scaled_attention(
+        query.to(wide), key.to(wide), value.to(wide), log_scale, visible=visible, scaled=scaled, scale=scale
+    )
+    return output.to(query.dtype)
+
+
+def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
+    reasons = {"softcap": "soft-caps its logits", "s_aux": "has learned sinks", "position_bias": "has a position bias"}
+    for name, reason in reasons.items():
+        if kwargs.get(name) is not None:
+            raise ZeroTuningError(f"{_describe(module)} {reason} ({name}), which zerotuning does not support")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if not causal:
+        raise ZeroTuningError(f"{_describe(module)} is not causal: it has no initial token to scale")
+    if dropout and module.training:
+        raise ZeroTuningError(f"{_describe(module)} has attention dropout {dropout}: set attention_dropout to 0 to train")
+
+
+def _describe(module: nn.Module) -> str:
+    child = getattr(module, CHILD, None)
+    name = child.layer_name if child is not None else _probe.names.get(id(module))
+    if name is None:
+        name = f"layer {getattr(module, 'layer_idx', '?')}"
+    return f"{name} ({type(module).__name__})"
+
+
+# The mask function.
+
+
+def zerotuning_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """What the attention function needs to know of padding and caches.
+
+    None: nothing, the queries are the last keys and all keys are real. Else int32 [B, 1, 1, 3 + Tk], the geometry:
+    query_start, the scaled keys [first, end), then the key mask. Masks of another kind (packed sequences, chunks, custom
+    mask functions): int8 [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
+    """
+    if _probe.active and local_size is not None:
+        _probe.windows.add(local_size)
+    chunked = getattr(config, "attention_chunk_size", None) is not None
+    sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
+    if not (mask_function is causal_mask_function or sliding):
+        return _dense_codes(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, chunked, device, kwargs
+        )
+    ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    if ends_at_queries and (attention_mask is None or _all_real(attention_mask)):
+        return None
+    start = _first_real(attention_mask, batch_size, device) - kv_offset
+    present = start >= 0  # a sliding cache drops old keys, the initial token among them
+    header = torch.stack(
+        (
+            torch.zeros_like(start) + (q_offset - kv_offset),
+            torch.where(present, start, 0),
+            torch.where(present, start + 1, 0),
+        ),
+        dim=1,
+    )
+    key_mask = _key_mask(attention_mask, batch_size, kv_length, kv_offset, device)
+    return torch.cat((header.int(), key_mask.int()), dim=1)[:, None, None]
+
+
+def _all_real(attention_mask: Tensor) -> bool:
+    """Whether there is no padding; unknown while tracing, where values cannot be read."""
+    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+
+
+def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device | str) -> Tensor:
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+    return attention_mask.int().argmax(dim=-1)
+
+
+def _key_mask(
+    attention_mask: Tensor | None, batch: int, length: int, offset: int, device: torch.device | str
+) -> Tensor:
+    """Keys [offset, offset + length) of the 2-D mask: bool [B, length]; keys beyond it are not written yet."""
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    missing = offset + length - attention_mask.shape[-1]
+    if missing > 0:
+        attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
+    return attention_mask[:, offset : offset + length].bool()
+
+
+def _is_geometry(mask: Tensor, key: Tensor) -> bool:
+    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == HEADER + key.shape[2]
+
+
+def _dense_codes(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    mask_function: Any,
+    attention_mask: Tensor | None,
+    chunked: bool,
+    device: torch.device | str,
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    visible = sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        use_vmap=kwargs.get("use_vmap", False),
+        device=device,
+    )
+    if chunked or q_length != kv_length:
+        initial = (_first_real(attention_mask, batch_size, device) - kv_offset)[:, None].expand(-1, q_length)
+    else:
+        # A query that does not see the key before it begins a sequence: packed sequences each have an initial token.
+        row = torch.arange(q_length, device=device)
+        previous = visible[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
+        begins = torch.nn.functional.pad(~previous, (1, 0), value=True)
+        initial = torch.where(begins, row, 0).cummax(dim=-1).values
+    scaled = torch.arange(kv_length, device=device) == initial[:, None, :, None]
+    return visible.to(torch.int8) + (visible & scaled).to(torch.int8)
+
+
+AttentionInterface.register(IMPLEMENTATION, zerotuning_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, zerotuning_mask)
+
+
+# Patching.
+
+
+@dataclass
+class _Probe:
+    """What a forward pass over two tokens shows of a model: which modules call the attention function, and how."""
+
+    active: bool = False
+    names: dict[int, str] = field(default_factory=dict)
+    reached: list[tuple[nn.Module, int]] = field(default_factory=list)
+    sliding: set[int] = field(default_factory=set)  # windows the layers pass
+    windows: set[int] = field(default_factory=set)  # windows the masks are made for
+
+    def record(self, module: nn.Module, query: Tensor, sliding_window: int | None) -> None:
+        self.reached.append((module, query.shape[1]))
+        if sliding_window is not None:
+            self.sliding.add(sliding_window)
+
+
+_probe = _Probe()
+
+
+@dataclass
+class _Patched:
+    """What a patched model carries: its layers' scales and the way back."""
+
+    layers: list[HeadScaling | None]  # by layer index; None where `partial` left a layer out
+    modules: list[nn.Module]
+    heads: int
+    implementations: list[tuple[Any, Any]]
+    settings: list[str] = field(default_factory=lambda: [""])
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `patch` switched the model."""
+    return isinstance(getattr(model, "_zerotuning", None), _Patched)
+
+
+def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
+    """Switches a transformers causal language model to scaled attention, every γ = 1: outputs stay what `sdpa` gives.
+
+    Args:
+        model: any transformers model that looks its attention up (transformers >= 5.4). Patched already: nothing happens.
+        partial: accept a model some of whose layers have no such attention (hybrids); their rows of γ must stay 1.
+
+    Raises:
+        ZeroTuningError: a layer cannot be reached or has an attention that cannot be scaled; the message names it, and
+            the model is as it was.
+    """
+    if is_patched(model):
+        return model
+    if not hasattr(model, "set_attn_implementation"):
+        raise ZeroTuningError(f"model must be a transformers model, got {type(model).__name__}")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ZeroTuningError(f"{type(model).__name__} has an encoder and cross-attention, which zerotuning does not support")
+    implementations = _implementations(model)
+    try:
+        _switch(model)
+        layers, modules, heads = _layers(model, _run_probe(model), partial)
+    except BaseException:
+        _restore(implementations)
+        raise
+    for layer, module in zip([layer for layer in layers if layer is not None], modules, strict=True):
+        module.add_module(CHILD, layer)
+    model._zerotuning = _Patched(layers, modules, heads, implementations)  # type: ignore[assignment]
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undoes `patch`; a model that is not patched stays as it is."""
+    if is_patched(model):
+        patched = _patched(model)
+        for module in patched.modules:
+            delattr(module, CHILD)
+        _restore(patched.implementations)
+        del model._zerotuning
+    return model
+
+
+def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
+    """Every configuration in the model with the attention implementation it asks for."""
+    found: dict[int, tuple[Any, Any]] = {}
+    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation_internal"):
+            found[id(config)] = (config, config._attn_implementation_internal)
+            waiting += [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    return list(found.values())
+
+
+def _restore(implementations: Sequence[tuple[Any, Any]]) -> None:
+    for config, implementation in implementations:
+        config._attn_implementation_internal = implementation
+
+
+def _switch(model: Any) -> None:
+    """Asks for our attention in the language model; vision and audio towers keep theirs."""
+    text = model.config.get_text_config(decoder=True)
+    keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text]
+    try:
+        model.set_attn_implementation({keys[0]: IMPLEMENTATION} if keys else IMPLEMENTATION)
+    except (ValueError, ImportError, AttributeError) as error:
+        raise ZeroTuningError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
+    if text._attn_implementation != IMPLEMENTATION:
+        raise ZeroTuningError(
+            f"{type(model).__name__} does not look its attention up by name (AttentionInterface): no layer can be reached"
+        )
+
+
+@torch.no_grad()
+def _run_probe(model: Any) -> _Probe:
+    """Runs two tokens through the model, in eval mode, and returns what was seen."""
+    global _probe
+    device = model.get_input_embeddings().weight.device
+    training = [module for module in model.modules() if module.training]
+    _probe = _Probe(active=True, names={id(module): name for name, module in model.named_modules()})
+    try:
+        model.eval()
+        model(input_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+        return _probe
+    except ZeroTuningError:
+        raise
+    except Exception as error:
+        raise ZeroTuningError(f"{type(model).__name__} could not run two tokens to find its layers: {error}") from error
+    finally:
+        for module in training:
+            module.training = True
+        _probe = _Probe()
+
+
+def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling | None], list[nn.Module], int]:
+    """The scales of every layer, by layer index, and the attention modules that get them."""
+    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    places = [getattr(module, "layer_idx", None) for module, _ in probe.reached]
+    if None in places:
+        places = list(range(len(probe.reached)))
+    if len(set(places)) < len(places) or len({id(module) for module, _ in probe.reached}) < len(places):
+        raise ZeroTuningError(f"{type(model).__name__} runs one attention layer several times, which zerotuning does not support")
+    missing = [index for index in range(total) if index not in places]
+    if not probe.reached or (missing and not partial):
+        raise ZeroTuningError(_missing_text(model, missing, total))
+    if probe.windows - probe.sliding:
+        raise ZeroTuningError(
+            f"{type(model).__name__} masks a sliding window of {min(probe.windows - probe.sliding)} keys that no layer names"
+        )
+    heads = {count for _, count in probe.reached}
+    if len(heads) > 1:
+        raise ZeroTuningError(f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs one number")
+    layers: list[HeadScaling | None] = [None] * total
+    modules = []
+    for place, (module, count) in sorted(zip(places, probe.reached, strict=True), key=lambda pair: pair[0]):
+        device = next(module.parameters()).device
+        layers[place] = HeadScaling(probe.names[id(module)], count, device)
+        modules.append(module)
+    return layers, modules, heads.pop()
+
+
+def _missing_text(model: Any, missing: Sequence[int], total: int) -> str:
+    blocks = next(
+        (
+            [f"{name}.{index} ({type(stack[index]).__name__})" for index in missing]
+            for name, stack in model.named_modules()
+            if isinstance(stack, nn.ModuleList) and len(stack) == total
+        ),
+        [f"layer {index}" for index in missing],
+    )
+    shown = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
+    advice = "" if len(missing) == total else "; partial=True tunes the others"
+    return (
+        f"{len(missing)} of {total} layers of {type(model).__name__} have no attention that zerotuning can reach: {shown}{advice}"
+    )
+
+
+# Scales.
+
+
+def _patched(model: nn.Module) -> _Patched:
+    if not is_patched(model):
+        raise ZeroTuningError("the model is not patched; call zerotuning.patch(model) first")
+    return model._zerotuning  # type: ignore[return-value]
+
+
+def patched_shape(model: nn.Module) -> tuple[int, int]:
+    """(layers, heads) of a patched model."""
+    patched = _patched(model)
+    return len(patched.layers), patched.heads
+
+
+def apply_scales(model: nn.Module, scales: HeadScales | Mapping[str, HeadScales]) -> nn.Module:
+    """Sets γ of every head, patching the model if needed. With a mapping of names, `rows` picks one for each sample;
+    without it the first is used.
+
+    Raises:
+        ZeroTuningError: scales of another shape or model type, named beside the model's.
+    """
+    patch(model)
+    patched = _patched(model)
+    named = {"": scales} if isinstance(scales, HeadScales) else dict(scales)
+    if not named:
+        raise ZeroTuningError("scales must name at least one HeadScales, got an empty mapping")
+    for name, setting in named.items():
+        _check_scales(model, patched, name, setting)
+    for index, layer in enumerate(patched.layers):
+        if layer is not None:
+            values = torch.stack([setting.log_scale[index] for setting in named.values()])
+            layer.log_scale = values.to(layer.log_scale.device)
+            layer.rows = None
+    patched.settings = list(named)
+    patched.metadata = dict(next(iter(named.values())).metadata)
+    return model
+
+
+def _check_scales(model: Any, patched: _Patched, name: str, scales: HeadScales) -> None:
+    if not isinstance(scales, HeadScales):
+        raise ZeroTuningError(f"scales must be HeadScales or a mapping of them, got {type(scales).__name__}")
+    label = f"scales {name!r}" if name else "scales"
+    shape = (len(patched.layers), patched.heads)
+    if tuple(scales.gamma.shape) != shape:
+        raise ZeroTuningError(
+            f"{label} are for {scales.num_layers} layers x {scales.num_heads} heads, the model has {shape[0]} x {shape[1]}"
+        )
+    made_for, have = scales.metadata.get("model_type"), getattr(model.config, "model_type", "")
+    if made_for and made_for != have:
+        raise ZeroTuningError(f"{label} were made for a {made_for} model, this is a {have} model")
+    for index, layer in enumerate(patched.layers):
+        if layer is None and bool((scales.gamma[index] != 1).any()):
+            raise ZeroTuningError(f"{label} change layer {index}, which has no attention that zerotuning can reach")
+
+
+def head_scales(model: nn.Module) -> HeadScales:
+    """The scales applied now (the first, if several are named)."""
+    patched = _patched(model)
+    rows = [torch.zeros(patched.heads) if layer is None else layer.log_scale[0].cpu() for layer in patched.layers]
+    return HeadScales(torch.stack(rows).exp(), patched.metadata)
+
+
+@contextmanager
+def untuned(model: nn.Module) -> Iterator[nn.Module]:
+    """Within it every γ is 1."""
+    layers = [layer for layer in _patched(model).layers if layer is not None]
+    before = [layer.enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.enabled = False
+        yield model
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+@contextmanager
+def rows(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Within it sample i of a batch uses the scales called names[i]; beam search repeats each for its beams."""
+    patched = _patched(model)
+    unknown = [name for name in names if name not in patched.settings]
+    if unknown or not names:
+        known = ", ".join(repr(name) for name in patched.settings)
+        raise ZeroTuningError(f"rows must name applied scales ({known}), got {unknown[0]!r}" if unknown else "rows is empty")
+    index = torch.tensor([patched.settings.index(name) for name in names])
+    layers = [layer for layer in patched.layers if layer is not None]
+    before = [layer.rows for layer in layers]
+    try:
+        for layer in layers:
+            layer.rows = index.to(layer.log_scale.device)
+        yield model
+    finally:
+        for layer, chosen in zip(layers, before, strict=True):
+            layer.rows = chosen
+
+
+@contextmanager
+def head_parameters(model: nn.Module) -> Iterator[list[Tensor]]:
+    """For a search: log γ of each layer as a float32 leaf [heads] that takes gradients, used in place of the applied
+    scales while the context is open. Written in place (under no_grad), they change the model. A layer that `partial`
+    left out has a leaf that nothing reads."""
+    patched = _patched(model)
+    parameters = []
+    for layer in patched.layers:
+        if layer is None:
+            parameters.append(torch.zeros(patched.heads, requires_grad=True))
+        else:
+            layer.parameter = torch.zeros(patched.heads, device=layer.log_scale.device, requires_grad=True)
+            parameters.append(layer.parameter)
+    try:
+        yield parameters
+    finally:
+        for layer in patched.layers:
+            if layer is not None:
+                layer.parameter = None

@@ -1,0 +1,124 @@
+"""HeadScales: one number γ for each attention head, with where it came from, in two small files."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_bytes_atomically, write_json_atomically
+
+SCALES_FILE = "head_scales.safetensors"
+CONFIG_FILE = "zerotuning_config.json"
+
+
+class HeadScales:
+    """γ of every head: the factor of its attention to the initial token (arXiv 2505.11739); 1 leaves a head as it is.
+
+    Args:
+        gamma: [layers, heads], positive and finite; anything `torch.as_tensor` takes.
+        metadata: what to keep beside it: model_type, model_name, task, method, objective, versions, calibration.
+
+    Raises:
+        ZeroTuningError: gamma has another shape, or a value that is not a positive finite number.
+    """
+
+    def __init__(self, gamma: Any, metadata: Mapping[str, Any] | None = None) -> None:
+        try:
+            tensor = torch.as_tensor(gamma, dtype=torch.float32).detach().cpu().clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ZeroTuningError(f"gamma must be numbers [layers, heads]: {error}") from error
+        if tensor.dim() != 2 or tensor.numel() == 0:
+            raise ZeroTuningError(f"gamma must be [layers, heads], got {list(tensor.shape)}")
+        bad = ~(torch.isfinite(tensor) & (tensor > 0))
+        if bool(bad.any()):
+            layer, head = bad.nonzero()[0].tolist()
+            raise ZeroTuningError(
+                f"gamma must be positive and finite, got {tensor[layer, head].item()} at layer {layer}, head {head}"
+            )
+        self.gamma = tensor
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def ones(cls, layers: int, heads: int) -> HeadScales:
+        """Scales that change nothing."""
+        return cls(torch.ones(layers, heads))
+
+    @property
+    def log_scale(self) -> Tensor:
+        """log γ: float32 [layers, heads]."""
+        return self.gamma.log()
+
+    @property
+    def num_layers(self) -> int:
+        return self.gamma.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.gamma.shape[1]
+
+    def __repr__(self) -> str:
+        return f"HeadScales({self.num_layers} layers x {self.num_heads} heads, {self.metadata})"
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes head_scales.safetensors and zerotuning_config.json, each whole or not at all.
+
+        Raises:
+            ZeroTuningError: the folder holds scales already (without overwrite) or cannot be written.
+        """
+        path = Path(folder)
+        if (path / SCALES_FILE).exists() and not overwrite:
+            raise ZeroTuningError(f"{path} already holds head scales; choose another folder or overwrite them")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ZeroTuningError(f"cannot create {path}: {error.strerror or error}") from error
+        config = {**self.metadata, "layers": self.num_layers, "heads": self.num_heads}
+        write_json_atomically(path / CONFIG_FILE, config)
+        write_bytes_atomically(path / SCALES_FILE, save_tensors({"gamma": self.gamma}))
+
+    @classmethod
+    def from_pretrained(cls, name: str | os.PathLike[str]) -> HeadScales:
+        """Reads a folder that `save_pretrained` wrote, or such a repository of the Hugging Face hub.
+
+        Raises:
+            ZeroTuningError: a file is missing, damaged or holds something else; the message names it.
+        """
+        folder = Path(name)
+        if folder.is_dir():
+            return cls._read(folder / SCALES_FILE, folder / CONFIG_FILE)
+        if os.sep in str(name) and not _is_hub_name(str(name)):
+            raise ZeroTuningError(f"no folder {folder}")
+        from huggingface_hub import hf_hub_download
+
+        try:
+            files = [Path(hf_hub_download(str(name), file)) for file in (SCALES_FILE, CONFIG_FILE)]
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            raise ZeroTuningError(f"no folder {folder}, and the hub gave no head scales of that name: {error}") from error
+        return cls._read(*files)
+
+    @classmethod
+    def _read(cls, scales: Path, config: Path) -> HeadScales:
+        try:
+            tensors = load_tensors(scales.read_bytes())
+            metadata = json.loads(config.read_text("utf-8"))
+        except FileNotFoundError as error:
+            raise ZeroTuningError(f"{error.filename} is missing: {scales.parent} holds no head scales") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ZeroTuningError(f"{scales.parent}: head scales cannot be read: {error}") from error
+        if "gamma" not in tensors or not isinstance(metadata, dict):
+            raise ZeroTuningError(f"{scales} must hold the tensor gamma, {config} an object")
+        return cls(tensors["gamma"], {k: v for k, v in metadata.items() if k not in ("layers", "heads")})
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))

@@ -1,0 +1,363 @@
+"""Label log-probabilities of prompts under a causal language model.
+
+A label is scored by the summed log-probability of its tokens after the prompt (design.md §7). Only the logits
+that are needed are computed: the last position, and there only the labels' rows of the output layer when
+every label is a single token; otherwise the last few positions of one sequence per distinct beginning of a
+label.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zerotuning.errors import ZeroTuningError
+from zerotuning.tasks import Prompt, Record, Task, as_records
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """One example as token ids: its prompt, and for each of its labels the tokens that follow the prompt."""
+
+    prompt: Tokens
+    labels: tuple[Tokens, ...]
+    label: int
+    origin: str
+
+    @property
+    def beginnings(self) -> list[Tokens]:
+        """What the model must read after the prompt to score every label: the labels without their last
+        tokens, less those that another one starts with. One empty beginning when all labels are single
+        tokens."""
+        beginnings = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
+        return [
+            one
+            for one in beginnings
+            if not any(other != one and other[: len(one)] == one for other in beginnings)
+        ]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that the model reads for this example."""
+        return len(self.prompt) + max(len(tokens) for tokens in self.labels) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples that go through the model together: n examples, S ≥ n left-padded sequences of T tokens.
+
+    indices         int64 [n], the examples' places in the list given to the scorer
+    labels          int64 [n], gold labels, -1 where an example has none
+    input_ids       int64 [S, T];  attention_mask int64 [S, T], 1 = real token;  position_ids int64 [S, T]
+    examples        the n tokenised prompts
+    rows            for each example, its sequences: (first row, beginnings)
+    """
+
+    indices: Tensor
+    labels: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    examples: tuple[TokenizedPrompt, ...]
+    rows: tuple[tuple[int, tuple[Tokens, ...]], ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+class LabelScorer:
+    """Tokenises the examples of a task once, batches them, and scores their labels.
+
+    `batches` is fixed by the records, `batch_size` and `batch_tokens`: examples sorted by length (ties in
+    their given order), at most `batch_size` sequences and, if given, at most `batch_tokens` tokens with
+    padding to a batch, but never fewer than one example. An example takes one sequence, or one per distinct
+    beginning of its labels when they have several tokens.
+
+    model           a transformers causal language model, patched or not
+    tokenizer       its tokenizer; it adds what it always adds to a text (a BOS token or nothing)
+    task            supplies prompts and labels
+    records         examples: mappings with the fields of the prompt, and `label` unless require_labels is
+    False
+    Errors: ZeroTuningError for no examples, a bad record, labels that the tokenizer cannot tell apart, and a
+    prompt that is longer than the model's context; each names the example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        task: Task,
+        records: Iterable[Mapping[str, Any]],
+        *,
+        batch_size: int = 16,
+        batch_tokens: int | None = None,
+        require_labels: bool = True,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
+        self.model = model
+        self.task = task
+        self.examples = _tokenize(tokenizer, task, as_records(records), require_labels)
+        _check_context(model, self.examples)
+        #: The most labels that an example has: the columns of the scores.
+        self.num_labels = max(len(example.labels) for example in self.examples)
+        #: Gold labels of all examples in their given order: int64 [N], -1 where an example has none.
+        self.labels = torch.tensor([example.label for example in self.examples])
+        self._padding = getattr(tokenizer, "pad_token_id", None) or 0
+        self._forward_arguments = _forward_arguments(model)
+        self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
+        self._single_tokens = all(len(tokens) == 1 for e in self.examples for tokens in e.labels)
+        self.batches: list[Batch] = [
+            self._batch(indices) for indices in self._group(batch_size, batch_tokens)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def scores(self, batch: Batch) -> Tensor:
+        """Log-probability of each label given that the answer is one of the example's labels: float32 [n, C].
+
+        Each row is `log_probabilities` less a constant of that row: exp of it sums to 1 over the example's
+        labels. -inf beyond an example's own number of labels. Differentiable when gradients are enabled.
+        """
+        if not self._single_tokens:
+            return torch.log_softmax(self.log_probabilities(batch), dim=-1)
+        with _output_layer_rows(self.model, self._label_ids) as restricted:
+            logits = self._logits(batch, positions=1)[:, -1]
+        row_of = {token: row for row, token in enumerate(self._label_ids)} if restricted else None
+        return torch.log_softmax(_label_columns(logits, batch, self.num_labels, row_of), dim=-1)
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Log-probability of each label after the prompt, summed over its tokens: float32 [n, C].
+
+        Normalised over the whole vocabulary. -inf beyond an example's own number of labels. Differentiable
+        when gradients are enabled.
+        """
+        positions = max(len(tokens) for example in batch.examples for tokens in example.labels)
+        logits = self._logits(batch, positions)
+        normalizer = torch.logsumexp(logits, dim=-1)
+        # For each token of each label: a sequence that reads what precedes it, the position there, the id.
+        sequences, places, ids, targets = [], [], [], []
+        for n, (example, (first, beginnings)) in enumerate(zip(batch.examples, batch.rows, strict=True)):
+            for column, tokens in enumerate(example.labels):
+                offset = next(i for i, one in enumerate(beginnings) if one[: len(tokens) - 1] == tokens[:-1])
+                for k, token in enumerate(tokens):
+                    sequences.append(first + offset)
+                    places.append(logits.shape[1] - 1 - len(beginnings[offset]) + k)
+                    ids.append(token)
+                    targets.append(n * self.num_labels + column)
+        device = logits.device
+        sequence, place = torch.tensor(sequences, device=device), torch.tensor(places, device=device)
+        target = torch.tensor(targets, device=device)
+        token_scores = logits[sequence, place, torch.tensor(ids, device=device)] - normalizer[sequence, place]
+        sums = token_scores.new_zeros(len(batch) * self.num_labels).index_add(0, target, token_scores)
+        absent = torch.ones(sums.shape, dtype=torch.bool, device=device).index_fill(0, target, False)
+        return sums.masked_fill(absent, -torch.inf).view(len(batch), self.num_labels)
+
+    def gather(self, per_batch: Sequence[Tensor]) -> Tensor:
+        """One tensor [n, …] for each of `batches`, in their order -> one [N, …] in the examples' order."""
+        indices = torch.cat([batch.indices for batch in self.batches])
+        joined = torch.cat(list(per_batch))
+        return joined[torch.argsort(indices).to(joined.device)]
+
+    def _group(self, batch_size: int, batch_tokens: int | None) -> Iterator[list[int]]:
+        """Places of the examples of each batch, in the examples' order of length."""
+        group: list[int] = []
+        sequences = 0
+        for index in sorted(range(len(self.examples)), key=lambda i: self.examples[i].longest):
+            added = len(self.examples[index].beginnings)
+            # The longest comes last, so it sets the padded length.
+            tokens = (sequences + added) * self.examples[index].longest
+            if group and (
+                sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)
+            ):
+                yield group
+                group, sequences = [], 0
+            group.append(index)
+            sequences += added
+        yield group
+
+    def _batch(self, indices: list[int]) -> Batch:
+        examples = tuple(self.examples[index] for index in indices)
+        sequences: list[Tokens] = []
+        rows = []
+        for example in examples:
+            rows.append((len(sequences), tuple(example.beginnings)))
+            sequences.extend(example.prompt + beginning for beginning in example.beginnings)
+        length = max(map(len, sequences))
+        ids = torch.tensor([(self._padding,) * (length - len(s)) + s for s in sequences])
+        mask = torch.tensor([(0,) * (length - len(s)) + (1,) * len(s) for s in sequences])
+        return Batch(
+            indices=torch.tensor(indices),
+            labels=self.labels[indices],
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=-1) - 1).clamp_min(0),
+            examples=examples,
+            rows=tuple(rows),
+        )
+
+    def _logits(self, batch: Batch, positions: int) -> Tensor:
+        """Logits at the last `positions` positions of each sequence: float32 (float64 of a float64 model)
+        [S, positions, rows of the output layer]."""
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        arguments: dict[str, Any] = {
+            "input_ids": batch.input_ids.to(device),
+            "attention_mask": batch.attention_mask.to(device),
+        }
+        if "position_ids" in self._forward_arguments:
+            arguments["position_ids"] = batch.position_ids.to(device)
+        if "use_cache" in self._forward_arguments:
+            arguments["use_cache"] = False
+        if "logits_to_keep" in self._forward_arguments:
+            arguments["logits_to_keep"] = positions
+        logits = self.model(**arguments).logits[:, -positions:]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _LabelRows(nn.Module):
+    """An output layer cut down to the given rows: hidden states [..., d] -> float32 logits [..., len(rows)].
+
+    Computed in float32 (or better) whatever the layer's type: a bfloat16 logit near 20 is only known to 1/16,
+    so labels would tie, and so few rows cost nothing.
+    """
+
+    def __init__(self, layer: nn.Linear, rows: list[int]) -> None:
+        super().__init__()
+        index = torch.tensor(rows, device=layer.weight.device)
+        # Plain attributes, not parameters: whatever gradient the layer's own weight takes still reaches it.
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.weight = layer.weight[index].to(dtype)
+        self.bias = None if layer.bias is None else layer.bias[index].to(dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+
+@contextmanager
+def _output_layer_rows(model: nn.Module, rows: list[int]) -> Iterator[bool]:
+    """Within it the model computes only these rows of its logits; its own scaling or soft-capping of logits
+    still applies, since it comes after the output layer. Yields False, and changes nothing, when the output
+    layer is no plain nn.Linear with its weights at hand (adapters, quantised or offloaded layers)."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    place = next((name for name, module in model.named_modules() if module is layer), None)
+    if type(layer) is not nn.Linear or not place or layer.weight.is_meta or hasattr(layer, "_hf_hook"):
+        yield False
+        return
+    parent_name, _, attribute = place.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, attribute, _LabelRows(layer, rows))
+    try:
+        yield True
+    finally:
+        setattr(parent, attribute, layer)
+
+
+def _label_columns(logits: Tensor, batch: Batch, columns: int, row_of: dict[int, int] | None) -> Tensor:
+    """Logits [n, rows] of single-token labels -> [n, columns] in each example's order, -inf beyond."""
+    ids = [[tokens[0] for tokens in example.labels] for example in batch.examples]
+    if row_of is not None:
+        ids = [[row_of[token] for token in tokens] for tokens in ids]
+    index = torch.tensor([row + [0] * (columns - len(row)) for row in ids], device=logits.device)
+    absent = torch.tensor([[c >= len(row) for c in range(columns)] for row in ids], device=logits.device)
+    return logits.gather(1, index).masked_fill(absent, -torch.inf)
+
+
+def _tokenize(
+    tokenizer: Any, task: Task, records: list[Record], require_labels: bool
+) -> list[TokenizedPrompt]:
+    if not records:
+        raise ZeroTuningError(f"task {task.name!r} was given no examples")
+    prompts = [task.render(record, require_label=require_labels) for record in records]
+    texts = [prompt.text + label for prompt in prompts for label in ("", *prompt.labels)]
+    tokens = iter([_without_end(tokenizer, ids) for ids in tokenizer(texts)["input_ids"]])
+    alone = _LabelsAlone(tokenizer)
+    examples = []
+    for record, prompt in zip(records, prompts, strict=True):
+        prompt_tokens = next(tokens)
+        joined = [next(tokens) for _ in prompt.labels]
+        if not prompt_tokens:
+            raise ZeroTuningError(f"{record.origin}: the prompt has no tokens, got {prompt.text!r}")
+        labels = tuple(
+            _label_tokens(prompt_tokens, both, alone, label)
+            for label, both in zip(prompt.labels, joined, strict=True)
+        )
+        _check_labels_differ(prompt, labels, record.origin)
+        label = -1 if prompt.label is None else prompt.label
+        examples.append(TokenizedPrompt(prompt_tokens, labels, label, record.origin))
+    return examples
+
+
+def _without_end(tokenizer: Any, ids: Sequence[int]) -> Tokens:
+    """The ids less an end-of-text token that the tokenizer appended: after it no label follows."""
+    ended = len(ids) > 1 and getattr(tokenizer, "add_eos_token", False) and ids[-1] == tokenizer.eos_token_id
+    return tuple(ids[:-1] if ended else ids)
+
+
+class _LabelsAlone:
+    """Tokens of labels by themselves, without special tokens, each worked out once."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, Tokens] = {}
+
+    def __getitem__(self, label: str) -> Tokens:
+        if label not in self._known:
+            self._known[label] = tuple(self._tokenizer(label, add_special_tokens=False)["input_ids"])
+        return self._known[label]
+
+
+def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelsAlone, label: str) -> Tokens:
+    """The tokens of `label` after the prompt.
+
+    Prompt and label are tokenised as one text, since that is what the model was trained on, and the label is
+    what comes after the prompt's tokens. Where the tokenizer merges across the border ("Answer: " + "A" has
+    one token " A"), the prompt's tokens no longer begin the text's, and the label is tokenised alone: the
+    prompt must be the same for all labels.
+    """
+    if both[: len(prompt)] == prompt and len(both) > len(prompt):
+        return both[len(prompt) :]
+    return alone[label]
+
+
+def _check_labels_differ(prompt: Prompt, labels: tuple[Tokens, ...], origin: str) -> None:
+    seen: dict[Tokens, str] = {}
+    for text, tokens in zip(prompt.labels, labels, strict=True):
+        if not tokens:
+            raise ZeroTuningError(f"{origin}: the tokenizer gives no token for label {text!r}")
+        if tokens in seen:
+            raise ZeroTuningError(
+                f"{origin}: the tokenizer cannot tell labels {seen[tokens]!r} and {text!r} apart:"
+                f" both are tokens {list(tokens)}"
+            )
+        seen[tokens] = text
+
+
+def _check_context(model: nn.Module, examples: list[TokenizedPrompt]) -> None:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None)
+    if not isinstance(context, int) or context <= 0:
+        return
+    for example in examples:
+        if example.longest > context:
+            raise ZeroTuningError(
+                f"{example.origin}: prompt and label take {example.longest} tokens,"
+                f" more than the model's context of {context}"
+            )
+
+
+def _forward_arguments(model: Any) -> set[str]:
+    """The names of the arguments of the model's forward; of the model within, where an adapter wraps it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return set(inspect.signature(inner.forward).parameters)

@@ -1,0 +1,337 @@
+"""Tasks: a prompt template and labels, and the examples that fill them in.
+
+A task is a YAML file, a built-in one no less than a user's (design.md §7):
+
+    name: agnews
+    prompt: "Classify the article into World, Sports, Business, or Technology.\\nArticle: {text}\\nCategory:"
+    labels: [" World", " Sports", " Business", " Technology"]
+
+`{field}` names a field of an example; `{{` and `}}` stand for braces. An example is one line of a JSON lines
+file with the fields of the prompt and `label`, a zero-based index into `labels`. With `labels: letters` each
+example brings its own `choices`, `{choices}` becomes "A. …\\nB. …" and the labels are " A", " B", ….
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import string
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from zerotuning.errors import ZeroTuningError
+
+LETTERS = "letters"
+SPLITS = ("validation", "test")
+
+_DATA = Path(__file__).parent / "data"
+_KNOWN_KEYS = ("name", "prompt", "labels", "description", "source")
+_REQUIRED_KEYS = ("name", "prompt", "labels")
+_ALPHABET = string.ascii_uppercase
+
+
+class Record(dict[str, Any]):
+    """One example as its JSON line has it; `origin` says which line, for error messages ("test.jsonl:12")."""
+
+    def __init__(self, fields: Mapping[str, Any], origin: str) -> None:
+        super().__init__(fields)
+        self.origin = origin
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An example made ready for a model: its text, the labels that may follow, the index of the right one."""
+
+    text: str
+    labels: tuple[str, ...]
+    label: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
+    choices.
+
+    Errors: ZeroTuningError for a template that holds anything but plain fields, and for empty or repeated
+    labels.
+    """
+
+    name: str
+    prompt: str
+    labels: tuple[str, ...] | str
+    description: str = ""
+    source: str = ""
+    builtin: bool = False
+    _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for key in ("name", "prompt", "description", "source"):
+            if not isinstance(getattr(self, key), str):
+                raise ZeroTuningError(f"{key} must be a string, got {_shown(getattr(self, key))}")
+        if not self.name.strip():
+            raise ZeroTuningError("name must not be empty")
+        object.__setattr__(self, "_pieces", _template_pieces(self.prompt))
+        if isinstance(self.labels, str):
+            if self.labels != LETTERS:
+                raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {self.labels!r}')
+            if "choices" not in self.fields:
+                raise ZeroTuningError(
+                    f"labels: {LETTERS} needs {{choices}} in the prompt, got fields {self.fields}"
+                )
+        else:
+            object.__setattr__(self, "labels", _checked_labels(self.labels))
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The names of the fields that the prompt uses, each once, in order."""
+        return tuple(dict.fromkeys(name for _, name in self._pieces if name is not None))
+
+    @staticmethod
+    def load(name_or_path: str | os.PathLike[str]) -> Task:
+        """The built-in task of that name, or the task that a .yaml (.yml) file describes."""
+        text = os.fspath(name_or_path)
+        if text.lower().endswith((".yaml", ".yml")):
+            return _read_task(Path(text), builtin=False)
+        known = builtin_task_names()
+        if text in known:
+            return _read_task(_DATA / "tasks" / f"{text}.yaml", builtin=True)
+        nearest = difflib.get_close_matches(text.lower(), known, n=1)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        raise ZeroTuningError(
+            f"unknown task {text!r}{hint} (known tasks: {', '.join(known)}, or the path of a .yaml file)"
+        )
+
+    def render(
+        self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None
+    ) -> Prompt:
+        """The prompt of one example.
+
+        A missing `label` gives `Prompt.label = None`, or an error with `require_label`. `origin` names the
+        example in errors; by default the line that it was read from.
+        Errors: ZeroTuningError that names the example and the field that is missing or wrong.
+        """
+        origin = str(origin or getattr(record, "origin", "example"))
+        values: dict[str, str] = {}
+        labels: tuple[str, ...] | str = self.labels
+        if isinstance(labels, str):
+            choices = _checked_choices(record, origin)
+            values["choices"] = "\n".join(
+                f"{letter}. {choice}" for letter, choice in zip(_ALPHABET, choices, strict=False)
+            )
+            labels = tuple(f" {letter}" for letter in _ALPHABET[: len(choices)])
+        for name in self.fields:
+            if name not in values:
+                values[name] = _field_text(record, name, origin)
+        # The pieces are joined by hand: str.format, which can reach into objects, never sees the template.
+        text = "".join(literal + ("" if name is None else values[name]) for literal, name in self._pieces)
+        return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+
+    def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
+        """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
+        if not self.builtin:
+            raise ZeroTuningError(
+                f"task {self.name!r} has no built-in examples: name a JSON lines file of its own"
+            )
+        return builtin_examples(self.name, split, limit)
+
+
+def builtin_task_names() -> list[str]:
+    """The names of the built-in tasks, sorted."""
+    return sorted(path.stem for path in (_DATA / "tasks").glob("*.yaml"))
+
+
+def builtin_examples(task_name: str, split: str = "test", limit: int | None = None) -> list[Record]:
+    """The first `limit` (default: all) examples of a built-in task's "validation" or "test" sample."""
+    if split not in SPLITS:
+        raise ZeroTuningError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if task_name not in builtin_task_names():
+        raise ZeroTuningError(f"no built-in task {task_name!r}: there are {', '.join(builtin_task_names())}")
+    return first_examples(read_examples(_DATA / task_name / f"{split}.jsonl"), limit)
+
+
+def first_examples(records: list[Record], limit: int | None) -> list[Record]:
+    """The first `limit` of `records`; all of them for None or when there are fewer."""
+    if limit is None:
+        return records
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ZeroTuningError(f"limit must be a positive integer, got {limit!r}")
+    return records[:limit]
+
+
+def read_examples(path: str | os.PathLike[str]) -> list[Record]:
+    """The examples of a JSON lines file (UTF-8, one object a line, blank lines skipped).
+
+    Errors: ZeroTuningError for a file that is missing or holds no example, and for a bad line, which it
+    names.
+    """
+    path = Path(path)
+    records = []
+    for number, line in enumerate(_read_bytes(path, "data file").split(b"\n"), start=1):
+        origin = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ZeroTuningError(f"{origin}: not UTF-8 (byte {error.start + 1} of the line)") from error
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ZeroTuningError(f"{origin}: not JSON: {error.msg} (column {error.colno})") from error
+        except (RecursionError, ValueError) as error:
+            raise ZeroTuningError(f"{origin}: not JSON that can be read: {error}") from error
+        if not isinstance(fields, dict):
+            raise ZeroTuningError(f"{origin}: a line must be a JSON object, got {_shown(fields)}")
+        records.append(Record(fields, origin))
+    if not records:
+        raise ZeroTuningError(f"data file {path} holds no example")
+    return records
+
+
+def as_records(records: Iterable[Mapping[str, Any]]) -> list[Record]:
+    """`records` as a list in which each knows its origin: its line in a file, or "example 0", …"""
+    return [
+        record if isinstance(record, Record) else Record(record, f"example {index}")
+        for index, record in enumerate(records)
+    ]
+
+
+def _read_task(path: Path, *, builtin: bool) -> Task:
+    try:
+        description = yaml.safe_load(_read_bytes(path, "task file").decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ZeroTuningError(f"task file {path} is not UTF-8") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark is not None else f"task file {path}"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ZeroTuningError(f"{place}: not YAML: {problem}") from error
+    if not isinstance(description, dict):
+        raise ZeroTuningError(
+            f"task file {path} must be a mapping with {', '.join(_REQUIRED_KEYS)}, got {_shown(description)}"
+        )
+    for key in description:
+        if key not in _KNOWN_KEYS:
+            raise ZeroTuningError(
+                f"task file {path}: unknown field {key!r}; known fields are {', '.join(_KNOWN_KEYS)}"
+            )
+    for key in _REQUIRED_KEYS:
+        if key not in description:
+            raise ZeroTuningError(f"task file {path}: field {key!r} is missing")
+    labels = description["labels"]
+    if not isinstance(labels, (list, str)):
+        raise ZeroTuningError(
+            f'task file {path}: labels must be a list of strings or "{LETTERS}", got {_shown(labels)}'
+        )
+    try:
+        return Task(**description, builtin=builtin)
+    except ZeroTuningError as error:
+        raise ZeroTuningError(f"task file {path}: {error}") from error
+
+
+def _template_pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+    """The template as (literal text, field name or None) pairs; anything but plain `{field}` is refused."""
+    try:
+        parsed = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ZeroTuningError(f"prompt: {error}; write {{{{ and }}}} for braces that are text") from error
+    pieces = []
+    for literal, name, format_spec, conversion in parsed:
+        if name is not None:
+            shown = (
+                "{"
+                + name
+                + (f"!{conversion}" if conversion else "")
+                + (f":{format_spec}" if format_spec else "")
+                + "}"
+            )
+            if conversion or format_spec:
+                raise ZeroTuningError(
+                    f"prompt: {shown} must be a plain {{field}}, without conversion or format"
+                )
+            if not name.isidentifier():
+                raise ZeroTuningError(
+                    f"prompt: {shown} must be a plain {{field}}: a name of letters, digits and underscores,"
+                    " without attributes, indices or positions"
+                )
+            if name == "label":
+                raise ZeroTuningError("prompt: {label} would show the model the answer")
+        pieces.append((literal, name))
+    if all(name is None for _, name in pieces):
+        raise ZeroTuningError("prompt must hold at least one {field}, or every example would read the same")
+    return tuple(pieces)
+
+
+def _checked_labels(labels: Any) -> tuple[str, ...]:
+    if not isinstance(labels, (list, tuple)):
+        raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {_shown(labels)}')
+    for index, label in enumerate(labels):
+        if not isinstance(label, str):
+            raise ZeroTuningError(
+                f"labels must be strings, got {_shown(label)} at index {index}: put it in quotes"
+            )
+        if not label.strip():
+            raise ZeroTuningError(f"labels must not be empty, got {label!r} at index {index}")
+        if label in labels[:index]:
+            raise ZeroTuningError(
+                f"labels must differ, got {label!r} at index {labels.index(label)} and {index}"
+            )
+    if len(labels) < 2:
+        raise ZeroTuningError(f"labels must be at least two, got {list(labels)}")
+    return tuple(labels)
+
+
+def _checked_choices(record: Mapping[str, Any], origin: str) -> list[str]:
+    choices = record.get("choices")
+    if choices is None:
+        raise ZeroTuningError(f"{origin}: field 'choices' is missing")
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ZeroTuningError(f"{origin}: field 'choices' must be a list of strings, got {_shown(choices)}")
+    if not 2 <= len(choices) <= len(_ALPHABET):
+        raise ZeroTuningError(
+            f"{origin}: field 'choices' must hold 2 to {len(_ALPHABET)} strings, got {len(choices)}"
+        )
+    return choices
+
+
+def _field_text(record: Mapping[str, Any], name: str, origin: str) -> str:
+    if name not in record:
+        raise ZeroTuningError(f"{origin}: field {name!r} is missing")
+    value = record[name]
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise ZeroTuningError(f"{origin}: field {name!r} must be a string or a number, got {_shown(value)}")
+
+
+def _checked_label(record: Mapping[str, Any], count: int, required: bool, origin: str) -> int | None:
+    label = record.get("label")
+    if label is None:
+        if required:
+            raise ZeroTuningError(f"{origin}: field 'label' is missing")
+        return None
+    if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+        raise ZeroTuningError(
+            f"{origin}: field 'label' must be an integer from 0 to {count - 1}, got {_shown(label)}"
+        )
+    return label
+
+
+def _read_bytes(path: Path, what: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ZeroTuningError(f"{what} {path} does not exist") from error
+    except OSError as error:
+        raise ZeroTuningError(f"cannot read {what} {path}: {error.strerror or error}") from error
+
+
+def _shown(value: Any) -> str:
+    """A value as an error message shows it: its type and, cut short, itself."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '…'}"

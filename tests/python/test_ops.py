@@ -1,0 +1,397 @@
+"""The operators against the paper's formula written out in float64, over shapes, dtypes, sinks and scales."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from zerotuning import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Relative error ||out - ref|| / ||ref|| that rounding explains.
+OUTPUT_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+GRADIENT_ERROR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+def formula(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    key_mask: Tensor | None = None,
+    span: Tensor | None = None,
+    query_start: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax, scale the weights of the span by γ, renormalise: the paper's steps, dense, in the inputs' dtype."""
+    batch, heads, rows, size = query.shape
+    keys = key.shape[2]
+    key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
+    logits = query @ key.transpose(-1, -2) * (scale or size**-0.5)
+    start = torch.full((batch,), keys - rows) if query_start is None else query_start
+    position = start[:, None, None] + torch.arange(rows)[:, None]
+    column = torch.arange(keys)
+    visible = column <= position
+    if window:
+        visible = visible & (column > position - window)
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, :]
+    if span is None:
+        first = torch.zeros(batch, dtype=torch.long) if key_mask is None else key_mask.int().argmax(dim=1)
+        span = torch.stack((first, first + 1), dim=1)
+    scaled = (column >= span[:, :1]) & (column < span[:, 1:])
+    logits = logits.masked_fill(~visible[:, None], -math.inf)
+    blind = ~visible.any(-1)[:, None, :, None]
+    weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    gamma = torch.exp(log_scale).expand(batch, heads)[:, :, None, None]
+    weights = weights * torch.where(scaled[:, None, None, :], gamma, torch.ones_like(gamma))
+    total = weights.sum(-1, keepdim=True)
+    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
+    return weights @ value, torch.logsumexp(logits, -1) + torch.log(total.squeeze(-1))
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    assert got.shape == expected.shape
+    assert not got.isnan().any()
+    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+
+
+def random_inputs(
+    shape: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, per_sample: bool = False
+) -> list[Tensor]:
+    batch, heads, key_heads, rows, keys, size, value_size = shape
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [
+        torch.randn(batch, heads, rows, size, dtype=torch.float64).to(dtype),
+        torch.randn(batch, key_heads, keys, size, dtype=torch.float64).to(dtype),
+        torch.randn(batch, key_heads, keys, value_size, dtype=torch.float64).to(dtype),
+        torch.randn((batch, heads) if per_sample else (heads,), dtype=torch.float64).to(wide),
+    ]
+
+
+def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
+    """Size of the terms that cancel in each gradient: a saturated sink's ds = a (do·v - do·o) is their difference."""
+    query, key, value, _ = inputs
+    longest = [t.norm(dim=-1).max() for t in (query, key, value)]
+    change = weight.norm() * longest[2]
+    scale = query.shape[-1] ** -0.5
+    return [change * longest[1] * scale, change * longest[0] * scale, torch.zeros(()), change]
+
+
+def check(inputs: list[Tensor], saturated: bool = False, **geometry: object) -> None:
+    """Compares output, log-sum-exp and every gradient with the formula; saturated: relative to the terms that cancel."""
+    dtype = inputs[0].dtype
+    reference = [t.detach().double().requires_grad_() for t in inputs]
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    output, logsumexp = ops.attention(*inputs, **geometry)  # type: ignore[arg-type]
+    expected, expected_logsumexp = formula(*reference, **geometry)  # type: ignore[arg-type]
+    assert output.dtype == dtype
+    assert error(output, expected) <= OUTPUT_ERROR[dtype]
+    seen = torch.isfinite(expected_logsumexp)
+    assert torch.equal(torch.isfinite(logsumexp), seen)
+    torch.testing.assert_close(logsumexp[seen].double(), expected_logsumexp[seen], rtol=1e-3, atol=1e-3)
+    with torch.no_grad():
+        assert error(ops.decode_attention(*inputs, **geometry), expected) <= OUTPUT_ERROR[dtype]  # type: ignore[arg-type]
+    weight = torch.randn_like(expected)
+    got = torch.autograd.grad((output.double() * weight).sum(), inputs)
+    wanted = torch.autograd.grad((expected * weight).sum(), reference)
+    floors = rounding_scale(reference, weight)
+    for gradient, want, floor in zip(got, wanted, floors, strict=True):
+        assert not gradient.isnan().any()
+        size = want.norm() + floor * (1.0 if saturated else 1e-2)
+        assert ((gradient.double() - want).norm() / size).item() <= GRADIENT_ERROR[dtype]
+
+
+SHAPES = [  # B, H, Hkv, Tq, Tk, D, Dv
+    (1, 1, 1, 1, 1, 64, 64),
+    (2, 4, 4, 37, 37, 16, 16),
+    (2, 6, 2, 65, 65, 64, 64),
+    (1, 4, 1, 33, 33, 80, 80),
+    (1, 2, 1, 31, 31, 96, 96),
+    (2, 4, 2, 129, 129, 128, 128),
+    (1, 2, 2, 41, 41, 192, 128),
+    (1, 2, 2, 41, 41, 64, 96),
+    (1, 4, 1, 45, 45, 256, 256),
+    (2, 4, 2, 1, 57, 64, 64),
+    (2, 4, 2, 5, 58, 64, 64),
+    (1, 3, 3, 30, 47, 24, 40),
+    (1, 2, 1, 777, 777, 32, 32),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_attention_equals_the_formula_for_every_head_size_length_and_head_grouping(shape, dtype) -> None:
+    torch.manual_seed(hash(shape) % 1000)
+    check(random_inputs(shape, dtype))
+    check(random_inputs(shape, dtype, per_sample=True))
+
+
+@cache
+def inputs_with_sink(sink: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value (1, 4|2, 200, 64) whose initial token gets the mean attention weight `sink`."""
+    torch.manual_seed(1)
+    query, key, value, _ = random_inputs((1, 4, 2, 200, 200, 64, 64), torch.float64)
+    direction = torch.nn.functional.normalize(torch.randn(64, dtype=torch.float64), dim=0)
+    query = query - (query @ direction)[..., None] * direction + 8 * direction
+    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8
+    logits = logits.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -math.inf)[:, :, 1:]
+
+    low, high = -40.0, 60.0  # strength of key 0 along the queries' common direction, by bisection
+    for _ in range(40):
+        middle = (low + high) / 2
+        logits[..., 0] = middle
+        weight = torch.softmax(logits, -1)[..., 0].mean().item()
+        low, high = (middle, high) if weight < sink else (low, middle)
+    assert abs(weight - sink) < 0.01
+    key[:, :, 0] = low * direction
+    return query, key, value
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gamma", [0.02, 0.3, 3.0, 50.0])
+@pytest.mark.parametrize("sink", [0.05, 0.5, 0.9, 0.99])
+def test_attention_equals_the_formula_for_weak_and_strong_sinks_and_every_scale(sink, gamma, dtype) -> None:
+    query, key, value = inputs_with_sink(sink)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scales = torch.full((4,), math.log(gamma), dtype=wide) + torch.linspace(-0.1, 0.1, 4).to(wide)
+    check([query.to(dtype), key.to(dtype), value.to(dtype), scales], saturated=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_left_padding_scales_the_first_real_token_of_each_sample(dtype) -> None:
+    torch.manual_seed(2)
+    mask = torch.arange(50) >= torch.tensor([0, 1, 17, 49])[:, None]
+    check(random_inputs((4, 4, 2, 50, 50, 64, 64), dtype), key_mask=mask)
+    check(random_inputs((4, 4, 2, 1, 50, 64, 64), dtype, per_sample=True), key_mask=mask)
+    long = torch.arange(1300) >= torch.tensor([0, 700])[:, None]
+    check(random_inputs((2, 2, 1, 1300, 1300, 16, 16), dtype), key_mask=long)
+
+
+def test_a_padded_sample_gives_what_it_gives_alone() -> None:
+    torch.manual_seed(3)
+    query, key, value, log_scale = random_inputs((1, 4, 2, 40, 40, 64, 64), torch.float32)
+    alone = ops.attention(query[:, :, 15:], key[:, :, 15:], value[:, :, 15:], log_scale)[0]
+    mask = torch.arange(40)[None] >= 15
+    padded = ops.attention(query, key, value, log_scale, key_mask=mask)[0][:, :, 15:]
+    torch.testing.assert_close(padded, alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_with_holes_and_samples_without_any_real_key(dtype) -> None:
+    torch.manual_seed(4)
+    mask = torch.rand(3, 61) > 0.4
+    mask[1] = False
+    check(random_inputs((3, 4, 2, 61, 61, 32, 32), dtype), key_mask=mask)
+    check(random_inputs((3, 4, 2, 20, 61, 32, 32), dtype), key_mask=mask, window=7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [1, 2, 7, 32, 63, 64, 100])
+def test_sliding_windows_equal_the_formula(window, dtype) -> None:
+    torch.manual_seed(5)
+    check(random_inputs((2, 4, 2, 64, 64, 32, 32), dtype), window=window)
+    check(random_inputs((2, 4, 2, 21, 64, 32, 48), dtype), window=window)
+    mask = torch.arange(64) >= torch.tensor([0, 30])[:, None]
+    check(random_inputs((2, 4, 2, 64, 64, 32, 32), dtype), window=window, key_mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_queries_may_start_anywhere_in_the_keys_and_differently_in_each_sample(dtype) -> None:
+    torch.manual_seed(6)
+    for rows in (1, 6):
+        inputs = random_inputs((3, 4, 2, rows, 40, 32, 32), dtype)
+        check(inputs, query_start=torch.tensor([0, 11, 34]))
+        check(inputs, query_start=torch.tensor([20, 20, 20]), window=9)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_span_of_keys_is_scaled_instead_of_the_initial_token(dtype) -> None:
+    torch.manual_seed(7)
+    inputs = random_inputs((3, 4, 2, 48, 48, 32, 32), dtype)
+    span = torch.tensor([[3, 9], [0, 48], [5, 5]])
+    check(inputs, span=span)
+    check(inputs, span=span, window=11)
+
+
+def test_gradcheck_in_float64() -> None:
+    torch.manual_seed(8)
+    inputs = [t.requires_grad_() for t in random_inputs((2, 2, 1, 4, 5, 3, 4), torch.float64)]
+    mask = torch.arange(5) >= torch.tensor([0, 2])[:, None]
+    assert torch.autograd.gradcheck(lambda *t: ops.attention(*t)[0], inputs)
+    assert torch.autograd.gradcheck(lambda *t: ops.attention(*t, key_mask=mask, window=3)[0], inputs)
+
+
+@pytest.mark.parametrize(
+    "geometry", [{}, {"window": 4}, {"key_mask": True}, {"span": True, "query_start": True}]
+)
+def test_opcheck_passes_for_every_operator(geometry) -> None:
+    torch.manual_seed(9)
+    inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32)]
+    options = (
+        torch.arange(12) >= torch.tensor([[0], [3]]) if "key_mask" in geometry else None,
+        torch.tensor([[0, 1], [2, 5]]) if "span" in geometry else None,
+        torch.tensor([1, 2]) if "query_start" in geometry else None,
+        geometry.get("window", 0),
+        0.25,
+    )
+    torch.library.opcheck(torch.ops.zerotuning.attention.default, (*inputs, *options))
+    plain = [t.detach() for t in inputs]
+    torch.library.opcheck(torch.ops.zerotuning.decode_attention.default, (*plain, *options))
+    output, logsumexp = torch.ops.zerotuning.attention(*plain, *options)
+    arguments = (torch.randn_like(output), *plain, output, logsumexp, *options)
+    torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)
+
+
+def test_compiled_without_graph_breaks_gives_the_same_output_and_gradients() -> None:
+    torch.manual_seed(10)
+    inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 33, 33, 32, 32), torch.float32)]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return ops.attention(*tensors)[0].square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    for got, want in zip(torch.autograd.grad(compiled(*inputs), inputs), wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_results_are_the_same_from_run_to_run_and_for_any_number_of_threads() -> None:
+    torch.manual_seed(11)
+    inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 700, 700, 32, 32), torch.float32)]
+    threads = torch.get_num_threads()
+    results = []
+    for count in (1, 2, 2):
+        torch.set_num_threads(count)
+        output = ops.attention(*inputs, window=300)[0]
+        results.append((output, *torch.autograd.grad(output.square().sum(), inputs[3:])))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_peak_memory_grows_linearly_with_the_length() -> None:
+    """With a T×T float32 matrix, T = 4096 would take 64 MiB a head; the operator allocates a few MiB."""
+    inputs = [t.requires_grad_() for t in random_inputs((1, 1, 1, 4096, 4096, 16, 16), torch.float32)]
+    for window in (0, 1000):
+        with torch.profiler.profile(
+            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+        ) as profile:
+            ops.attention(*inputs, window=window)[0].sum().backward()
+        largest = max(abs(event.cpu_memory_usage) for event in profile.events())
+        assert largest < 16 * 2**20
+
+
+BAD = {
+    "query must be [B, H, Tq, D], got [4, 9, 16]": lambda q, k, v, s: (q[0], k, v, s, {}),
+    "key must be [B, Hkv, Tk, D] = [2, 2, 12, 16], got [2, 2, 12, 8]": lambda q, k, v, s: (
+        q,
+        k[..., :8],
+        v,
+        s,
+        {},
+    ),
+    "value must be [B, Hkv, Tk, Dv] = [2, 2, 12, 24], got [2, 2, 11, 24]": lambda q, k, v, s: (
+        q,
+        k,
+        v[:, :, 1:],
+        s,
+        {},
+    ),
+    "query's heads must be a multiple of key's heads, got 3 and 2": lambda q, k, v, s: (
+        q[:, :3],
+        k,
+        v,
+        s[:3],
+        {},
+    ),
+    "key must be float32, got bfloat16": lambda q, k, v, s: (q, k.bfloat16(), v, s, {}),
+    "query must be float32, bfloat16, float16 or float64, got int64": lambda q, k, v, s: (
+        q.long(),
+        k,
+        v,
+        s,
+        {},
+    ),
+    "log_scale must be [H] or [B, H] with B = 2, H = 4, got [1, 16]": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        torch.zeros(1, 16),
+        {},
+    ),
+    "log_scale must be float32, got bfloat16": lambda q, k, v, s: (q, k, v, s.bfloat16(), {}),
+    "log_scale must be finite, got nan at index 2": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        torch.tensor([0, 0, math.nan, 0]),
+        {},
+    ),
+    "log_scale must be finite, got -inf at index 0": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        torch.full((4,), -math.inf),
+        {},
+    ),
+    "key_mask must be [B, Tk] = [2, 12], got [2, 9]": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        s,
+        {"key_mask": torch.ones(2, 9) > 0},
+    ),
+    "key_mask must be bool, got float32": lambda q, k, v, s: (q, k, v, s, {"key_mask": torch.ones(2, 12)}),
+    "span[1] must be [first, end) within the 12 keys, got [3, 13)": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        s,
+        {"span": torch.tensor([[0, 1], [3, 13]])},
+    ),
+    "query_start[0] must be between 0 and Tk - Tq = 3, got -1": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        s,
+        {"query_start": torch.tensor([-1, 0])},
+    ),
+    "query must not be longer than key without query_start, got Tq = 9 and Tk = 8": lambda q, k, v, s: (
+        q,
+        k[:, :, :8],
+        v[:, :, :8],
+        s,
+        {},
+    ),
+    "window must be 0 (none) or the number of keys a query sees, got -3": lambda q, k, v, s: (
+        q,
+        k,
+        v,
+        s,
+        {"window": -3},
+    ),
+    "scale must be finite, got nan": lambda q, k, v, s: (q, k, v, s, {"scale": math.nan}),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+@pytest.mark.parametrize("operator", [ops.attention, ops.decode_attention])
+def test_a_bad_argument_gets_one_error_that_names_it(operator, message) -> None:
+    *tensors, options = BAD[message](*random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32))
+    with pytest.raises((ValueError, RuntimeError)) as raised:
+        operator(*tensors, **options)
+    assert message in str(raised.value)
+
+
+def test_empty_batches_and_queries_give_empty_outputs() -> None:
+    for shape in ((0, 2, 2, 4, 4, 16, 16), (2, 2, 2, 0, 4, 16, 16)):
+        inputs = [t.requires_grad_() for t in random_inputs(shape, torch.float32)]
+        output = ops.attention(*inputs)[0]
+        assert output.numel() == 0
+        assert all(g.abs().sum() == 0 for g in torch.autograd.grad(output.sum(), inputs))

@@ -1,0 +1,472 @@
+"""Patched models against an eager attention written out here; padding, caches, named scales, refusals."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, CONFIG_MAPPING
+from transformers.masking_utils import eager_mask
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.patch import (
+    apply_scales,
+    head_parameters,
+    head_scales,
+    is_patched,
+    patch,
+    patched_shape,
+    rows,
+    unpatch,
+    untuned,
+)
+from zerotuning.scales import HeadScales
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DEEPSEEK = {
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 24},
+    "mistral": {"sliding_window": 7},
+    "gemma3_text": {
+        "head_dim": 32,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {},
+    "olmo2": {},
+    "deepseek_v3": DEEPSEEK,
+    "gpt_neox": {},
+}
+
+
+def small_model(kind: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**{**SMALL, **MODELS.get(kind, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # larger weights than the default: attention that is far from uniform
+                parameter.normal_(std=0.15)
+    return model
+
+
+def random_scales(model: nn.Module, seed: int = 0) -> HeadScales:
+    layers, heads = patched_shape(model)
+    return HeadScales(torch.exp(torch.randn(layers, heads, generator=torch.Generator().manual_seed(seed))))
+
+
+_eager_gamma: dict[int, Tensor] = {}
+_eager_initial: list[Tensor] = []
+
+
+def eager_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """softmax in float64 with the model's own dense mask, scale the initial token's column, renormalise."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1).double()
+    logits = query.double() @ key.transpose(-1, -2) * scaling
+    assert attention_mask is not None
+    weights = torch.softmax(logits + attention_mask.double(), dim=-1)
+    column = torch.arange(key.shape[2]) == _eager_initial[0][:, None]
+    gamma = _eager_gamma[module.layer_idx].double()[None, :, None, None]
+    weights = weights * torch.where(column[:, None, None], gamma, torch.ones_like(gamma))
+    weights = weights / weights.sum(-1, keepdim=True)
+    return (weights @ value).to(query.dtype).transpose(1, 2), None
+
+
+AttentionInterface.register("eager_formula", eager_attention)
+AttentionMaskInterface.register("eager_formula", eager_mask)
+
+
+@torch.no_grad()
+def formula_logits(model: Any, scales: HeadScales, ids: Tensor, mask: Tensor, **arguments: Any) -> Tensor:
+    copied = copy.deepcopy(model)
+    if is_patched(copied):
+        unpatch(copied)
+    copied.set_attn_implementation("eager_formula")
+    _eager_gamma.update(dict(enumerate(scales.gamma)))
+    _eager_initial[:] = [mask.int().argmax(-1)]
+    return copied(input_ids=ids, attention_mask=mask, **arguments).logits
+
+
+def left_padded(lengths: list[int], longest: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    ids = torch.randint(3, 128, (len(lengths), longest), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask, (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_with_random_scales_equal_the_formula_padded_or_not(kind) -> None:
+    model = patch(small_model(kind))
+    scales = random_scales(model)
+    apply_scales(model, scales)
+    for lengths in ([20, 20], [20, 13, 5]):
+        ids, mask, positions = left_padded(lengths)
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        want = formula_logits(model, scales, ids, mask, position_ids=positions)
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], want[real], rtol=1e-4, atol=1e-4)
+        with untuned(model), torch.no_grad():
+            plain = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+        assert (plain[real] - want[real]).abs().max() > 1e-2  # the scales do matter here
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gamma_1_gives_what_sdpa_gives_and_unpatch_gives_it_exactly(kind) -> None:
+    model = small_model(kind)
+    ids, mask, positions = left_padded([20, 9])
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        before = model(**arguments).logits
+        keys = set(model.state_dict())
+        patch(model)
+        assert set(model.state_dict()) == keys
+        real = mask.bool()
+        torch.testing.assert_close(model(**arguments).logits[real], before[real], rtol=1e-4, atol=1e-4)
+        apply_scales(model, random_scales(model))
+        with untuned(model):
+            torch.testing.assert_close(model(**arguments).logits[real], before[real], rtol=1e-4, atol=1e-4)
+        unpatch(model)
+        assert torch.equal(model(**arguments).logits, before)
+        assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_padding_on_either_side_changes_nothing(kind) -> None:
+    model = patch(small_model(kind))
+    apply_scales(model, random_scales(model))
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(2))
+    zeros = torch.zeros(1, 6, dtype=torch.long)
+    ones = torch.ones(1, 12, dtype=torch.long)
+    positions = torch.arange(12)[None]
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        left = model(
+            input_ids=torch.cat((zeros, ids), 1),
+            attention_mask=torch.cat((zeros, ones), 1),
+            position_ids=torch.cat((zeros, positions), 1),
+        ).logits[:, 6:]
+        right = model(
+            input_ids=torch.cat((ids, zeros), 1), attention_mask=torch.cat((ones, zeros), 1)
+        ).logits[:, :12]
+    torch.testing.assert_close(left, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(right, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_generation_with_a_static_cache_equals_a_dynamic_one_and_no_cache(kind) -> None:
+    model = patch(small_model(kind))
+    apply_scales(model, random_scales(model))
+    ids, mask, _ = left_padded([9, 4], 9)
+    arguments: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "eos_token_id": None,
+    }
+    dynamic = model.generate(ids, **arguments)
+    assert dynamic.shape == (2, 21)
+    assert torch.equal(model.generate(ids, use_cache=False, **arguments), dynamic)
+    assert torch.equal(
+        model.generate(ids, cache_implementation="static", disable_compile=True, **arguments), dynamic
+    )
+    beams = model.generate(ids, num_beams=3, **arguments)
+    assert beams.shape == (2, 21)
+
+
+def test_generated_logits_equal_the_formula_on_the_whole_text() -> None:
+    model = patch(small_model("mistral", sliding_window=64))
+    scales = random_scales(model)
+    apply_scales(model, scales)
+    ids, mask, _ = left_padded([9, 4], 9)
+    result = model.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
+        return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    mask = torch.cat((mask, torch.ones(2, 6, dtype=torch.long)), 1)
+    want = formula_logits(
+        model, scales, result.sequences, mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)
+    )
+    for step, logits in enumerate(result.logits):
+        torch.testing.assert_close(logits, want[:, 8 + step], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_read_in_chunks_equals_one_read_at_once() -> None:
+    for kind in ("llama", "mistral"):
+        model = patch(small_model(kind))
+        apply_scales(model, random_scales(model))
+        ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(3))
+        with torch.no_grad():
+            whole = model(input_ids=ids).logits
+            cache = transformers.DynamicCache(config=model.config)
+            parts = [
+                model(input_ids=part, past_key_values=cache).logits
+                for part in ids.split((5, 1, 11, 7), dim=1)
+            ]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hole_left_by_right_padding_is_not_seen_by_what_follows() -> None:
+    model = patch(small_model("llama"))
+    apply_scales(model, random_scales(model))
+    ids = torch.randint(3, 128, (1, 10), generator=torch.Generator().manual_seed(4))
+    holes = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1]])
+    spread = torch.zeros(1, 13, dtype=torch.long).masked_scatter(holes.bool(), ids)
+    with torch.no_grad():
+        alone = model(input_ids=ids).logits
+        cache = transformers.DynamicCache(config=model.config)
+        model(input_ids=spread[:, :9], attention_mask=holes[:, :9], past_key_values=cache)
+        after = model(
+            input_ids=spread[:, 9:],
+            attention_mask=holes,
+            past_key_values=cache,
+            position_ids=torch.tensor([[6, 7, 8, 9]]),
+        ).logits
+    torch.testing.assert_close(after, alone[:, 6:], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_sequences_each_have_an_initial_token() -> None:
+    for kind in ("llama", "mistral"):
+        model = patch(small_model(kind))
+        apply_scales(model, random_scales(model))
+        ids = torch.randint(3, 128, (1, 19), generator=torch.Generator().manual_seed(5))
+        positions = torch.cat((torch.arange(11), torch.arange(8)))[None]
+        with torch.no_grad():
+            packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+            first, second = (model(input_ids=part).logits for part in ids.split((11, 8), dim=1))
+        torch.testing.assert_close(packed, torch.cat((first, second), 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_mask_of_the_callers_own_is_taken_at_its_word() -> None:
+    model = patch(small_model("llama"))
+    apply_scales(model, random_scales(model))
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(6))
+    visible = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    additive = torch.zeros(1, 1, 9, 9).masked_fill(~visible, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        want = model(input_ids=ids).logits
+        for mask in (visible, additive):
+            torch.testing.assert_close(
+                model(input_ids=ids, attention_mask=mask).logits, want, rtol=1e-4, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_compiled_without_graph_breaks_gives_the_same_logits(kind) -> None:
+    model = patch(small_model(kind))
+    apply_scales(model, random_scales(model))
+    ids, mask, positions = left_padded([20, 9])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for arguments in ({"attention_mask": mask, "position_ids": positions}, {}):
+            want = model(input_ids=ids, **arguments).logits
+            got = compiled(input_ids=ids, **arguments).logits
+            torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_with_inductor_gives_the_same_logits_and_gradients() -> None:
+    model = patch(small_model("llama", num_hidden_layers=1))
+    ids, _, _ = left_padded([20, 20])
+    with head_parameters(model) as parameters:
+        want = torch.autograd.grad(model(input_ids=ids).logits.square().mean(), parameters)
+        loss = torch.compile(lambda x: model(input_ids=x).logits.square().mean(), fullgraph=True)(ids)
+        for got, expected in zip(torch.autograd.grad(loss, parameters), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_named_scales_serve_different_rows_of_one_batch() -> None:
+    model = patch(small_model("llama"))
+    named = {"a": random_scales(model, 1), "b": random_scales(model, 2)}
+    ids, mask, positions = left_padded([20, 9, 14])
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    alone = {}
+    with torch.no_grad():
+        for name, scales in named.items():
+            alone[name] = apply_scales(model, scales)(**arguments).logits
+        apply_scales(model, named)
+        assert torch.equal(model(**arguments).logits, alone["a"])
+        with rows(model, ["b", "a", "b"]):
+            mixed = model(**arguments).logits
+            generated = model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=3)
+        assert generated.shape[0] == 3
+    for sample, name in enumerate("bab"):
+        torch.testing.assert_close(mixed[sample], alone[name][sample], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ZeroTuningError, match="'a', 'b'.*'c'"), rows(model, ["c"]):
+        pass
+    with pytest.raises(ZeroTuningError, match="2 samples, the batch has 3"), rows(model, ["a", "b"]):
+        model(**arguments)
+
+
+def test_gradients_of_head_parameters_equal_finite_differences() -> None:
+    model = patch(small_model("qwen3").double())
+    ids, mask, positions = left_padded([12, 7], 12)
+
+    def loss() -> Tensor:
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
+        return torch.logsumexp(logits, -1).sum()
+
+    with head_parameters(model) as parameters:
+        gradients = torch.autograd.grad(loss(), parameters)
+        with torch.no_grad():
+            for leaf, gradient in zip(parameters, gradients, strict=True):
+                for head in range(4):
+                    values = []
+                    for value in (2**-10, -(2**-10)):
+                        leaf[head] = value
+                        values.append(loss().item())
+                    leaf[head] = 0.0
+                    slope = (values[0] - values[1]) / 2**-9
+                    assert math.isclose(slope, gradient[head].item(), rel_tol=1e-4, abs_tol=1e-6)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    model = patch(small_model("llama"))
+    model.train()
+    ids, _, _ = left_padded([20, 20])
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with head_parameters(model) as parameters:
+            results.append(
+                torch.autograd.grad(model(input_ids=ids, use_cache=False).logits.square().mean(), parameters)
+            )
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_scales_stay_float32_when_the_model_changes_its_dtype() -> None:
+    model = patch(small_model("llama"))
+    scales = random_scales(model)
+    apply_scales(model, scales)
+    model.to(torch.bfloat16)
+    torch.testing.assert_close(head_scales(model).gamma, scales.gamma)
+    assert all(m.log_scale.dtype == torch.float32 for m in model.modules() if hasattr(m, "log_scale"))
+    assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("bloom", {"n_head": 4}, "Bloom"),
+        ("falcon", {}, "Falcon"),
+        ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "Mpt"),
+        ("gemma2", {"head_dim": 16}, r"layers\.0\.self_attn .*softcap"),
+        (
+            "gpt_oss",
+            {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
+            r"layers\.0\.self_attn .*s_aux",
+        ),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"1 of 2 layers .*layers\.0 .*partial=True"),
+    ],
+)
+def test_a_model_that_cannot_be_scaled_is_named_and_left_as_it_was(kind, changes, message) -> None:
+    config = CONFIG_MAPPING[kind](**{**SMALL, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.randint(3, 128, (1, 6))
+    before = model(input_ids=ids).logits
+    implementation = model.config._attn_implementation
+    with pytest.raises(ZeroTuningError, match=message):
+        patch(model)
+    assert not is_patched(model)
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    config = CONFIG_MAPPING["t5"](d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=64)
+    with pytest.raises(ZeroTuningError, match="cross-attention"):
+        patch(transformers.T5ForConditionalGeneration(config))
+
+
+def test_partial_tunes_the_attention_layers_of_a_hybrid_and_refuses_scales_for_the_others() -> None:
+    model = small_model("lfm2", layer_types=["conv", "full_attention"])
+    patch(model, partial=True)
+    gamma = torch.ones(patched_shape(model))
+    gamma[1, 2] = 3.0
+    ids = torch.randint(3, 128, (1, 6))
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        apply_scales(model, HeadScales(gamma))
+        assert (model(input_ids=ids).logits - before).abs().max() > 1e-4
+    gamma[0, 0] = 2.0
+    with pytest.raises(ZeroTuningError, match="change layer 0"):
+        apply_scales(model, HeadScales(gamma))
+
+
+def test_scales_of_another_model_are_refused_with_both_named() -> None:
+    model = patch(small_model("llama"))
+    with pytest.raises(ZeroTuningError, match="3 layers x 5 heads, the model has 2 x 4"):
+        apply_scales(model, HeadScales.ones(3, 5))
+    with pytest.raises(ZeroTuningError, match="made for a qwen2 model, this is a llama model"):
+        apply_scales(model, HeadScales(torch.ones(2, 4), {"model_type": "qwen2"}))
+    with pytest.raises(ZeroTuningError, match="not patched"):
+        head_scales(small_model("llama"))
+    with pytest.raises(ZeroTuningError, match="must be a transformers model, got Linear"):
+        patch(nn.Linear(2, 2))
+
+
+def test_attention_dropout_in_training_is_refused_with_the_layer_named() -> None:
+    model = patch(small_model("llama", attention_dropout=0.1))
+    model.eval()(input_ids=torch.tensor([[1, 2]]))
+    with pytest.raises(ZeroTuningError, match=r"layers\.0\.self_attn.*attention dropout 0.1"):
+        model.train()(input_ids=torch.tensor([[1, 2]]))
+
+
+def test_the_probe_leaves_training_mode_and_random_numbers_alone() -> None:
+    model = small_model("llama").train()
+    torch.manual_seed(1)
+    want = torch.rand(2)
+    torch.manual_seed(1)
+    patch(model)
+    assert torch.equal(torch.rand(2), want)
+    assert all(module.training for name, module in model.named_modules() if not name.endswith("zerotuning"))
+
+
+def test_a_patched_model_can_be_copied() -> None:
+    model = patch(small_model("llama"))
+    apply_scales(model, random_scales(model))
+    copied = copy.deepcopy(model)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    assert torch.equal(copied(input_ids=ids).logits, model(input_ids=ids).logits)
+    apply_scales(copied, HeadScales.ones(2, 4))
+    assert not torch.equal(copied(input_ids=ids).logits, model(input_ids=ids).logits)
