@@ -29,9 +29,7 @@ class CMakeBuild(build_ext):
         try:
             subprocess.run(configure, check=True)
             subprocess.run(["cmake", "--build", build, "--parallel", jobs], check=True)
-            subprocess.run(
-                ["cmake", "--install", build, "--component", "python", "--prefix", package_root], check=True
-            )
+            subprocess.run(["cmake", "--install", build, "--component", "python", "--prefix", package_root], check=True)
         except FileNotFoundError as error:
             raise SystemExit("zerotuning: cmake not found; install it (pip install cmake)") from error
 

@@ -7,7 +7,8 @@
 
 namespace zerotuning::attention {
 
-// A [batch, heads, rows, columns] array; the stride of the last dimension is 1. Strides count elements.
+// A [batch, heads, rows, columns] array; the stride of the last dimension is 1. Strides count
+// elements.
 struct Array4 {
   const void* data;
   int64_t batch_stride, head_stride, row_stride;
@@ -15,45 +16,48 @@ struct Array4 {
 
 // Merges two partial attentions over disjoint keys, in place, by their log-sum-exp:
 //   m = max(lse_a, lse_b);  o = (e^{lse_a-m} o_a + e^{lse_b-m} o_b) / (e^{lse_a-m} + e^{lse_b-m})
-//   lse = m + log(e^{lse_a-m} + e^{lse_b-m})                                        (design.md section 4)
+//   lse = m + log(e^{lse_a-m} + e^{lse_b-m})                                        (design.md
+//   section 4)
 // A part that saw no key has lse = -inf and does not count, whatever its output.
 struct MergeArguments {
-  DType dtype;                      // of both outputs; lse is float64 for float64, else float32
+  DType dtype;  // of both outputs; lse is float64 for float64, else float32
   int64_t batch, heads, rows, columns;
-  void* output;                     // [batch, heads, rows, columns], changed in place
+  void* output;  // [batch, heads, rows, columns], changed in place
   int64_t output_batch_stride, output_head_stride, output_row_stride;
-  void* logsumexp;                  // [batch, heads, rows], changed in place
+  void* logsumexp;  // [batch, heads, rows], changed in place
   int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
   Array4 part_output;
-  Array4 part_logsumexp;            // columns = 1
+  Array4 part_logsumexp;  // columns = 1
 };
 
 // Adds one array to another, in place: the gradients of a piece to those of the whole.
 struct AddArguments {
   DType dtype;
   int64_t batch, heads, rows, columns;
-  void* total;                      // [batch, heads, rows, columns], changed in place
+  void* total;  // [batch, heads, rows, columns], changed in place
   int64_t total_batch_stride, total_head_stride, total_row_stride;
   Array4 part;
 };
 
-// Gradient of the loss with respect to log_scale (design.md section 1): for each query that sees a scaled key j
+// Gradient of the loss with respect to log_scale (design.md section 1): for each query that sees a
+// scaled key j
 //   a_j = exp(scale q·k_j + log_scale - lse);   dlog_scale += a_j (do·v_j - do·o)
 struct LogScaleGradientArguments {
   DType dtype;
   int64_t batch, heads, heads_per_key_head, query_rows, head_size, value_head_size;
-  int64_t window;                   // 0 = every earlier key
+  int64_t window;  // 0 = every earlier key
   double scale;
   Array4 query, key, value, output, grad_output;
-  const void* logsumexp;            // [batch, heads, rows]; float64 for float64, else float32
+  const void* logsumexp;  // [batch, heads, rows]; float64 for float64, else float32
   int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
-  const void* log_scale;            // [batch, heads], log_scale_batch_stride 0 for one [heads] vector; dtype as logsumexp
+  const void* log_scale;  // [batch, heads], log_scale_batch_stride 0 for one [heads] vector; dtype
+                          // as logsumexp
   int64_t log_scale_batch_stride;
-  const bool* key_mask;             // [batch, keys] or null
+  const bool* key_mask;  // [batch, keys] or null
   int64_t key_mask_batch_stride;
-  const int64_t* span;              // [batch, 2]: scaled keys [first, end), contiguous
-  const int64_t* query_start;       // [batch]: position of query row 0 among the keys
-  double* partial;                  // [batch, heads, chunks], chunks = log_scale_gradient_chunks(query_rows)
+  const int64_t* span;         // [batch, 2]: scaled keys [first, end), contiguous
+  const int64_t* query_start;  // [batch]: position of query row 0 among the keys
+  double* partial;  // [batch, heads, chunks], chunks = log_scale_gradient_chunks(query_rows)
 };
 
 constexpr int64_t log_scale_gradient_chunk_rows = 256;

@@ -9,8 +9,8 @@ struct CpuKernels {
   // Rows [begin, end) of the flattened batch × heads × rows.
   void (*merge)(const MergeArguments&, int64_t begin, int64_t end);
   void (*add)(const AddArguments&, int64_t begin, int64_t end);
-  // Items [begin, end) of the flattened batch × heads × chunks. Each item is summed alone, so the result does not
-  // depend on how items are spread over threads.
+  // Items [begin, end) of the flattened batch × heads × chunks. Each item is summed alone, so the
+  // result does not depend on how items are spread over threads.
   void (*log_scale_gradient)(const LogScaleGradientArguments&, int64_t begin, int64_t end);
 };
 

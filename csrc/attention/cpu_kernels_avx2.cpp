@@ -1,4 +1,5 @@
-// The CPU kernels built for AVX2 and FMA; called only on processors that have both (cpu_kernels.cpp).
+// The CPU kernels built for AVX2 and FMA; called only on processors that have both
+// (cpu_kernels.cpp).
 #define ZEROTUNING_CPU_TARGET avx2
 #include "attention/cpu_kernels_target.h"
 

@@ -25,9 +25,11 @@ typename Accumulator<T>::type dot(const T* a, const T* b, int64_t count) {
   Real sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
-    for (int64_t lane = 0; lane < lanes; ++lane) sums[lane] += widen(a[i + lane]) * widen(b[i + lane]);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      sums[lane] += widen(a[i + lane]) * widen(b[i + lane]);
   }
-  for (int64_t lane = 0; i + lane < count; ++lane) sums[lane] += widen(a[i + lane]) * widen(b[i + lane]);
+  for (int64_t lane = 0; i + lane < count; ++lane)
+    sums[lane] += widen(a[i + lane]) * widen(b[i + lane]);
   for (int64_t width = lanes / 2; width > 0; width /= 2) {
     for (int64_t lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
   }
@@ -55,9 +57,10 @@ template <typename T>
 void merge(const MergeArguments& a, int64_t begin, int64_t end) {
   using Real = typename Accumulator<T>::type;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item % a.rows, head = item / a.rows % a.heads, batch = item / a.rows / a.heads;
-    T* output = static_cast<T*>(a.output) + batch * a.output_batch_stride + head * a.output_head_stride +
-                row * a.output_row_stride;
+    const int64_t row = item % a.rows, head = item / a.rows % a.heads,
+                  batch = item / a.rows / a.heads;
+    T* output = static_cast<T*>(a.output) + batch * a.output_batch_stride +
+                head * a.output_head_stride + row * a.output_row_stride;
     Real* lse = static_cast<Real*>(a.logsumexp) + batch * a.logsumexp_batch_stride +
                 head * a.logsumexp_head_stride + row * a.logsumexp_row_stride;
     merge_row(output, row_of<T>(a.part_output, batch, head, row), a.columns, lse,
@@ -68,9 +71,10 @@ void merge(const MergeArguments& a, int64_t begin, int64_t end) {
 template <typename T>
 void add(const AddArguments& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = item % a.rows, head = item / a.rows % a.heads, batch = item / a.rows / a.heads;
-    T* total = static_cast<T*>(a.total) + batch * a.total_batch_stride + head * a.total_head_stride +
-               row * a.total_row_stride;
+    const int64_t row = item % a.rows, head = item / a.rows % a.heads,
+                  batch = item / a.rows / a.heads;
+    T* total = static_cast<T*>(a.total) + batch * a.total_batch_stride +
+               head * a.total_head_stride + row * a.total_row_stride;
     const T* part = row_of<T>(a.part, batch, head, row);
 #pragma omp simd
     for (int64_t i = 0; i < a.columns; ++i) total[i] = narrow<T>(widen(total[i]) + widen(part[i]));
@@ -79,20 +83,22 @@ void add(const AddArguments& a, int64_t begin, int64_t end) {
 
 // Query rows [begin, end) of one head against one scaled key.
 template <typename T>
-double log_scale_gradient_of_key(const LogScaleGradientArguments& a, int64_t batch, int64_t head, int64_t key,
-                                 int64_t begin, int64_t end) {
+double log_scale_gradient_of_key(const LogScaleGradientArguments& a, int64_t batch, int64_t head,
+                                 int64_t key, int64_t begin, int64_t end) {
   using Real = typename Accumulator<T>::type;
   const int64_t key_head = head / a.heads_per_key_head;
   const T* k = row_of<T>(a.key, batch, key_head, key);
   const T* v = row_of<T>(a.value, batch, key_head, key);
-  const Real log_scale = static_cast<const Real*>(a.log_scale)[batch * a.log_scale_batch_stride + head];
+  const Real log_scale =
+      static_cast<const Real*>(a.log_scale)[batch * a.log_scale_batch_stride + head];
   double sum = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const Real lse =
-        static_cast<const Real*>(a.logsumexp)[batch * a.logsumexp_batch_stride + head * a.logsumexp_head_stride +
-                                              row * a.logsumexp_row_stride];
+    const Real lse = static_cast<const Real*>(
+        a.logsumexp)[batch * a.logsumexp_batch_stride + head * a.logsumexp_head_stride +
+                     row * a.logsumexp_row_stride];
     const T* grad = row_of<T>(a.grad_output, batch, head, row);
-    const Real logit = static_cast<Real>(a.scale) * dot(row_of<T>(a.query, batch, head, row), k, a.head_size);
+    const Real logit =
+        static_cast<Real>(a.scale) * dot(row_of<T>(a.query, batch, head, row), k, a.head_size);
     const Real weight = std::exp(logit + log_scale - lse);
     const Real change = dot(grad, v, a.value_head_size) -
                         dot(grad, row_of<T>(a.output, batch, head, row), a.value_head_size);
@@ -105,7 +111,8 @@ template <typename T>
 void log_scale_gradient(const LogScaleGradientArguments& a, int64_t begin, int64_t end) {
   const int64_t chunks = log_scale_gradient_chunks(a.query_rows);
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t chunk = item % chunks, head = item / chunks % a.heads, batch = item / chunks / a.heads;
+    const int64_t chunk = item % chunks, head = item / chunks % a.heads,
+                  batch = item / chunks / a.heads;
     const int64_t row_begin = chunk * log_scale_gradient_chunk_rows;
     const int64_t row_end = std::min(a.query_rows, row_begin + log_scale_gradient_chunk_rows);
     const int64_t start = a.query_start[batch];

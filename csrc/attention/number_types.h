@@ -1,12 +1,13 @@
-// 16-bit floating point as plain structs, with conversions that compilers vectorise. No framework needed.
+// 16-bit floating point as plain structs, with conversions that compilers vectorise. No framework
+// needed.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-// Always inlined: these functions are compiled for several instruction sets, and the linker must not keep one set's
-// copy for another.
+// Always inlined: these functions are compiled for several instruction sets, and the linker must
+// not keep one set's copy for another.
 #define ZEROTUNING_INLINE inline __attribute__((always_inline))
 
 namespace zerotuning::attention {
@@ -36,11 +37,13 @@ ZEROTUNING_INLINE float widen(BFloat16 x) {
   return detail::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 ZEROTUNING_INLINE float widen(Float16 x) {
-  // Exponent and mantissa moved to float32's place; the product with 2^112 mends the exponent's bias, subnormals too.
+  // Exponent and mantissa moved to float32's place; the product with 2^112 mends the exponent's
+  // bias, subnormals too.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const float scaled = detail::bit_cast<float>(magnitude) * 0x1p112f;
-  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000u) : detail::bit_cast<uint32_t>(scaled);
+  const uint32_t special =
+      (x.bits & 0x7c00) == 0x7c00 ? (magnitude | 0x7f800000u) : detail::bit_cast<uint32_t>(scaled);
   return detail::bit_cast<float>(special | sign);
 }
 
@@ -72,7 +75,8 @@ ZEROTUNING_INLINE Float16 narrow<Float16>(float x) {
     half = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
   } else if (magnitude >= 0x477ff000) {  // rounds beyond 65504
     half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal: adding 0.5 aligns the mantissa and rounds to even
+  } else if (magnitude <
+             0x38800000) {  // subnormal: adding 0.5 aligns the mantissa and rounds to even
     half = detail::bit_cast<uint32_t>(detail::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   } else {
     half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;

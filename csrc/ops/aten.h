@@ -39,14 +39,18 @@ inline Tensor expand(const Tensor& self, const Sizes& sizes) {
   return tensor("aten::expand", "", self, sizes, false);
 }
 inline Tensor as_strided(const Tensor& self, const Sizes& sizes, const Sizes& strides) {
-  return tensor("aten::as_strided", "", self, sizes, strides, std::optional<int64_t>(self.storage_offset()));
+  return tensor("aten::as_strided", "", self, sizes, strides,
+                std::optional<int64_t>(self.storage_offset()));
 }
-inline Tensor flip(const Tensor& self, const Sizes& dims) { return tensor("aten::flip", "", self, dims); }
+inline Tensor flip(const Tensor& self, const Sizes& dims) {
+  return tensor("aten::flip", "", self, dims);
+}
 inline Tensor transpose(const Tensor& self, int64_t a, int64_t b) {
   return tensor("aten::transpose", "int", self, a, b);
 }
 inline Tensor contiguous(const Tensor& self) {
-  return tensor("aten::clone", "", self, std::optional(torch::headeronly::MemoryFormat::Contiguous));
+  return tensor("aten::clone", "", self,
+                std::optional(torch::headeronly::MemoryFormat::Contiguous));
 }
 inline Tensor clone(const Tensor& self) { return torch::stable::clone(self); }
 inline Tensor zeros_like(const Tensor& self) {
@@ -62,23 +66,25 @@ inline Tensor pad_columns(const Tensor& self, int64_t columns) {
   return torch::stable::pad(self, Sizes{0, columns - self.size(3)});
 }
 
-// torch's CPU flash attention with an additive bias (any strides, stride 0 included) beside its causal mask, which is
-// aligned at the top left. Returns (output [B, H, Tq, D], logsumexp [B, H, Tq]). A row that sees no key gives output 0
-// and logsumexp 0.
-inline std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
-                                                      bool causal, const Tensor& bias, double scale) {
-  auto stack = call<2>("aten::_scaled_dot_product_flash_attention_for_cpu", "", query, key, value, 0.0, causal,
-                       std::optional(bias), std::optional(scale));
+// torch's CPU flash attention with an additive bias (any strides, stride 0 included) beside its
+// causal mask, which is aligned at the top left. Returns (output [B, H, Tq, D], logsumexp [B, H,
+// Tq]). A row that sees no key gives output 0 and logsumexp 0.
+inline std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& query, const Tensor& key,
+                                                      const Tensor& value, bool causal,
+                                                      const Tensor& bias, double scale) {
+  auto stack = call<2>("aten::_scaled_dot_product_flash_attention_for_cpu", "", query, key, value,
+                       0.0, causal, std::optional(bias), std::optional(scale));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// Its backward. `output` and `logsumexp` may be those of a softmax over more keys than are given here.
-inline std::tuple<Tensor, Tensor, Tensor> flash_attention_cpu_backward(const Tensor& grad_output, const Tensor& query,
-                                                                       const Tensor& key, const Tensor& value,
-                                                                       const Tensor& output, const Tensor& logsumexp,
-                                                                       bool causal, const Tensor& bias, double scale) {
-  auto stack = call<3>("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "", grad_output, query, key, value,
-                       output, logsumexp, 0.0, causal, std::optional(bias), std::optional(scale));
+// Its backward. `output` and `logsumexp` may be those of a softmax over more keys than are given
+// here.
+inline std::tuple<Tensor, Tensor, Tensor> flash_attention_cpu_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+    const Tensor& output, const Tensor& logsumexp, bool causal, const Tensor& bias, double scale) {
+  auto stack = call<3>("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "",
+                       grad_output, query, key, value, output, logsumexp, 0.0, causal,
+                       std::optional(bias), std::optional(scale));
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
           torch::stable::detail::to<Tensor>(stack[2])};
 }

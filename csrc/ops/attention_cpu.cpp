@@ -1,4 +1,5 @@
-// Forward and backward on the CPU: the pieces of attention/pieces.h through torch's flash kernel, merged by log-sum-exp.
+// Forward and backward on the CPU: the pieces of attention/pieces.h through torch's flash kernel,
+// merged by log-sum-exp.
 #include "ops/attention_cpu.h"
 
 #include <cmath>
@@ -25,14 +26,17 @@ std::vector<Group> group_samples(const Problem& p, const Geometry& geometry) {
   return groups;
 }
 
-// The flash kernel wants unit stride in the last dimension and one head size for query, key and value.
+// The flash kernel wants unit stride in the last dimension and one head size for query, key and
+// value.
 Tensor to_kernel(const Tensor& tensor, int64_t columns) {
   const bool unit_stride = tensor.stride(3) == 1 || tensor.size(3) == 1;
   return aten::pad_columns(unit_stride ? tensor : aten::contiguous(tensor), columns);
 }
 
-// The views of one tensor that one piece works on: samples of the group, rows [begin, end) of dimension 2.
-Tensor piece_rows(const Tensor& tensor, const Group& group, int64_t begin, int64_t end, bool reversed) {
+// The views of one tensor that one piece works on: samples of the group, rows [begin, end) of
+// dimension 2.
+Tensor piece_rows(const Tensor& tensor, const Group& group, int64_t begin, int64_t end,
+                  bool reversed) {
   Tensor view = tensor;
   if (group.end - group.begin < view.size(0)) view = aten::narrow(view, 0, group.begin, group.end);
   if (end - begin < view.size(2)) view = aten::narrow(view, 2, begin, end);
@@ -46,22 +50,25 @@ Tensor piece_bias(const Tensor& bias, const Group& group, const Piece& piece, in
                              piece.key_end - piece.key_begin});
 }
 
-// [batch, heads, rows, columns] with heads inside rows: what a model reshapes to [batch, rows, heads × columns] freely.
+// [batch, heads, rows, columns] with heads inside rows: what a model reshapes to [batch, rows,
+// heads × columns] freely.
 Tensor new_rows(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  const Tensor storage = sizes.size() == 4
-                             ? torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1], sizes[3]}, type)
-                             : torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1]}, type);
+  const Tensor storage =
+      sizes.size() == 4
+          ? torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1], sizes[3]}, type)
+          : torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1]}, type);
   return aten::transpose(storage, 1, 2);
 }
 
 bool has_row_layout(const Tensor& t) {
   const int64_t columns = t.dim() == 4 ? t.size(3) : 1;
-  return (t.dim() == 3 || t.stride(3) == 1) && t.stride(1) == columns && t.stride(2) == columns * t.size(1) &&
-         t.stride(0) == columns * t.size(1) * t.size(2);
+  return (t.dim() == 3 || t.stride(3) == 1) && t.stride(1) == columns &&
+         t.stride(2) == columns * t.size(1) && t.stride(0) == columns * t.size(1) * t.size(2);
 }
 
 Tensor in_row_layout(const Tensor& tensor, int64_t columns) {
-  const Tensor view = tensor.dim() == 4 && tensor.size(3) > columns ? aten::narrow(tensor, 3, 0, columns) : tensor;
+  const Tensor view =
+      tensor.dim() == 4 && tensor.size(3) > columns ? aten::narrow(tensor, 3, 0, columns) : tensor;
   if (has_row_layout(view)) return view;
   Sizes sizes(view.sizes().begin(), view.sizes().end());
   const Tensor copy = new_rows(view, sizes, view.scalar_type());
@@ -72,20 +79,23 @@ Tensor in_row_layout(const Tensor& tensor, int64_t columns) {
 template <typename Real>
 void set_rows(const Tensor& logsumexp, int64_t sample, int64_t rows, Real value) {
   for (int64_t h = 0; h < logsumexp.size(1); ++h) {
-    Real* row = logsumexp.mutable_data_ptr<Real>() + sample * logsumexp.stride(0) + h * logsumexp.stride(1);
+    Real* row =
+        logsumexp.mutable_data_ptr<Real>() + sample * logsumexp.stride(0) + h * logsumexp.stride(1);
     for (int64_t i = 0; i < rows; ++i) row[i * logsumexp.stride(2)] = value;
   }
 }
 
 // torch's kernel gives logsumexp 0 to a row that sees no key; the log-sum-exp of nothing is -inf.
-void mark_blind_rows(const Problem& p, const Geometry& geometry, const Group& group, const Piece& piece,
-                     const Tensor& logsumexp) {
+void mark_blind_rows(const Problem& p, const Geometry& geometry, const Group& group,
+                     const Piece& piece, const Tensor& logsumexp) {
   if (!geometry.key_mask) return;
   const int64_t keys = piece.key_end - piece.key_begin, rows = piece.query_end - piece.query_begin;
   for (int64_t b = group.begin; b < group.end; ++b) {
     const bool* mask = geometry.key_mask + b * p.keys;
     int64_t hidden = 0;  // leading keys, in the piece's order, that are padding
-    while (hidden < keys && !mask[piece.reversed ? piece.key_end - 1 - hidden : piece.key_begin + hidden]) ++hidden;
+    while (hidden < keys &&
+           !mask[piece.reversed ? piece.key_end - 1 - hidden : piece.key_begin + hidden])
+      ++hidden;
     const int64_t blind = hidden == keys ? rows : piece.causal ? std::min(hidden, rows) : 0;
     if (logsumexp.scalar_type() == ScalarType::Double) {
       set_rows(logsumexp, b - group.begin, blind, -std::numeric_limits<double>::infinity());
@@ -95,8 +105,9 @@ void mark_blind_rows(const Problem& p, const Geometry& geometry, const Group& gr
   }
 }
 
-std::tuple<Tensor, Tensor> forward_piece(const Problem& p, const Geometry& geometry, const Group& group,
-                                         const Piece& piece, const Tensor& query, const Tensor& key,
+std::tuple<Tensor, Tensor> forward_piece(const Problem& p, const Geometry& geometry,
+                                         const Group& group, const Piece& piece,
+                                         const Tensor& query, const Tensor& key,
                                          const Tensor& value, const Tensor& bias) {
   auto [output, logsumexp] = aten::flash_attention_cpu(
       piece_rows(query, group, piece.query_begin, piece.query_end, piece.reversed),
@@ -107,12 +118,15 @@ std::tuple<Tensor, Tensor> forward_piece(const Problem& p, const Geometry& geome
   return {output, logsumexp};
 }
 
-// Rows [row, row + count) of a [batch, heads, rows(, columns)] tensor as the kernels take them; reversed: last row first.
-attention::Array4 array_of(const Tensor& t, int64_t batch, int64_t row, int64_t count, bool reversed) {
+// Rows [row, row + count) of a [batch, heads, rows(, columns)] tensor as the kernels take them;
+// reversed: last row first.
+attention::Array4 array_of(const Tensor& t, int64_t batch, int64_t row, int64_t count,
+                           bool reversed) {
   const int64_t first = reversed ? row + count - 1 : row;
   const int64_t offset = batch * t.stride(0) + first * t.stride(2);
-  return {static_cast<const char*>(t.const_data_ptr()) + offset * static_cast<int64_t>(t.element_size()), t.stride(0),
-          t.stride(1), reversed ? -t.stride(2) : t.stride(2)};
+  return {static_cast<const char*>(t.const_data_ptr()) +
+              offset * static_cast<int64_t>(t.element_size()),
+          t.stride(0), t.stride(1), reversed ? -t.stride(2) : t.stride(2)};
 }
 
 attention::Array4 whole_array(const Tensor& t) { return array_of(t, 0, 0, t.size(2), false); }
@@ -123,10 +137,21 @@ void merge_piece(const Problem& p, const Group& group, const Piece& piece, const
   const auto rows = array_of(output, group.begin, piece.query_begin, part.size(2), false);
   const auto sums = array_of(logsumexp, group.begin, piece.query_begin, part.size(2), false);
   const attention::MergeArguments arguments{
-      p.dtype,           group.end - group.begin, p.heads,         piece.query_end - piece.query_begin,
-      p.value_head_size, const_cast<void*>(rows.data), rows.batch_stride, rows.head_stride,
-      rows.row_stride,   const_cast<void*>(sums.data), sums.batch_stride, sums.head_stride,
-      sums.row_stride,   array_of(part, 0, 0, part.size(2), piece.reversed), array_of(part_logsumexp, 0, 0, part.size(2), piece.reversed)};
+      p.dtype,
+      group.end - group.begin,
+      p.heads,
+      piece.query_end - piece.query_begin,
+      p.value_head_size,
+      const_cast<void*>(rows.data),
+      rows.batch_stride,
+      rows.head_stride,
+      rows.row_stride,
+      const_cast<void*>(sums.data),
+      sums.batch_stride,
+      sums.head_stride,
+      sums.row_stride,
+      array_of(part, 0, 0, part.size(2), piece.reversed),
+      array_of(part_logsumexp, 0, 0, part.size(2), piece.reversed)};
   const auto& kernel = attention::cpu_kernels().merge;
   torch::stable::parallel_for(0, arguments.batch * arguments.heads * arguments.rows, 64,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -135,9 +160,11 @@ void merge_piece(const Problem& p, const Group& group, const Piece& piece, const
 // Writes the first piece of a block of queries, which covers all its rows.
 void store_piece(const Problem& p, const Group& group, const Piece& piece, const Tensor& output,
                  const Tensor& logsumexp, const Tensor& part, const Tensor& part_logsumexp) {
-  const Tensor columns = part.size(3) > p.value_head_size ? aten::narrow(part, 3, 0, p.value_head_size) : part;
+  const Tensor columns =
+      part.size(3) > p.value_head_size ? aten::narrow(part, 3, 0, p.value_head_size) : part;
   aten::copy_(piece_rows(output, group, piece.query_begin, piece.query_end, false), columns);
-  aten::copy_(piece_rows(logsumexp, group, piece.query_begin, piece.query_end, false), part_logsumexp);
+  aten::copy_(piece_rows(logsumexp, group, piece.query_begin, piece.query_end, false),
+              part_logsumexp);
 }
 
 bool whole(const Group& group, const std::vector<Piece>& pieces, const Problem& p) {
@@ -152,8 +179,8 @@ Tensor new_logsumexp(const Problem& p) {
 }
 bool empty(const Problem& p) { return p.batch == 0 || p.heads == 0 || p.queries == 0; }
 
-// torch's backward kernel takes exp(logit - logsumexp); for rows that see no key, +inf makes that 0 where -inf would
-// make it NaN.
+// torch's backward kernel takes exp(logit - logsumexp); for rows that see no key, +inf makes that 0
+// where -inf would make it NaN.
 template <typename Real>
 void replace_minus_infinity(const Tensor& logsumexp) {
   Real* data = logsumexp.mutable_data_ptr<Real>();
@@ -175,20 +202,39 @@ Tensor backward_logsumexp(const Problem& p, const Tensor& logsumexp) {
   return copy;
 }
 
-Tensor log_scale_gradient(const Problem& p, const Geometry& geometry, const Tensor& grad_output, const Tensor& output,
-                          const Tensor& logsumexp) {
+Tensor log_scale_gradient(const Problem& p, const Geometry& geometry, const Tensor& grad_output,
+                          const Tensor& output, const Tensor& logsumexp) {
   const Tensor query = to_kernel(p.query, p.head_size), key = to_kernel(p.key, p.head_size),
-               value = to_kernel(p.value, p.value_head_size), log_scale = aten::contiguous(p.log_scale);
+               value = to_kernel(p.value, p.value_head_size),
+               log_scale = aten::contiguous(p.log_scale);
   const auto lse = whole_array(logsumexp);
   const int64_t chunks = attention::log_scale_gradient_chunks(p.queries);
   std::vector<double> partial(static_cast<size_t>(p.batch * p.heads * chunks));
-  const attention::LogScaleGradientArguments arguments{
-      p.dtype, p.batch, p.heads, p.heads / p.key_heads, p.queries, p.head_size, p.value_head_size, p.window, p.scale,
-      whole_array(query), whole_array(key), whole_array(value),
-      whole_array(output), whole_array(grad_output),
-      lse.data, lse.batch_stride, lse.head_stride, lse.row_stride,
-      log_scale.const_data_ptr(), p.log_scale_per_sample() ? p.heads : 0,
-      geometry.key_mask, p.keys, geometry.span.data(), geometry.query_start.data(), partial.data()};
+  const attention::LogScaleGradientArguments arguments{p.dtype,
+                                                       p.batch,
+                                                       p.heads,
+                                                       p.heads / p.key_heads,
+                                                       p.queries,
+                                                       p.head_size,
+                                                       p.value_head_size,
+                                                       p.window,
+                                                       p.scale,
+                                                       whole_array(query),
+                                                       whole_array(key),
+                                                       whole_array(value),
+                                                       whole_array(output),
+                                                       whole_array(grad_output),
+                                                       lse.data,
+                                                       lse.batch_stride,
+                                                       lse.head_stride,
+                                                       lse.row_stride,
+                                                       log_scale.const_data_ptr(),
+                                                       p.log_scale_per_sample() ? p.heads : 0,
+                                                       geometry.key_mask,
+                                                       p.keys,
+                                                       geometry.span.data(),
+                                                       geometry.query_start.data(),
+                                                       partial.data()};
   const auto& kernel = attention::cpu_kernels().log_scale_gradient;
   torch::stable::parallel_for(0, static_cast<int64_t>(partial.size()), 1,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -210,9 +256,10 @@ struct Gradients {
   Tensor query, key, value;
 };
 
-Gradients backward_piece(const Problem& p, const Group& group, const Piece& piece, const Tensor& query,
-                         const Tensor& key, const Tensor& value, const Tensor& bias, const Tensor& grad_output,
-                         const Tensor& output, const Tensor& logsumexp) {
+Gradients backward_piece(const Problem& p, const Group& group, const Piece& piece,
+                         const Tensor& query, const Tensor& key, const Tensor& value,
+                         const Tensor& bias, const Tensor& grad_output, const Tensor& output,
+                         const Tensor& logsumexp) {
   const auto queries = [&](const Tensor& t) {
     return piece_rows(t, group, piece.query_begin, piece.query_end, piece.reversed);
   };
@@ -220,25 +267,21 @@ Gradients backward_piece(const Problem& p, const Group& group, const Piece& piec
     return piece_rows(t, group, piece.key_begin, piece.key_end, piece.reversed);
   };
   auto [grad_query, grad_key, grad_value] = aten::flash_attention_cpu_backward(
-      queries(grad_output), queries(query), keys(key), keys(value), queries(output), queries(logsumexp), piece.causal,
-      piece_bias(bias, group, piece, p.heads), p.scale);
+      queries(grad_output), queries(query), keys(key), keys(value), queries(output),
+      queries(logsumexp), piece.causal, piece_bias(bias, group, piece, p.heads), p.scale);
   return {grad_query, grad_key, grad_value};
 }
 
 // Adds a piece's gradient, rows reversed or not, to rows [begin, ...) of the whole gradient.
-void add_rows(const Problem& p, const Group& group, const Tensor& total, int64_t begin, const Tensor& part,
-              bool reversed) {
+void add_rows(const Problem& p, const Group& group, const Tensor& total, int64_t begin,
+              const Tensor& part, bool reversed) {
   const auto rows = array_of(total, group.begin, begin, part.size(2), false);
-  const attention::AddArguments arguments{p.dtype,
-                                          part.size(0),
-                                          part.size(1),
-                                          part.size(2),
-                                          part.size(3),
-                                          const_cast<void*>(rows.data),
-                                          rows.batch_stride,
-                                          rows.head_stride,
-                                          rows.row_stride,
-                                          array_of(part, 0, 0, part.size(2), reversed)};
+  const attention::AddArguments arguments{
+      p.dtype,           part.size(0),
+      part.size(1),      part.size(2),
+      part.size(3),      const_cast<void*>(rows.data),
+      rows.batch_stride, rows.head_stride,
+      rows.row_stride,   array_of(part, 0, 0, part.size(2), reversed)};
   const auto& kernel = attention::cpu_kernels().add;
   torch::stable::parallel_for(0, part.size(0) * part.size(1) * part.size(2), 64,
                               [&](int64_t first, int64_t last) { kernel(arguments, first, last); });
@@ -251,8 +294,9 @@ void add_piece(const Problem& p, const Group& group, const Piece& piece, const G
   add_rows(p, group, total.value, piece.key_begin, part.value, piece.reversed);
 }
 
-// torch's 16-bit backward kernel spends more on packing its tiles than short sequences have work: up to this many keys
-// float32 is faster, conversions included (and more exact). Measured with `zerotuning bench attention`.
+// torch's 16-bit backward kernel spends more on packing its tiles than short sequences have work:
+// up to this many keys float32 is faster, conversions included (and more exact). Measured with
+// `zerotuning bench attention`.
 constexpr int64_t longest_float32_backward = 128;
 
 bool prefers_float32_backward(const Problem& p) {
@@ -262,20 +306,24 @@ bool prefers_float32_backward(const Problem& p) {
 
 // A copy in another dtype that keeps the layout of rows and heads.
 Tensor converted(const Tensor& tensor, ScalarType type) {
-  const Tensor copy = new_rows(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, type);
+  const Tensor copy =
+      new_rows(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)}, type);
   aten::copy_(copy, tensor);
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> float32_backward(const Problem& p, const Tensor& grad_output,
-                                                            const Tensor& output, const Tensor& logsumexp) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> float32_backward(const Problem& p,
+                                                            const Tensor& grad_output,
+                                                            const Tensor& output,
+                                                            const Tensor& logsumexp) {
   Problem wide = p;
   wide.query = converted(p.query, ScalarType::Float);
   wide.key = converted(p.key, ScalarType::Float);
   wide.value = converted(p.value, ScalarType::Float);
   wide.dtype = attention::DType::float32;
-  auto [query, key, value, log_scale] = attention_backward_cpu(
-      wide, converted(grad_output, ScalarType::Float), converted(output, ScalarType::Float), logsumexp);
+  auto [query, key, value, log_scale] =
+      attention_backward_cpu(wide, converted(grad_output, ScalarType::Float),
+                             converted(output, ScalarType::Float), logsumexp);
   const ScalarType type = p.query.scalar_type();
   return {converted(query, type), converted(key, type), converted(value, type), log_scale};
 }
@@ -290,22 +338,27 @@ std::tuple<Tensor, Tensor> attention_cpu(const Problem& p) {
                value = to_kernel(p.value, columns);
   std::optional<Tensor> output, logsumexp;
   for (const Group& group : group_samples(p, geometry)) {
-    const Tensor bias = make_bias(p, geometry, group.begin, group.end, group.query_start + p.queries);
+    const Tensor bias =
+        make_bias(p, geometry, group.begin, group.end, group.query_start + p.queries);
     const auto pieces = attention::decompose(p.queries, group.query_start, p.window);
     for (const Piece& piece : pieces) {
-      auto [part, part_logsumexp] = forward_piece(p, geometry, group, piece, query, key, value, bias);
+      auto [part, part_logsumexp] =
+          forward_piece(p, geometry, group, piece, query, key, value, bias);
       if (whole(group, pieces, p)) {
         return {in_row_layout(part, p.value_head_size), in_row_layout(part_logsumexp, 1)};
       }
       if (!output) output = new_output(p), logsumexp = new_logsumexp(p);
-      (piece.first ? store_piece : merge_piece)(p, group, piece, *output, *logsumexp, part, part_logsumexp);
+      (piece.first ? store_piece : merge_piece)(p, group, piece, *output, *logsumexp, part,
+                                                part_logsumexp);
     }
   }
   return {*output, *logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& p, const Tensor& grad_output,
-                                                                  const Tensor& output, const Tensor& logsumexp) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& p,
+                                                                  const Tensor& grad_output,
+                                                                  const Tensor& output,
+                                                                  const Tensor& logsumexp) {
   if (prefers_float32_backward(p)) return float32_backward(p, grad_output, output, logsumexp);
   const int64_t columns = std::max(p.head_size, p.value_head_size);
   const Tensor query = to_kernel(p.query, columns), key = to_kernel(p.key, columns),
@@ -316,9 +369,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem&
   }
   const Geometry geometry = read_geometry(p);
   const Tensor sums = backward_logsumexp(p, logsumexp);
-  const Tensor grad_rows = to_kernel(grad_output, p.value_head_size), output_rows = to_kernel(output, p.value_head_size);
+  const Tensor grad_rows = to_kernel(grad_output, p.value_head_size),
+               output_rows = to_kernel(output, p.value_head_size);
   const Tensor grad_log_scale = log_scale_gradient(p, geometry, grad_rows, output_rows, sums);
-  const Tensor grad_padded = to_kernel(grad_rows, columns), output_padded = to_kernel(output_rows, columns);
+  const Tensor grad_padded = to_kernel(grad_rows, columns),
+               output_padded = to_kernel(output_rows, columns);
 
   std::optional<Gradients> total;
   for (const Group& group : group_samples(p, geometry)) {
@@ -326,13 +381,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem&
     const Tensor bias = make_bias(p, geometry, group.begin, group.end, keys);
     const auto pieces = attention::decompose(p.queries, group.query_start, p.window);
     for (const Piece& piece : pieces) {
-      const Gradients part =
-          backward_piece(p, group, piece, query, key, value, bias, grad_padded, output_padded, sums);
+      const Gradients part = backward_piece(p, group, piece, query, key, value, bias, grad_padded,
+                                            output_padded, sums);
       if (whole(group, pieces, p) && piece.key_end - piece.key_begin == p.keys) {
         total = part;
         break;
       }
-      if (!total) total = Gradients{aten::zeros_like(query), aten::zeros_like(key), aten::zeros_like(value)};
+      if (!total)
+        total = Gradients{aten::zeros_like(query), aten::zeros_like(key), aten::zeros_like(value)};
       add_piece(p, group, piece, *total, part);
     }
   }
@@ -343,7 +399,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem&
 Tensor decode_attention_cpu(const Problem& p) {
   if (p.queries != 1 || empty(p)) return std::get<0>(attention_cpu(p));
   const Geometry geometry = read_geometry(p);
-  const int64_t columns = std::max(p.head_size, p.value_head_size), group_size = p.heads / p.key_heads;
+  const int64_t columns = std::max(p.head_size, p.value_head_size),
+                group_size = p.heads / p.key_heads;
   const Tensor key = to_kernel(p.key, columns), value = to_kernel(p.value, columns);
   const Tensor query = to_kernel(p.query, columns);
   const Tensor output = new_output(p);
@@ -353,20 +410,23 @@ Tensor decode_attention_cpu(const Problem& p) {
     const Piece piece = attention::decompose(1, group.query_start, p.window).front();
     // The heads that share a key head become the rows of one query.
     const Tensor rows = piece_rows(query, group, 0, 1, false);
-    const Tensor packed = aten::as_strided(rows, {samples, p.key_heads, group_size, columns},
-                                           {rows.stride(0), group_size * rows.stride(1), rows.stride(1), 1});
+    const Tensor packed =
+        aten::as_strided(rows, {samples, p.key_heads, group_size, columns},
+                         {rows.stride(0), group_size * rows.stride(1), rows.stride(1), 1});
     const Tensor keys_bias = aten::narrow(bias, 3, piece.key_begin, piece.key_end);
     const int64_t width = bias.size(3);
-    const Tensor packed_bias =
-        aten::as_strided(keys_bias, {samples, p.key_heads, group_size, piece.key_end - piece.key_begin},
-                         {bias.size(0) == 1 ? 0 : p.heads * width, group_size * width, width, 1});
+    const Tensor packed_bias = aten::as_strided(
+        keys_bias, {samples, p.key_heads, group_size, piece.key_end - piece.key_begin},
+        {bias.size(0) == 1 ? 0 : p.heads * width, group_size * width, width, 1});
     auto [part, logsumexp] = aten::flash_attention_cpu(
         packed, piece_rows(key, group, piece.key_begin, piece.key_end, false),
-        piece_rows(value, group, piece.key_begin, piece.key_end, false), false, packed_bias, p.scale);
+        piece_rows(value, group, piece.key_begin, piece.key_end, false), false, packed_bias,
+        p.scale);
     const Tensor target = piece_rows(output, group, 0, 1, false);
-    aten::copy_(aten::as_strided(target, {samples, p.key_heads, group_size, p.value_head_size},
-                                 {target.stride(0), group_size * target.stride(1), target.stride(1), 1}),
-                aten::narrow(part, 3, 0, p.value_head_size));
+    aten::copy_(
+        aten::as_strided(target, {samples, p.key_heads, group_size, p.value_head_size},
+                         {target.stride(0), group_size * target.stride(1), target.stride(1), 1}),
+        aten::narrow(part, 3, 0, p.value_head_size));
   }
   return output;
 }

@@ -1,4 +1,5 @@
-// Attention with a scaled initial token on the CPU: torch's flash kernel with a broadcast bias (design.md section 4).
+// Attention with a scaled initial token on the CPU: torch's flash kernel with a broadcast bias
+// (design.md section 4).
 #pragma once
 
 #include <tuple>
@@ -7,12 +8,15 @@
 
 namespace zerotuning::ops {
 
-// (output [B, H, Tq, Dv], logsumexp [B, H, Tq]); both laid out with heads inside rows, as torch's flash kernel does.
+// (output [B, H, Tq, Dv], logsumexp [B, H, Tq]); both laid out with heads inside rows, as torch's
+// flash kernel does.
 std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem);
 
 // Gradients of query, key, value and log_scale.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& problem, const Tensor& grad_output,
-                                                                  const Tensor& output, const Tensor& logsumexp);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& problem,
+                                                                  const Tensor& grad_output,
+                                                                  const Tensor& output,
+                                                                  const Tensor& logsumexp);
 
 // output [B, H, Tq, Dv]; one query reads each key and value once for all query heads that share it.
 Tensor decode_attention_cpu(const Problem& problem);

@@ -8,7 +8,9 @@
 namespace zerotuning::ops {
 namespace {
 
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : aten::contiguous(tensor); }
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : aten::contiguous(tensor);
+}
 
 void read_query_start(const Problem& p, Geometry& geometry) {
   geometry.query_start.assign(p.batch, p.keys - p.queries);
@@ -16,8 +18,8 @@ void read_query_start(const Problem& p, Geometry& geometry) {
   const Tensor start = dense(*p.query_start);
   const int64_t* data = start.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < p.batch; ++b) {
-    require(data[b] >= 0 && data[b] + p.queries <= p.keys, "query_start[", b, "] must be between 0 and Tk - Tq = ",
-            p.keys - p.queries, ", got ", data[b]);
+    require(data[b] >= 0 && data[b] + p.queries <= p.keys, "query_start[", b,
+            "] must be between 0 and Tk - Tq = ", p.keys - p.queries, ", got ", data[b]);
     geometry.query_start[b] = data[b];
   }
 }
@@ -28,8 +30,9 @@ void read_span(const Problem& p, Geometry& geometry) {
     const Tensor span = dense(*p.span);
     const int64_t* data = span.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < p.batch; ++b) {
-      require(0 <= data[2 * b] && data[2 * b] <= data[2 * b + 1] && data[2 * b + 1] <= p.keys, "span[", b,
-              "] must be [first, end) within the ", p.keys, " keys, got [", data[2 * b], ", ", data[2 * b + 1], ")");
+      require(0 <= data[2 * b] && data[2 * b] <= data[2 * b + 1] && data[2 * b + 1] <= p.keys,
+              "span[", b, "] must be [first, end) within the ", p.keys, " keys, got [", data[2 * b],
+              ", ", data[2 * b + 1], ")");
       geometry.span[2 * b] = data[2 * b];
       geometry.span[2 * b + 1] = data[2 * b + 1];
     }
@@ -53,14 +56,15 @@ void check_not_nan(const Tensor& log_scale) {
 }
 
 template <typename Real>
-void write_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t samples, int64_t keys,
-                const Tensor& bias) {
+void write_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t samples,
+                int64_t keys, const Tensor& bias) {
   const Real* log_scale = static_cast<const Real*>(p.log_scale.const_data_ptr());
   const int64_t sample_stride = p.log_scale_per_sample() ? p.log_scale.stride(0) : 0;
   const int64_t head_stride = p.log_scale.stride(p.log_scale.dim() - 1);
   Real* row = bias.mutable_data_ptr<Real>();
   for (int64_t b = begin; b < begin + samples; ++b) {
-    const int64_t first = std::min(geometry.span[2 * b], keys), end = std::min(geometry.span[2 * b + 1], keys);
+    const int64_t first = std::min(geometry.span[2 * b], keys),
+                  end = std::min(geometry.span[2 * b + 1], keys);
     const bool* mask = geometry.key_mask ? geometry.key_mask + b * p.keys : nullptr;
     for (int64_t h = 0; h < p.heads; ++h, row += keys) {
       std::fill(row, row + keys, Real{0});
@@ -75,7 +79,8 @@ void write_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64
 }  // namespace
 
 bool Geometry::same_query_start() const {
-  return std::adjacent_find(query_start.begin(), query_start.end(), std::not_equal_to<>()) == query_start.end();
+  return std::adjacent_find(query_start.begin(), query_start.end(), std::not_equal_to<>()) ==
+         query_start.end();
 }
 
 Geometry read_geometry(const Problem& p) {
@@ -94,7 +99,8 @@ Geometry read_geometry(const Problem& p) {
   return geometry;
 }
 
-Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t end, int64_t keys) {
+Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int64_t end,
+                 int64_t keys) {
   const bool shared = !p.log_scale_per_sample() && !p.key_mask && !p.span;
   const int64_t samples = shared ? 1 : end - begin;
   const bool wide = p.dtype == attention::DType::float64;

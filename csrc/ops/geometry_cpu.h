@@ -1,4 +1,5 @@
-// What each sample's queries see and which keys are scaled, read on the host, and the additive bias that says so.
+// What each sample's queries see and which keys are scaled, read on the host, and the additive bias
+// that says so.
 #pragma once
 
 #include <vector>
@@ -9,9 +10,10 @@ namespace zerotuning::ops {
 
 struct Geometry {
   std::vector<int64_t> query_start;  // [batch]: position of query row 0 among the keys
-  std::vector<int64_t> span;         // [batch, 2]: scaled keys [first, end); the initial token unless the caller chose
-  const bool* key_mask = nullptr;    // [batch, keys], contiguous, or null
-  Tensor key_mask_owner;             // keeps key_mask alive
+  std::vector<int64_t>
+      span;  // [batch, 2]: scaled keys [first, end); the initial token unless the caller chose
+  const bool* key_mask = nullptr;  // [batch, keys], contiguous, or null
+  Tensor key_mask_owner;           // keeps key_mask alive
 
   bool same_query_start() const;
 };
@@ -19,8 +21,9 @@ struct Geometry {
 // Throws std::invalid_argument for positions outside the keys or a log_scale that is not a number.
 Geometry read_geometry(const Problem& problem);
 
-// Additive bias [1 or samples, H, 1, keys] of samples [begin, end) and keys [0, keys): log_scale at the scaled keys,
-// -inf where key_mask is False, else 0. float64 for float64, else float32.
-Tensor make_bias(const Problem& problem, const Geometry& geometry, int64_t begin, int64_t end, int64_t keys);
+// Additive bias [1 or samples, H, 1, keys] of samples [begin, end) and keys [0, keys): log_scale at
+// the scaled keys, -inf where key_mask is False, else 0. float64 for float64, else float32.
+Tensor make_bias(const Problem& problem, const Geometry& geometry, int64_t begin, int64_t end,
+                 int64_t keys);
 
 }  // namespace zerotuning::ops

@@ -1,5 +1,5 @@
-// The operators' schemas, and which function runs on which device. Fake kernels and autograd are registered from Python
-// (python/zerotuning/ops.py), as LibTorch's stable ABI intends.
+// The operators' schemas, and which function runs on which device. Fake kernels and autograd are
+// registered from Python (python/zerotuning/ops.py), as LibTorch's stable ABI intends.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cpu.h"
@@ -11,23 +11,25 @@ using zerotuning::ops::Problem;
 using zerotuning::ops::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, OptionalTensor key_mask,
-                                     OptionalTensor span, OptionalTensor query_start, int64_t window, double scale) {
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                     OptionalTensor key_mask, OptionalTensor span,
+                                     OptionalTensor query_start, int64_t window, double scale) {
   return zerotuning::ops::attention_cpu(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(Tensor grad_output, Tensor query, Tensor key,
-                                                              Tensor value, Tensor log_scale, Tensor output,
-                                                              Tensor logsumexp, OptionalTensor key_mask,
-                                                              OptionalTensor span, OptionalTensor query_start,
-                                                              int64_t window, double scale) {
-  const Problem problem = check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor output,
+    Tensor logsumexp, OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
+    int64_t window, double scale) {
+  const Problem problem =
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
   return zerotuning::ops::attention_backward_cpu(problem, grad_output, output, logsumexp);
 }
 
-Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, OptionalTensor key_mask,
-                        OptionalTensor span, OptionalTensor query_start, int64_t window, double scale) {
+Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                        OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
+                        int64_t window, double scale) {
   return zerotuning::ops::decode_attention_cpu(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
@@ -36,14 +38,18 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
 
 STABLE_TORCH_LIBRARY(zerotuning, library) {
   library.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? key_mask, Tensor? span, "
+      "attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? key_mask, "
+      "Tensor? span, "
       "Tensor? query_start, int window, float scale) -> (Tensor output, Tensor logsumexp)");
   library.def(
-      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor output, "
-      "Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> "
+      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
+      "log_scale, Tensor output, "
+      "Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float "
+      "scale) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
   library.def(
-      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? key_mask, Tensor? span, "
+      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
+      "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
 }
 

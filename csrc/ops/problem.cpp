@@ -40,7 +40,8 @@ attention::DType dtype_of(const Tensor& query) {
     case ScalarType::Half:
       return attention::DType::float16;
     default:
-      fail("query must be float32, bfloat16, float16 or float64, got ", name_of(query.scalar_type()));
+      fail("query must be float32, bfloat16, float16 or float64, got ",
+           name_of(query.scalar_type()));
   }
 }
 
@@ -55,8 +56,8 @@ std::string device_of(const Tensor& tensor) {
 }
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  require(device_of(tensor) == device_of(query), name, " must be on query's device, ", device_of(query), ", got ",
-          device_of(tensor));
+  require(device_of(tensor) == device_of(query), name, " must be on query's device, ",
+          device_of(query), ", got ", device_of(tensor));
 }
 
 void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
@@ -64,9 +65,11 @@ void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
           name_of(tensor.scalar_type()));
 }
 
-void check_shape(const char* name, const Tensor& tensor, const Sizes& expected, const char* symbols) {
+void check_shape(const char* name, const Tensor& tensor, const Sizes& expected,
+                 const char* symbols) {
   bool same = tensor.dim() == static_cast<int64_t>(expected.size());
-  for (size_t i = 0; same && i < expected.size(); ++i) same = tensor.size(static_cast<int64_t>(i)) == expected[i];
+  for (size_t i = 0; same && i < expected.size(); ++i)
+    same = tensor.size(static_cast<int64_t>(i)) == expected[i];
   if (same) return;
   std::ostringstream text;
   for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
@@ -76,9 +79,11 @@ void check_shape(const char* name, const Tensor& tensor, const Sizes& expected, 
 void check_log_scale(const Problem& p) {
   const Tensor& t = p.log_scale;
   const bool per_sample = t.dim() == 2 && t.size(0) == p.batch && t.size(1) == p.heads;
-  require((t.dim() == 1 && t.size(0) == p.heads) || per_sample, "log_scale must be [H] or [B, H] with B = ", p.batch,
-          ", H = ", p.heads, ", got ", shape_of(t));
-  check_dtype("log_scale", t, p.dtype == attention::DType::float64 ? ScalarType::Double : ScalarType::Float);
+  require((t.dim() == 1 && t.size(0) == p.heads) || per_sample,
+          "log_scale must be [H] or [B, H] with B = ", p.batch, ", H = ", p.heads, ", got ",
+          shape_of(t));
+  check_dtype("log_scale", t,
+              p.dtype == attention::DType::float64 ? ScalarType::Double : ScalarType::Float);
   check_device("log_scale", t, p.query);
 }
 
@@ -110,24 +115,28 @@ std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& log_scale,
-                      const std::optional<Tensor>& key_mask, const std::optional<Tensor>& span,
-                      const std::optional<Tensor>& query_start, int64_t window, double scale) {
+Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const Tensor& log_scale, const std::optional<Tensor>& key_mask,
+                      const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
+                      int64_t window, double scale) {
   require(query.dim() == 4, "query must be [B, H, Tq, D], got ", shape_of(query));
   require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", shape_of(key));
   require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", shape_of(value));
-  Problem p{query, key, value, log_scale, key_mask, span, query_start, window, scale, dtype_of(query),
-            query.size(0), query.size(1), key.size(1), query.size(2), key.size(2), query.size(3), value.size(3)};
+  Problem p{query,       key,           value,       log_scale,       key_mask,      span,
+            query_start, window,        scale,       dtype_of(query), query.size(0), query.size(1),
+            key.size(1), query.size(2), key.size(2), query.size(3),   value.size(3)};
   check_shape("key", key, {p.batch, p.key_heads, p.keys, p.head_size}, "[B, Hkv, Tk, D]");
-  check_shape("value", value, {p.batch, p.key_heads, p.keys, p.value_head_size}, "[B, Hkv, Tk, Dv]");
-  require(p.key_heads > 0 && p.heads % p.key_heads == 0, "query's heads must be a multiple of key's heads, got ",
-          p.heads, " and ", p.key_heads);
+  check_shape("value", value, {p.batch, p.key_heads, p.keys, p.value_head_size},
+              "[B, Hkv, Tk, Dv]");
+  require(p.key_heads > 0 && p.heads % p.key_heads == 0,
+          "query's heads must be a multiple of key's heads, got ", p.heads, " and ", p.key_heads);
   for (const auto& [name, tensor] : {std::pair("key", &key), std::pair("value", &value)}) {
     check_dtype(name, *tensor, query.scalar_type());
     check_device(name, *tensor, query);
   }
   require(p.query_start.has_value() || p.queries <= p.keys,
-          "query must not be longer than key without query_start, got Tq = ", p.queries, " and Tk = ", p.keys);
+          "query must not be longer than key without query_start, got Tq = ", p.queries,
+          " and Tk = ", p.keys);
   require(window >= 0, "window must be 0 (none) or the number of keys a query sees, got ", window);
   require(std::isfinite(scale), "scale must be finite, got ", scale);
   check_log_scale(p);

@@ -22,8 +22,8 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch, key_heads, keys,
-// head_size], value [batch, key_heads, keys, value_head_size].
+// One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch,
+// key_heads, keys, head_size], value [batch, key_heads, keys, value_head_size].
 struct Problem {
   Tensor query, key, value, log_scale;
   std::optional<Tensor> key_mask;     // bool [batch, keys]
@@ -39,9 +39,10 @@ struct Problem {
 };
 
 // Throws std::invalid_argument that names the argument, what was expected and what came.
-Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& log_scale,
-                      const std::optional<Tensor>& key_mask, const std::optional<Tensor>& span,
-                      const std::optional<Tensor>& query_start, int64_t window, double scale);
+Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value,
+                      const Tensor& log_scale, const std::optional<Tensor>& key_mask,
+                      const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
+                      int64_t window, double scale);
 
 std::string shape_of(const Tensor& tensor);  // "[2, 3]"
 

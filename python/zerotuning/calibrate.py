@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ SCALES_FILE = "head_scales.safetensors"
 HELD_OUT_SHARE = 0.2
 #: Fit examples that one gradient step sees.
 STEP_EXAMPLES = 64
-DEFAULT_STEPS = {"gradient": 60, "paper": None, "cma-es": 300}
+DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
 
 
 @dataclass(frozen=True)
@@ -178,15 +178,23 @@ def split_examples(records: list[Record], options: Options) -> tuple[list[Record
 def new_search(dimension: int, options: Options) -> _search.Optimizer:
     """The C++ search of `dimension` log scales that the options ask for."""
     steps = options.steps or DEFAULT_STEPS[options.method]
-    if options.method == "paper":
-        return _search.PaperOptimizer(dimension)
-    if options.method == "cma-es":
-        return _search.CmaEsOptimizer(dimension, seed=options.seed, evaluations=steps or 1)
-    return _search.GradientOptimizer(dimension, steps=steps or 1, **GRADIENT_SETTINGS)
+    try:
+        if options.method == "paper":
+            return _search.PaperOptimizer(dimension)
+        if options.method == "cma-es":
+            return _search.CmaEsOptimizer(dimension, seed=options.seed, evaluations=steps)
+        return _search.GradientOptimizer(dimension, steps=steps, **GRADIENT_SETTINGS)
+    except ValueError as error:  # too few evaluations for a generation of CMA-ES, say
+        raise ZeroTuningError(f"method {options.method} with steps = {steps}: {error}") from error
 
 
 #: One setting for all tasks.
-GRADIENT_SETTINGS: dict[str, Any] = {"learning_rate": 0.1, "penalty": 1e-3, "evaluate_every": 3, "patience": 0}
+GRADIENT_SETTINGS: dict[str, Any] = {
+    "learning_rate": 0.1,
+    "penalty": 1e-3,
+    "evaluate_every": 3,
+    "patience": 0,
+}
 
 
 class _Part:
@@ -352,11 +360,19 @@ class _Run:
             "tuned": {"loss": self.search.best_loss(), "accuracy": held_out.accuracy(point)},
             "improved": bool(np.any(point != 0)),
             "history": self.history,
-            "versions": {"zerotuning": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "versions": {
+                "zerotuning": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
         }
         if isinstance(self.search, _search.PaperOptimizer):
             profile = [None if np.isnan(effect) else float(effect) for effect in self.search.profile()]
-            report["profile"] = {"effect": profile, "direction": self.search.direction(), "group": self.search.group()}
+            report["profile"] = {
+                "effect": profile,
+                "direction": self.search.direction(),
+                "group": self.search.group(),
+            }
         return report
 
 
@@ -430,18 +446,18 @@ def _fingerprint(
         "task": task.name,
         "prompt": task.prompt,
         "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
-        "data": hashlib.sha256(examples.encode()).hexdigest(),
         "method": options.method,
         "objective": options.objective,
         "examples": options.examples,
         "steps": options.steps,
         "seed": options.seed,
         "batch_size": options.batch_size,
+        "data": hashlib.sha256(examples.encode()).hexdigest(),
     }
 
 
 def _metadata(model: Any, model_name: str | None, report: Mapping[str, Any]) -> dict[str, Any]:
-    kept: Callable[[str], bool] = lambda name: name not in ("history", "profile", "versions", "task", "method", "objective")
+    apart = ("history", "profile", "versions", "task", "method", "objective")
     return {
         "model_type": getattr(model.config, "model_type", ""),
         "model_name": model_name or getattr(model.config, "name_or_path", ""),
@@ -449,5 +465,5 @@ def _metadata(model: Any, model_name: str | None, report: Mapping[str, Any]) -> 
         "method": report["method"],
         "objective": report["objective"],
         "versions": report["versions"],
-        "calibration": {name: value for name, value in report.items() if kept(name)},
+        "calibration": {name: value for name, value in report.items() if name not in apart},
     }

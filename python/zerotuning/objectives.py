@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
 from zerotuning.errors import ZeroTuningError
 
 Objective = Callable[[Tensor, Tensor], Tensor]
@@ -31,9 +32,7 @@ def _check_labels(scores: Tensor, labels: Tensor) -> None:
         )
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < 0 or largest >= scores.shape[1]:
-        raise ZeroTuningError(
-            f"labels must lie in [0, {scores.shape[1]}), got {smallest if smallest < 0 else largest}"
-        )
+        raise ZeroTuningError(f"labels must lie in [0, {scores.shape[1]}), got {smallest if smallest < 0 else largest}")
 
 
 def _log_probabilities(scores: Tensor) -> Tensor:

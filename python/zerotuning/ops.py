@@ -55,9 +55,7 @@ def attention(
         ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it.
     """
     factor = _softmax_scale(query, scale)
-    return torch.ops.zerotuning.attention(
-        query, key, value, log_scale, key_mask, span, query_start, window, factor
-    )
+    return torch.ops.zerotuning.attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)
 
 
 def decode_attention(

@@ -34,6 +34,7 @@ class HeadScaling(nn.Module):
     """The scales of one attention layer: log γ of one or several named settings, float32 whatever the model's dtype."""
 
     log_scale: Tensor
+    rows: Tensor | None
 
     def __init__(self, layer_name: str, heads: int, device: torch.device) -> None:
         super().__init__()
@@ -89,7 +90,9 @@ def zerotuning_attention(
     scaling_of_layer = getattr(module, CHILD, None)
     if scaling_of_layer is None:
         if not _probe.active:
-            raise ZeroTuningError(f"{_describe(module)} was not reached when the model was patched; unpatch and patch it again")
+            raise ZeroTuningError(
+                f"{_describe(module)} was not reached when the model was patched; unpatch and patch it again"
+            )
         log_scale = torch.zeros(query.shape[1], device=query.device)
     else:
         log_scale = scaling_of_layer.current(query.shape[0])
@@ -143,7 +146,11 @@ def _attend_densely(
 
 
 def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
-    reasons = {"softcap": "soft-caps its logits", "s_aux": "has learned sinks", "position_bias": "has a position bias"}
+    reasons = {
+        "softcap": "soft-caps its logits",
+        "s_aux": "has learned sinks",
+        "position_bias": "has a position bias",
+    }
     for name, reason in reasons.items():
         if kwargs.get(name) is not None:
             raise ZeroTuningError(f"{_describe(module)} {reason} ({name}), which zerotuning does not support")
@@ -151,7 +158,9 @@ def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | Non
     if not causal:
         raise ZeroTuningError(f"{_describe(module)} is not causal: it has no initial token to scale")
     if dropout and module.training:
-        raise ZeroTuningError(f"{_describe(module)} has attention dropout {dropout}: set attention_dropout to 0 to train")
+        raise ZeroTuningError(
+            f"{_describe(module)} has attention dropout {dropout}: set attention_dropout to 0 to train"
+        )
 
 
 def _describe(module: nn.Module) -> str:
@@ -191,7 +200,16 @@ def zerotuning_mask(
     sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
     if not (mask_function is causal_mask_function or sliding):
         return _dense_codes(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, chunked, device, kwargs
+            batch_size,
+            q_length,
+            kv_length,
+            q_offset,
+            kv_offset,
+            mask_function,
+            attention_mask,
+            chunked,
+            device,
+            kwargs,
         )
     ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     if ends_at_queries and (attention_mask is None or _all_real(attention_mask)):
@@ -320,7 +338,7 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
     """Switches a transformers causal language model to scaled attention, every γ = 1: outputs stay what `sdpa` gives.
 
     Args:
-        model: any transformers model that looks its attention up (transformers >= 5.4). Patched already: nothing happens.
+        model: any transformers model that looks its attention up (transformers >= 5.6). Patched already: nothing happens.
         partial: accept a model some of whose layers have no such attention (hybrids); their rows of γ must stay 1.
 
     Raises:
@@ -332,7 +350,9 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
     if not hasattr(model, "set_attn_implementation"):
         raise ZeroTuningError(f"model must be a transformers model, got {type(model).__name__}")
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ZeroTuningError(f"{type(model).__name__} has an encoder and cross-attention, which zerotuning does not support")
+        raise ZeroTuningError(
+            f"{type(model).__name__} has an encoder and cross-attention, which zerotuning does not support"
+        )
     implementations = _implementations(model)
     try:
         _switch(model)
@@ -360,7 +380,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 def _implementations(model: nn.Module) -> list[tuple[Any, Any]]:
     """Every configuration in the model with the attention implementation it asks for."""
     found: dict[int, tuple[Any, Any]] = {}
-    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    waiting: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while waiting:
         config = waiting.pop()
         if id(config) not in found and hasattr(config, "_attn_implementation_internal"):
@@ -412,11 +432,12 @@ def _run_probe(model: Any) -> _Probe:
 def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling | None], list[nn.Module], int]:
     """The scales of every layer, by layer index, and the attention modules that get them."""
     total = model.config.get_text_config(decoder=True).num_hidden_layers
-    places = [getattr(module, "layer_idx", None) for module, _ in probe.reached]
-    if None in places:
-        places = list(range(len(probe.reached)))
+    named: list[Any] = [getattr(module, "layer_idx", None) for module, _ in probe.reached]
+    places: list[int] = list(range(len(named))) if None in named else named
     if len(set(places)) < len(places) or len({id(module) for module, _ in probe.reached}) < len(places):
-        raise ZeroTuningError(f"{type(model).__name__} runs one attention layer several times, which zerotuning does not support")
+        raise ZeroTuningError(
+            f"{type(model).__name__} runs one attention layer several times, which zerotuning does not support"
+        )
     missing = [index for index in range(total) if index not in places]
     if not probe.reached or (missing and not partial):
         raise ZeroTuningError(_missing_text(model, missing, total))
@@ -426,7 +447,9 @@ def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling 
         )
     heads = {count for _, count in probe.reached}
     if len(heads) > 1:
-        raise ZeroTuningError(f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs one number")
+        raise ZeroTuningError(
+            f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs one number"
+        )
     layers: list[HeadScaling | None] = [None] * total
     modules = []
     for place, (module, count) in sorted(zip(places, probe.reached, strict=True), key=lambda pair: pair[0]):
@@ -447,9 +470,7 @@ def _missing_text(model: Any, missing: Sequence[int], total: int) -> str:
     )
     shown = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
     advice = "" if len(missing) == total else "; partial=True tunes the others"
-    return (
-        f"{len(missing)} of {total} layers of {type(model).__name__} have no attention that zerotuning can reach: {shown}{advice}"
-    )
+    return f"{len(missing)} of {total} layers of {type(model).__name__} have no attention that zerotuning can reach: {shown}{advice}"
 
 
 # Scales.
@@ -536,7 +557,9 @@ def rows(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     unknown = [name for name in names if name not in patched.settings]
     if unknown or not names:
         known = ", ".join(repr(name) for name in patched.settings)
-        raise ZeroTuningError(f"rows must name applied scales ({known}), got {unknown[0]!r}" if unknown else "rows is empty")
+        raise ZeroTuningError(
+            f"rows must name applied scales ({known}), got {unknown[0]!r}" if unknown else "rows is empty"
+        )
     index = torch.tensor([patched.settings.index(name) for name in names])
     layers = [layer for layer in patched.layers if layer is not None]
     before = [layer.rows for layer in layers]

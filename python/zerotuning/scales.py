@@ -103,7 +103,9 @@ class HeadScales:
         try:
             files = [Path(hf_hub_download(str(name), file)) for file in (SCALES_FILE, CONFIG_FILE)]
         except Exception as error:  # the hub client raises a dozen unrelated types
-            raise ZeroTuningError(f"no folder {folder}, and the hub gave no head scales of that name: {error}") from error
+            raise ZeroTuningError(
+                f"no folder {folder}, and the hub gave no head scales of that name: {error}"
+            ) from error
         return cls._read(*files)
 
     @classmethod

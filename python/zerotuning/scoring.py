@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks import Prompt, Record, Task, as_records
 
@@ -38,11 +39,7 @@ class TokenizedPrompt:
         tokens, less those that another one starts with. One empty beginning when all labels are single
         tokens."""
         beginnings = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
-        return [
-            one
-            for one in beginnings
-            if not any(other != one and other[: len(one)] == one for other in beginnings)
-        ]
+        return [one for one in beginnings if not any(other != one and other[: len(one)] == one for other in beginnings)]
 
     @property
     def longest(self) -> int:
@@ -116,9 +113,7 @@ class LabelScorer:
         self._forward_arguments = _forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
         self._single_tokens = all(len(tokens) == 1 for e in self.examples for tokens in e.labels)
-        self.batches: list[Batch] = [
-            self._batch(indices) for indices in self._group(batch_size, batch_tokens)
-        ]
+        self.batches: list[Batch] = [self._batch(indices) for indices in self._group(batch_size, batch_tokens)]
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -177,9 +172,7 @@ class LabelScorer:
             added = len(self.examples[index].beginnings)
             # The longest comes last, so it sets the padded length.
             tokens = (sequences + added) * self.examples[index].longest
-            if group and (
-                sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)
-            ):
+            if group and (sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)):
                 yield group
                 group, sequences = [], 0
             group.append(index)
@@ -272,14 +265,13 @@ def _label_columns(logits: Tensor, batch: Batch, columns: int, row_of: dict[int,
     return logits.gather(1, index).masked_fill(absent, -torch.inf)
 
 
-def _tokenize(
-    tokenizer: Any, task: Task, records: list[Record], require_labels: bool
-) -> list[TokenizedPrompt]:
+def _tokenize(tokenizer: Any, task: Task, records: list[Record], require_labels: bool) -> list[TokenizedPrompt]:
     if not records:
         raise ZeroTuningError(f"task {task.name!r} was given no examples")
     prompts = [task.render(record, require_label=require_labels) for record in records]
     texts = [prompt.text + label for prompt in prompts for label in ("", *prompt.labels)]
-    tokens = iter([_without_end(tokenizer, ids) for ids in tokenizer(texts)["input_ids"]])
+    appended = _tokens_after_text(tokenizer)
+    tokens = iter([tuple(ids[: len(ids) - appended]) for ids in tokenizer(texts)["input_ids"]])
     alone = _LabelsAlone(tokenizer)
     examples = []
     for record, prompt in zip(records, prompts, strict=True):
@@ -288,8 +280,7 @@ def _tokenize(
         if not prompt_tokens:
             raise ZeroTuningError(f"{record.origin}: the prompt has no tokens, got {prompt.text!r}")
         labels = tuple(
-            _label_tokens(prompt_tokens, both, alone, label)
-            for label, both in zip(prompt.labels, joined, strict=True)
+            _label_tokens(prompt_tokens, both, alone, label) for label, both in zip(prompt.labels, joined, strict=True)
         )
         _check_labels_differ(prompt, labels, record.origin)
         label = -1 if prompt.label is None else prompt.label
@@ -297,10 +288,14 @@ def _tokenize(
     return examples
 
 
-def _without_end(tokenizer: Any, ids: Sequence[int]) -> Tokens:
-    """The ids less an end-of-text token that the tokenizer appended: after it no label follows."""
-    ended = len(ids) > 1 and getattr(tokenizer, "add_eos_token", False) and ids[-1] == tokenizer.eos_token_id
-    return tuple(ids[:-1] if ended else ids)
+def _tokens_after_text(tokenizer: Any) -> int:
+    """How many tokens the tokenizer appends to a text, such as an end-of-text token: no label may follow."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for before in range(len(whole) - len(plain) + 1):
+        if plain and whole[before : before + len(plain)] == plain:
+            return len(whole) - before - len(plain)
+    return 0
 
 
 class _LabelsAlone:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from zerotuning.errors import ZeroTuningError
 
 LETTERS = "letters"
@@ -79,9 +80,7 @@ class Task:
             if self.labels != LETTERS:
                 raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {self.labels!r}')
             if "choices" not in self.fields:
-                raise ZeroTuningError(
-                    f"labels: {LETTERS} needs {{choices}} in the prompt, got fields {self.fields}"
-                )
+                raise ZeroTuningError(f"labels: {LETTERS} needs {{choices}} in the prompt, got fields {self.fields}")
         else:
             object.__setattr__(self, "labels", _checked_labels(self.labels))
 
@@ -105,9 +104,7 @@ class Task:
             f"unknown task {text!r}{hint} (known tasks: {', '.join(known)}, or the path of a .yaml file)"
         )
 
-    def render(
-        self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None
-    ) -> Prompt:
+    def render(self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None) -> Prompt:
         """The prompt of one example.
 
         A missing `label` gives `Prompt.label = None`, or an error with `require_label`. `origin` names the
@@ -133,9 +130,7 @@ class Task:
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
         """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
         if not self.builtin:
-            raise ZeroTuningError(
-                f"task {self.name!r} has no built-in examples: name a JSON lines file of its own"
-            )
+            raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file of its own")
         return builtin_examples(self.name, split, limit)
 
 
@@ -216,9 +211,7 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
         )
     for key in description:
         if key not in _KNOWN_KEYS:
-            raise ZeroTuningError(
-                f"task file {path}: unknown field {key!r}; known fields are {', '.join(_KNOWN_KEYS)}"
-            )
+            raise ZeroTuningError(f"task file {path}: unknown field {key!r}; known fields are {', '.join(_KNOWN_KEYS)}")
     for key in _REQUIRED_KEYS:
         if key not in description:
             raise ZeroTuningError(f"task file {path}: field {key!r} is missing")
@@ -243,16 +236,10 @@ def _template_pieces(template: str) -> tuple[tuple[str, str | None], ...]:
     for literal, name, format_spec, conversion in parsed:
         if name is not None:
             shown = (
-                "{"
-                + name
-                + (f"!{conversion}" if conversion else "")
-                + (f":{format_spec}" if format_spec else "")
-                + "}"
+                "{" + name + (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "") + "}"
             )
             if conversion or format_spec:
-                raise ZeroTuningError(
-                    f"prompt: {shown} must be a plain {{field}}, without conversion or format"
-                )
+                raise ZeroTuningError(f"prompt: {shown} must be a plain {{field}}, without conversion or format")
             if not name.isidentifier():
                 raise ZeroTuningError(
                     f"prompt: {shown} must be a plain {{field}}: a name of letters, digits and underscores,"
@@ -271,15 +258,11 @@ def _checked_labels(labels: Any) -> tuple[str, ...]:
         raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {_shown(labels)}')
     for index, label in enumerate(labels):
         if not isinstance(label, str):
-            raise ZeroTuningError(
-                f"labels must be strings, got {_shown(label)} at index {index}: put it in quotes"
-            )
+            raise ZeroTuningError(f"labels must be strings, got {_shown(label)} at index {index}: put it in quotes")
         if not label.strip():
             raise ZeroTuningError(f"labels must not be empty, got {label!r} at index {index}")
         if label in labels[:index]:
-            raise ZeroTuningError(
-                f"labels must differ, got {label!r} at index {labels.index(label)} and {index}"
-            )
+            raise ZeroTuningError(f"labels must differ, got {label!r} at index {labels.index(label)} and {index}")
     if len(labels) < 2:
         raise ZeroTuningError(f"labels must be at least two, got {list(labels)}")
     return tuple(labels)
@@ -292,9 +275,7 @@ def _checked_choices(record: Mapping[str, Any], origin: str) -> list[str]:
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ZeroTuningError(f"{origin}: field 'choices' must be a list of strings, got {_shown(choices)}")
     if not 2 <= len(choices) <= len(_ALPHABET):
-        raise ZeroTuningError(
-            f"{origin}: field 'choices' must hold 2 to {len(_ALPHABET)} strings, got {len(choices)}"
-        )
+        raise ZeroTuningError(f"{origin}: field 'choices' must hold 2 to {len(_ALPHABET)} strings, got {len(choices)}")
     return choices
 
 
@@ -316,9 +297,7 @@ def _checked_label(record: Mapping[str, Any], count: int, required: bool, origin
             raise ZeroTuningError(f"{origin}: field 'label' is missing")
         return None
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-        raise ZeroTuningError(
-            f"{origin}: field 'label' must be an integer from 0 to {count - 1}, got {_shown(label)}"
-        )
+        raise ZeroTuningError(f"{origin}: field 'label' must be an integer from 0 to {count - 1}, got {_shown(label)}")
     return label
 
 

@@ -1,4 +1,5 @@
-// attention/: the decomposition into pieces, the number types and the CPU kernels, each against its formula in double.
+// attention/: the decomposition into pieces, the number types and the CPU kernels, each against its
+// formula in double.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -13,10 +14,12 @@ namespace zerotuning::attention {
 namespace {
 
 // How often query row r is shown key j by the pieces.
-std::vector<std::vector<int>> coverage(const std::vector<Piece>& pieces, int64_t queries, int64_t keys) {
+std::vector<std::vector<int>> coverage(const std::vector<Piece>& pieces, int64_t queries,
+                                       int64_t keys) {
   std::vector<std::vector<int>> seen(queries, std::vector<int>(keys, 0));
   for (const Piece& piece : pieces) {
-    const int64_t rows = piece.query_end - piece.query_begin, columns = piece.key_end - piece.key_begin;
+    const int64_t rows = piece.query_end - piece.query_begin,
+                  columns = piece.key_end - piece.key_begin;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; ++j) {
         if (piece.causal && j > r) continue;
@@ -38,7 +41,8 @@ TEST(Pieces, show_each_query_each_key_of_its_window_exactly_once) {
           for (int64_t j = 0; j < start + queries; ++j) {
             const bool visible = j <= start + i && (window == 0 || j > start + i - window);
             ASSERT_EQ(seen[i][j], visible ? 1 : 0)
-                << "queries " << queries << " start " << start << " window " << window << " at " << i << ", " << j;
+                << "queries " << queries << " start " << start << " window " << window << " at "
+                << i << ", " << j;
           }
         }
       }
@@ -51,7 +55,8 @@ TEST(Pieces, first_piece_of_a_block_covers_all_its_rows) {
     if (piece.first) continue;
     bool covered = false;
     for (const Piece& other : decompose(100, 30, 16)) {
-      covered |= other.first && other.query_begin <= piece.query_begin && piece.query_end <= other.query_end;
+      covered |= other.first && other.query_begin <= piece.query_begin &&
+                 piece.query_end <= other.query_end;
     }
     EXPECT_TRUE(covered);
   }
@@ -83,10 +88,10 @@ TEST(NumberTypes, every_float16_survives_widening_and_narrowing) {
 }
 
 TEST(NumberTypes, narrowing_rounds_to_the_nearest_value_and_ties_to_even) {
-  EXPECT_EQ(narrow<BFloat16>(1.0f + 1.0f / 256).bits, 0x3f80);       // tie, even below
-  EXPECT_EQ(narrow<BFloat16>(1.0f + 3.0f / 256).bits, 0x3f82);       // tie, even above
-  EXPECT_EQ(narrow<Float16>(1.0f + 1.0f / 2048).bits, 0x3c00);       // tie, even below
-  EXPECT_EQ(narrow<Float16>(1.0f + 3.0f / 2048).bits, 0x3c02);       // tie, even above
+  EXPECT_EQ(narrow<BFloat16>(1.0f + 1.0f / 256).bits, 0x3f80);  // tie, even below
+  EXPECT_EQ(narrow<BFloat16>(1.0f + 3.0f / 256).bits, 0x3f82);  // tie, even above
+  EXPECT_EQ(narrow<Float16>(1.0f + 1.0f / 2048).bits, 0x3c00);  // tie, even below
+  EXPECT_EQ(narrow<Float16>(1.0f + 3.0f / 2048).bits, 0x3c02);  // tie, even above
   EXPECT_EQ(narrow<Float16>(65519.0f).bits, 0x7bff);
   EXPECT_EQ(narrow<Float16>(65520.0f).bits, 0x7c00);
   EXPECT_TRUE(std::isnan(widen(narrow<BFloat16>(std::nanf("")))));
@@ -100,7 +105,9 @@ struct Numbers {
     std::normal_distribution<float> normal;
     for (T& x : values) x = narrow<T>(normal(random));
   }
-  double operator[](int64_t i) const { return static_cast<double>(widen(values[static_cast<size_t>(i)])); }
+  double operator[](int64_t i) const {
+    return static_cast<double>(widen(values[static_cast<size_t>(i)]));
+  }
 };
 
 template <typename T>
@@ -127,9 +134,21 @@ TYPED_TEST(CpuKernel, merge_weighs_two_parts_by_their_logsumexp_and_skips_a_part
   const Numbers<TypeParam> before = whole;
   std::vector<Real> lse = {0, 40, -40, none, 1}, part_lse = {1, -40, 40, 2, none};
   const std::vector<Real> lse_before = lse;
-  const MergeArguments arguments{
-      dtype_of<TypeParam>, 1, 1, rows, columns, whole.values.data(), 0, 0, columns, lse.data(), 0, 0, 1,
-      {part.values.data(), 0, 0, columns}, {part_lse.data(), 0, 0, 1}};
+  const MergeArguments arguments{dtype_of<TypeParam>,
+                                 1,
+                                 1,
+                                 rows,
+                                 columns,
+                                 whole.values.data(),
+                                 0,
+                                 0,
+                                 columns,
+                                 lse.data(),
+                                 0,
+                                 0,
+                                 1,
+                                 {part.values.data(), 0, 0, columns},
+                                 {part_lse.data(), 0, 0, 1}};
   cpu_kernels().merge(arguments, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
     const double a = std::exp(double(lse_before[r])), b = std::exp(double(part_lse[r]));
@@ -145,7 +164,15 @@ TYPED_TEST(CpuKernel, add_sums_rows_in_reverse_order_too) {
   const int64_t rows = 4, columns = 19;
   Numbers<TypeParam> total(rows * columns, random), part(rows * columns, random);
   const Numbers<TypeParam> before = total;
-  const AddArguments arguments{dtype_of<TypeParam>, 1, 1, rows, columns, total.values.data(), 0, 0, columns,
+  const AddArguments arguments{dtype_of<TypeParam>,
+                               1,
+                               1,
+                               rows,
+                               columns,
+                               total.values.data(),
+                               0,
+                               0,
+                               columns,
                                {part.values.data() + (rows - 1) * columns, 0, 0, -columns}};
   cpu_kernels().add(arguments, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
@@ -160,21 +187,43 @@ TYPED_TEST(CpuKernel, add_sums_rows_in_reverse_order_too) {
 TYPED_TEST(CpuKernel, log_scale_gradient_equals_its_formula_with_windows_masks_and_spans) {
   using Real = typename Accumulator<TypeParam>::type;
   std::mt19937 random(3);
-  const int64_t heads = 4, key_heads = 2, queries = 300, keys = 310, size = 24, value_size = 40, window = 280;
+  const int64_t heads = 4, key_heads = 2, queries = 300, keys = 310, size = 24, value_size = 40,
+                window = 280;
   Numbers<TypeParam> q(heads * queries * size, random), k(key_heads * keys * size, random),
       v(key_heads * keys * value_size, random), o(heads * queries * value_size, random),
       grad(heads * queries * value_size, random);
-  std::vector<Real> lse(heads * queries, Real(3)), log_scale = {Real(-2), Real(0), Real(1), Real(2)};
+  std::vector<Real> lse(heads * queries, Real(3)),
+      log_scale = {Real(-2), Real(0), Real(1), Real(2)};
   std::vector<char> mask(keys, 1);
   mask[6] = 0;
   const int64_t span[2] = {4, 9}, start[1] = {10};
   std::vector<double> partial(heads * log_scale_gradient_chunks(queries), std::nan(""));
   const LogScaleGradientArguments arguments{
-      dtype_of<TypeParam>, 1, heads, heads / key_heads, queries, size, value_size, window, 0.2,
-      {q.values.data(), 0, queries * size, size}, {k.values.data(), 0, keys * size, size},
-      {v.values.data(), 0, keys * value_size, value_size}, {o.values.data(), 0, queries * value_size, value_size},
-      {grad.values.data(), 0, queries * value_size, value_size}, lse.data(), 0, queries, 1, log_scale.data(), 0,
-      reinterpret_cast<const bool*>(mask.data()), keys, span, start, partial.data()};
+      dtype_of<TypeParam>,
+      1,
+      heads,
+      heads / key_heads,
+      queries,
+      size,
+      value_size,
+      window,
+      0.2,
+      {q.values.data(), 0, queries * size, size},
+      {k.values.data(), 0, keys * size, size},
+      {v.values.data(), 0, keys * value_size, value_size},
+      {o.values.data(), 0, queries * value_size, value_size},
+      {grad.values.data(), 0, queries * value_size, value_size},
+      lse.data(),
+      0,
+      queries,
+      1,
+      log_scale.data(),
+      0,
+      reinterpret_cast<const bool*>(mask.data()),
+      keys,
+      span,
+      start,
+      partial.data()};
   cpu_kernels().log_scale_gradient(arguments, 0, static_cast<int64_t>(partial.size()));
 
   for (int64_t h = 0; h < heads; ++h) {
@@ -194,7 +243,8 @@ TYPED_TEST(CpuKernel, log_scale_gradient_equals_its_formula_with_windows_masks_a
         expected += term, magnitude += std::abs(term);
       }
     }
-    for (int64_t c = 0; c < log_scale_gradient_chunks(queries); ++c) got += partial[h * log_scale_gradient_chunks(queries) + c];
+    for (int64_t c = 0; c < log_scale_gradient_chunks(queries); ++c)
+      got += partial[h * log_scale_gradient_chunks(queries) + c];
     EXPECT_NEAR(got, expected, 1e-5 * magnitude);
   }
 }

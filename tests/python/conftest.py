@@ -1,7 +1,7 @@
 """Models that several test files share: a tiny random one, and the embedded one.
 
-Tests that use `demo_model` are marked `model`: they run by default, and fetch 98 MB once into the user's cache;
-`pytest -m "not model"` leaves them out.
+Tests that use `demo_model` are marked `model`: they run by default, and fetch 98 MB once into the user's
+cache; `pytest -m "not model"` leaves them out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,12 @@ CORPUS = [
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Any:
-    """A byte-level BPE tokenizer of 300 tokens: " positive" and " negative" take one token, other words several."""
+    """A byte-level BPE tokenizer of 330 tokens: " positive" is one token, a new word several."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet
-    )
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet)
     tokenizer.train_from_iterator(CORPUS, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>")
 

@@ -1,4 +1,4 @@
-"""Objectives against their formulas written out with Python's floats, and their gradients against differences."""
+"""Objectives against their formulas in Python's floats, and their gradients against finite differences."""
 
 from __future__ import annotations
 
@@ -103,9 +103,7 @@ def test_a_label_that_no_example_has_gives_no_nan(name: str) -> None:
     assert bool(value.isfinite())
     assert bool(gradient.isfinite().all())
     kept = scores.detach()[:, :2]
-    assert float(value.detach()) == pytest.approx(
-        float(objectives.OBJECTIVES[name](kept, torch.tensor([0, 1])))
-    )
+    assert float(value.detach()) == pytest.approx(float(objectives.OBJECTIVES[name](kept, torch.tensor([0, 1]))))
 
 
 def test_accuracy_is_the_fraction_of_gold_labels_that_score_highest() -> None:

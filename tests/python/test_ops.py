@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
-
 from zerotuning import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -227,9 +226,7 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *t: ops.attention(*t, key_mask=mask, window=3)[0], inputs)
 
 
-@pytest.mark.parametrize(
-    "geometry", [{}, {"window": 4}, {"key_mask": True}, {"span": True, "query_start": True}]
-)
+@pytest.mark.parametrize("geometry", [{}, {"window": 4}, {"key_mask": True}, {"span": True, "query_start": True}])
 def test_opcheck_passes_for_every_operator(geometry) -> None:
     torch.manual_seed(9)
     inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32)]
@@ -279,9 +276,7 @@ def test_peak_memory_grows_linearly_with_the_length() -> None:
     """With a T×T float32 matrix, T = 4096 would take 64 MiB a head; the operator allocates a few MiB."""
     inputs = [t.requires_grad_() for t in random_inputs((1, 1, 1, 4096, 4096, 16, 16), torch.float32)]
     for window in (0, 1000):
-        with torch.profiler.profile(
-            profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
-        ) as profile:
+        with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             ops.attention(*inputs, window=window)[0].sum().backward()
         largest = max(abs(event.cpu_memory_usage) for event in profile.events())
         assert largest < 16 * 2**20

@@ -18,8 +18,7 @@ def loss(point: np.ndarray) -> float:
 
 def answers(optimizer: _search.Optimizer) -> list[tuple[float, np.ndarray | None]]:
     return [
-        (loss(wanted.point), 2 * (wanted.point - TARGET) if wanted.gradient else None)
-        for wanted in optimizer.ask()
+        (loss(wanted.point), 2 * (wanted.point - TARGET) if wanted.gradient else None) for wanted in optimizer.ask()
     ]
 
 

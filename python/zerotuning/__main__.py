@@ -1,0 +1,8 @@
+"""`python -m zerotuning`: the same as the command `zerotuning`."""
+
+import sys
+
+from zerotuning.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,310 @@
+"""`zerotuning bench`: speed and memory beside the other ways of doing the same, in one run, as ratios.
+
+Peers take turns round by round, so that whatever else the machine does hits all alike; a figure is the median of its
+rounds, a ratio the median of the rounds' ratios to the untuned attention of the same round.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from zerotuning import ops
+from zerotuning.files import write_json_atomically
+
+BENCHMARKS = ("attention", "decode", "calibration")
+UNTUNED = "untuned sdpa"
+OURS = "zerotuning"
+#: Query heads, key heads, head size: SmolLM2-135M's and Llama-3.1-8B's.
+HEADS = ((9, 3, 64), (32, 8, 128))
+LENGTHS = (128, 256, 512, 1024, 2048, 4096)
+#: Peers that keep a [H, T, T] matrix are left out where it would take more.
+LARGEST_MATRIX = 2**29
+#: FlexAttention is compiled anew for every shape, half a minute each on the CPU.
+FLEX_LENGTHS = (1024,)
+Peer = Callable[[], Tensor]
+Row = dict[str, Any]
+
+
+def run_bench(kind: str, output: Path | None = None) -> dict[str, Any]:
+    """Runs one of BENCHMARKS, prints its table and, with `output`, writes it as JSON."""
+    rows = {"attention": bench_attention, "decode": bench_decode, "calibration": bench_calibration}[kind]()
+    result = {"benchmark": kind, "machine": machine(), "rows": rows}
+    print_table(result)
+    if output is not None:
+        write_json_atomically(output, result)
+    return result
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores used and versions: what a figure depends on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        amx = any("amx_bf16" in line for line in lines if line.startswith("flags"))
+    except (OSError, StopIteration):
+        amx = False
+    return {
+        "processor": name,
+        "bf16 matrix unit": amx,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def take_turns(peers: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each peer and its median ratio to the first, from interleaved rounds (5 at least)."""
+    for peer in peers.values():
+        peer()
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, peer in peers.items():
+            started = time.perf_counter()
+            peer()
+            times[name].append(time.perf_counter() - started)
+    return _summary(times)
+
+
+def _summary(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    first = next(iter(times.values()))
+    return {
+        name: {
+            "ms": 1e3 * statistics.median(own),
+            "ratio": statistics.median(a / b for a, b in zip(own, first, strict=True)),
+        }
+        for name, own in times.items()
+    }
+
+
+# The peers: each takes query (B, H, T, D), key and value (B, Hkv, T, D), log_scale (H) and returns (B, H, T, D).
+
+
+def untuned_sdpa(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    """torch's attention with every γ = 1."""
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+
+
+def ours(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    return ops.attention(query, key, value, log_scale)[0]
+
+
+def paper_eager(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    """The paper's published code: repeated keys, a dense softmax in float32, scaled column, renormalised."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    mask = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
+    logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + mask
+    weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    scaled = torch.cat((weights[..., :1] * log_scale.exp()[:, None, None], weights[..., 1:]), dim=-1)
+    return (scaled / scaled.sum(dim=-1, keepdim=True)).to(query.dtype) @ value
+
+
+def additive_mask(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    """torch's attention with the bias and the causal mask written out as [1, H, T, T]."""
+    length = query.shape[2]
+    mask = torch.full((length, length), -torch.inf).triu(1).repeat(query.shape[1], 1, 1)
+    mask[:, :, 0] += log_scale[:, None].detach()
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype)[None], enable_gqa=True)
+
+
+def flex_attention_peer() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """FlexAttention, compiled, with the bias as score_mod (forward only on the CPU)."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+
+    def causal(batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return row >= column
+
+    masks: dict[int, Any] = {}
+
+    def flex(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+        def biased(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            return torch.where(column == 0, score + log_scale[head], score)
+
+        length = query.shape[2]
+        if length not in masks:
+            masks[length] = create_block_mask(causal, None, None, length, length, device="cpu")
+        return compiled(query, key, value, score_mod=biased, block_mask=masks[length], enable_gqa=True)  # type: ignore[no-any-return]
+
+    return flex
+
+
+def attention_inputs(heads: tuple[int, int, int], length: int, dtype: torch.dtype, batch: int = 1) -> list[Tensor]:
+    """Random query, key, value as a model lays them out (heads inside rows), and log γ."""
+    shapes = [(batch, length, count, heads[2]) for count in (heads[0], heads[1], heads[1])]
+    return [torch.randn(shape).to(dtype).transpose(1, 2) for shape in shapes] + [torch.randn(heads[0])]
+
+
+def bench_attention(
+    all_heads: Iterable[tuple[int, int, int]] = HEADS,
+    lengths: Sequence[int] = LENGTHS,
+    seconds: float = 2.0,
+    flex: bool = True,
+) -> list[Row]:
+    """Forward, and forward + backward, of every peer; then our peak memory by length."""
+    torch.manual_seed(0)
+    rows = []
+    compiled = flex_attention_peer() if flex else None
+    for heads in all_heads:
+        for dtype in (torch.bfloat16, torch.float32):
+            for length in lengths:
+                inputs = attention_inputs(heads, length, dtype)
+                peers: dict[str, Callable[..., Tensor]] = {UNTUNED: untuned_sdpa, OURS: ours}
+                if heads[0] * length * length * 4 <= LARGEST_MATRIX:
+                    peers |= {"paper's eager code": paper_eager, "additive mask": additive_mask}
+                forward = dict(peers)
+                if compiled is not None and length in FLEX_LENGTHS:
+                    forward["FlexAttention"] = compiled
+                rows += _row("forward", heads, length, dtype, _forward_calls(forward, inputs), seconds)
+                rows += _row("forward + backward", heads, length, dtype, _backward_calls(peers, inputs), seconds)
+    return rows + memory_rows()
+
+
+def _forward_calls(
+    peers: Mapping[str, Callable[..., Tensor]], inputs: Sequence[Tensor]
+) -> dict[str, Callable[[], object]]:
+    def call(peer: Callable[..., Tensor]) -> Callable[[], object]:
+        @torch.no_grad()
+        def run() -> object:
+            return peer(*inputs)
+
+        return run
+
+    return {name: call(peer) for name, peer in peers.items()}
+
+
+def _backward_calls(
+    peers: Mapping[str, Callable[..., Tensor]], inputs: Sequence[Tensor]
+) -> dict[str, Callable[[], object]]:
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+
+    def call(peer: Callable[..., Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            output = peer(*leaves)
+            return torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+
+        return run
+
+    return {name: call(peer) for name, peer in peers.items()}
+
+
+def _row(
+    what: str,
+    heads: tuple[int, int, int],
+    length: int,
+    dtype: torch.dtype,
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+) -> list[Row]:
+    shape = f"{heads[0]}/{heads[1]}/{heads[2]} x {length}"
+    figures = take_turns(calls, seconds)
+    return [{"what": what, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "peers": figures}]
+
+
+def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> list[Row]:
+    """What one forward + backward of ours allocates in all, 4/2/64 float32: linear in the length."""
+    rows = []
+    for length in lengths:
+        call = _backward_calls({OURS: ours}, attention_inputs((4, 2, 64), length, torch.float32))[OURS]
+        call()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            call()
+        allocated = sum(event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0)
+        figures = {OURS: {"MiB": allocated / 2**20, "KiB per token": allocated / 2**10 / length}}
+        rows.append({"what": "memory", "shape": f"4/2/64 x {length}", "dtype": "float32", "peers": figures})
+    return rows
+
+
+def bench_decode(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 2.0) -> list[Row]:
+    """One query of 32/8/128 heads against a long cache, bfloat16."""
+    torch.manual_seed(0)
+    rows = []
+    for batch in (1, 4):
+        for length in lengths:
+            query, key, value, log_scale = attention_inputs((32, 8, 128), length, torch.bfloat16, batch)
+            query, key, value = query[:, :, -1:], key.contiguous(), value.contiguous()
+
+            def untuned(q: Tensor = query, k: Tensor = key, v: Tensor = value) -> object:
+                return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+            def tuned(q: Tensor = query, k: Tensor = key, v: Tensor = value, s: Tensor = log_scale) -> object:
+                return ops.decode_attention(q, k, v, s)
+
+            figures = take_turns({UNTUNED: untuned, OURS: tuned}, seconds)
+            shape = f"{batch} x 32/8/128 x {length}"
+            rows.append({"what": "decode", "shape": shape, "dtype": "bfloat16", "peers": figures})
+    return rows
+
+
+def bench_calibration(seconds: float = 10.0) -> list[Row]:
+    """The embedded model, 16 prompts of SST-2 together: forward untuned and patched, and with every head's gradient."""
+    from zerotuning.models import load_model
+    from zerotuning.objectives import task_loss
+    from zerotuning.patch import head_parameters, patch, unpatch
+    from zerotuning.scoring import LabelScorer
+    from zerotuning.tasks import Task
+
+    model, tokenizer = load_model("demo")
+    task = Task.load("sst2")
+    scorer = LabelScorer(model, tokenizer, task, task.examples("validation", 64))
+    batch = scorer.batches[len(scorer.batches) // 2]
+
+    @torch.no_grad()
+    def untuned() -> object:
+        unpatch(model)
+        return scorer.scores(batch)
+
+    @torch.no_grad()
+    def patched() -> object:
+        patch(model)
+        return scorer.scores(batch)
+
+    def gradient() -> object:
+        patch(model)
+        with head_parameters(model) as parameters:
+            return torch.autograd.grad(task_loss(scorer.scores(batch), batch.labels), parameters)
+
+    # Switching happens outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
+    figures = _switching_turns({UNTUNED: untuned, OURS: patched, "forward + gradient of every head": gradient}, seconds)
+    shape = f"{len(batch)} x {batch.input_ids.shape[1]} tokens"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return [{"what": "SmolLM2-135M", "shape": shape, "dtype": dtype, "peers": figures}]
+
+
+def _switching_turns(peers: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
+    """`take_turns` where changing from one peer to the next costs something that is not to be timed."""
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, peer in peers.items():
+            peer()
+            started = time.perf_counter()
+            peer()
+            times[name].append(time.perf_counter() - started)
+    return _summary(times)
+
+
+def print_table(result: Mapping[str, Any]) -> None:
+    """One line a row: each peer's milliseconds and its ratio to the untuned attention."""
+    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
+    for row in result["rows"]:
+        cells = []
+        for name, figures in row["peers"].items():
+            values = [f"{value:.3g} {unit}" if unit != "ratio" else f"{value:.2f}x" for unit, value in figures.items()]
+            cells.append(f"{name} {' '.join(values)}")
+        print(f"{row['what']:<19} {row['shape']:<22} {row['dtype']:<9} " + " | ".join(cells))

@@ -1,0 +1,358 @@
+"""The command line (design.md §7). Bad input ends with one line on stderr and exit code 2.
+
+torch and transformers are imported inside the commands, after whatever can be checked without them: help and
+most errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.output import (
+    CONFIG_FILE,
+    PICTURE_FILE,
+    REPORT_FILE,
+    SCALES_FILE,
+    STATE_FILE,
+    check_result_file,
+    result_folder,
+)
+from zerotuning.version import __version__
+
+# As calibrate.py, objectives.py and bench.py have them; repeated here because importing those takes seconds.
+METHODS = ("gradient", "paper", "cma-es")
+OBJECTIVES = ("task-loss", "entropy", "information")
+BENCHMARKS = ("attention", "decode", "calibration")
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, 2 for bad input, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without γ gets a question mark
+    arguments = None
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.command(arguments)
+        sys.stdout.flush()
+        return 0
+    except SystemExit as finished:  # --help and --version
+        return finished.code if isinstance(finished.code, int) else 0
+    except KeyboardInterrupt:
+        print(f"\nzerotuning: interrupted{_how_to_resume(arguments)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `zerotuning inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ZeroTuningError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+            raise
+        print(f"zerotuning: error: {_one_line(error)}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, ZeroTuningError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        text = place + (error.strerror or str(error))
+    else:
+        text = f"not enough memory ({error}); a smaller --batch-size needs less"
+    return " ".join(text.split())
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "not enough memory" in str(error)
+
+
+def _how_to_resume(arguments: argparse.Namespace | None) -> str:
+    output = getattr(arguments, "output", None)
+    if output is None or not (Path(output) / STATE_FILE).exists():
+        return ""
+    if getattr(arguments, "overwrite", False):
+        return "; the same command without --overwrite resumes"
+    return "; the same command resumes"
+
+
+# Arguments.
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ZeroTuningError(f"{message} (see {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="zerotuning",
+        description="Better answers from a frozen language model: one number per attention head scales its "
+        "attention to the initial token.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"zerotuning {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], help: str, **more: Any
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False, **more
+        )
+        added.set_defaults(command=run)
+        return added
+
+    demo = command("demo", _demo, "calibrate the embedded model on SST-2 and measure it before and after")
+    demo.add_argument(
+        "--output",
+        metavar="DIR",
+        default="zerotuning-demo",
+        help="folder of the result (default: %(default)s)",
+    )
+    demo.add_argument("--overwrite", action="store_true", help="replace a result in DIR")
+
+    calibrate = command(
+        "calibrate", _calibrate, "search head scales for a task; run again, an unfinished search resumes"
+    )
+    _add_model_and_task(calibrate, "the task's own validation sample")
+    calibrate.add_argument("--method", choices=METHODS, default="gradient", help="how to search (default: %(default)s)")
+    calibrate.add_argument(
+        "--objective", choices=OBJECTIVES, default="task-loss", help="what to minimise (default: %(default)s)"
+    )
+    calibrate.add_argument("--examples", metavar="N", type=_positive, help="use N of the examples (default: all)")
+    calibrate.add_argument("--steps", metavar="N", type=_positive, help="gradient steps, or CMA-ES evaluations")
+    calibrate.add_argument("--seed", metavar="S", type=_seed, default=0, help="of every draw (default: %(default)s)")
+    calibrate.add_argument("--overwrite", action="store_true", help="replace a result in DIR, or start it anew")
+    calibrate.add_argument("--output", metavar="DIR", required=True, help="folder of the result")
+
+    evaluate = command("evaluate", _evaluate, "accuracy, loss and entropy of a model on a task")
+    _add_model_and_task(evaluate, "the task's own test sample")
+    evaluate.add_argument("--scales", metavar="DIR", help="head scales to apply (default: untuned)")
+    evaluate.add_argument("--limit", metavar="N", type=_positive, help="use the first N examples (default: all)")
+    evaluate.add_argument("--output", metavar="FILE.json", help="write the figures there; an existing file is replaced")
+
+    inspect = command("inspect", _inspect, "show what a set of head scales does")
+    inspect.add_argument("scales", metavar="DIR", help="folder of the head scales")
+    inspect.add_argument("--plot", metavar="FILE.png", help="draw the map of γ; an existing file is replaced")
+
+    bench = command("bench", _bench, "measure speed against other implementations, side by side")
+    bench.add_argument("kind", choices=BENCHMARKS, help="what to measure")
+    bench.add_argument("--output", metavar="FILE.json", help="write the figures there; an existing file is replaced")
+    return parser
+
+
+def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        required=True,
+        help="a folder, a hub name, a .gguf file, or demo for the embedded model",
+    )
+    parser.add_argument("--task", metavar="T", required=True, help="a built-in task's name or a YAML file")
+    parser.add_argument("--data", metavar="FILE.jsonl", help=f"examples (default: {default_data})")
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        default=16,
+        help="prompts per batch (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or not int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+# Commands.
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from zerotuning.demo import run_demo
+
+    run_demo(arguments.output, overwrite=arguments.overwrite)
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    task, records = _task_and_records(arguments, "validation")
+    with result_folder(arguments.output, overwrite=arguments.overwrite, resumable=True) as folder:
+        from zerotuning.calibrate import Options, calibrate, split_examples
+        from zerotuning.head_map import can_plot, plot_head_map
+        from zerotuning.models import load_model
+        from zerotuning.objectives import SUPERVISED_OBJECTIVES
+
+        options = {
+            name: getattr(arguments, name)
+            for name in ("method", "objective", "examples", "steps", "seed", "batch_size")
+        }
+        split_examples(records, Options(**options))
+        _check_records(task, records, require_label=arguments.objective in SUPERVISED_OBJECTIVES)
+        model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+        calibration = calibrate(
+            model,
+            tokenizer,
+            task,
+            records=records,
+            output=folder,
+            overwrite=arguments.overwrite,
+            model_name=arguments.model,
+            progress=True,
+            **options,
+        )
+        written = [SCALES_FILE, CONFIG_FILE, REPORT_FILE]
+        if can_plot():
+            plot_head_map(calibration.scales, folder / PICTURE_FILE)
+            written.append(PICTURE_FILE)
+    print(_calibration_table(calibration.report))
+    if not calibration.improved:
+        print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
+    print(f"\nIn {folder}: {', '.join(written)}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    task, records = _task_and_records(arguments, "test")
+    from zerotuning.tasks import first_examples
+
+    records = first_examples(records, arguments.limit)
+    _check_records(task, records, require_label=True)
+    output = None if arguments.output is None else check_result_file(arguments.output)
+    scales = None if arguments.scales is None else _scales(arguments.scales)
+    from zerotuning.evaluate import evaluate
+    from zerotuning.files import write_json_atomically
+    from zerotuning.models import load_model
+    from zerotuning.patch import apply_scales
+
+    model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    if scales is not None:
+        try:
+            apply_scales(model, scales)
+        except ZeroTuningError as error:
+            raise ZeroTuningError(f"scales {arguments.scales} do not fit model {arguments.model}: {error}") from error
+    found = evaluate(model, tokenizer, task, records, batch_size=arguments.batch_size, progress=True)
+    if output is not None:
+        figures = {
+            **found.to_json(),
+            "model": arguments.model,
+            "scales": arguments.scales,
+            "version": __version__,
+        }
+        write_json_atomically(output, figures)
+    applied = arguments.scales or "none (γ = 1)"
+    print(f"{task.name}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
+    print("  accuracy     loss   entropy   seconds")
+    print(f"  {_percent(found.accuracy):>8}  {found.loss:7.4f}   {found.entropy:7.4f}  {found.seconds:8.1f}")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from zerotuning.head_map import PICTURE_SUFFIXES, head_table, plot_head_map
+
+    if arguments.plot is not None:
+        check_result_file(arguments.plot, suffixes=PICTURE_SUFFIXES)
+    scales = _scales(arguments.scales)
+    if arguments.plot is not None:
+        plot_head_map(scales, arguments.plot)
+    print("\n".join(_metadata_lines(arguments.scales, scales)) + "\n")
+    print(head_table(scales))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    output = None if arguments.output is None else check_result_file(arguments.output)
+    from zerotuning.bench import run_bench
+
+    run_bench(arguments.kind, output)
+
+
+# What the commands share.
+
+
+def _task_and_records(arguments: argparse.Namespace, split: str) -> tuple[Any, list[Any]]:
+    from zerotuning.tasks import Task, read_examples
+
+    task = Task.load(arguments.task)
+    if arguments.data is not None:
+        return task, read_examples(arguments.data)
+    if not task.builtin:
+        raise ZeroTuningError(f"task {task.name!r} has no examples of its own: name a JSON lines file with --data")
+    return task, task.examples(split, None)
+
+
+def _check_records(task: Any, records: Sequence[Any], *, require_label: bool) -> None:
+    """Renders every prompt, so that a bad line is found before the model is loaded."""
+    for record in records:
+        task.render(record, require_label=require_label)
+
+
+def _scales(name: str) -> Any:
+    """The head scales of a folder, or of a repository owner/name of the hub."""
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ZeroTuningError(f"scales {name} must be a folder, got a file")
+    if not folder.exists() and name.count("/") != 1:
+        raise ZeroTuningError(f"scales folder {name} does not exist")
+    if (folder / STATE_FILE).exists() and not (folder / SCALES_FILE).exists():
+        raise ZeroTuningError(f"scales {name}: the calibration there is unfinished; its command, run again, resumes it")
+    from zerotuning.scales import HeadScales
+
+    return HeadScales.from_pretrained(name)
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def _calibration_table(report: dict[str, Any]) -> str:
+    by_errors = report["method"] == "paper" and report["objective"] == "task-loss"
+    loss = "error rate" if by_errors else report["objective"]
+    before, after = report["baseline"], report["tuned"]
+    return "\n".join(
+        (
+            f"{report['task']}: {report['method']}, {report['steps']} steps, {report['seconds']:.1f} s",
+            "",
+            f"  {report['held_out_examples']:4d} held-out examples      γ = 1     tuned",
+            f"  {'accuracy':<22} {_percent(before['accuracy']):>9} {_percent(after['accuracy']):>9}",
+            f"  {loss:<22} {before['loss']:>9.4f} {after['loss']:>9.4f}",
+        )
+    )
+
+
+def _metadata_lines(folder: str, scales: Any) -> list[str]:
+    known = scales.metadata
+    model = " · ".join(str(known[name]) for name in ("model_type", "model_name") if known.get(name))
+    lines = [f"{'scales':<12}{folder}", f"{'model':<12}{model or 'not named'}"]
+    for name in ("task", "method", "objective"):
+        if known.get(name):
+            lines.append(f"{name:<12}{known[name]}")
+    lines.append(f"{'shape':<12}{scales.num_layers} layers × {scales.num_heads} heads")
+    return lines + _held_out_lines(known.get("calibration"))
+
+
+def _held_out_lines(calibration: Any) -> list[str]:
+    """The calibration's figures, where the metadata hold such."""
+    try:
+        before, after = calibration["baseline"], calibration["tuned"]
+        examples = int(calibration["held_out_examples"])
+        accuracy = f"accuracy {_percent(before['accuracy'])} → {_percent(after['accuracy'])}, "
+        loss = f"loss {before['loss']:.4f} → {after['loss']:.4f}"
+    except (KeyError, TypeError, ValueError):
+        return []
+    return [f"{'held out':<12}{examples} examples: {accuracy if before['accuracy'] is not None else ''}{loss}"]

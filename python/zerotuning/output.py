@@ -1,0 +1,79 @@
+"""Where results go: checked before the long work starts, left as it was if that work fails."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from zerotuning.errors import ZeroTuningError
+
+SCALES_FILE = "head_scales.safetensors"
+CONFIG_FILE = "zerotuning_config.json"
+REPORT_FILE = "report.json"
+PICTURE_FILE = "head_map.png"
+STATE_FILE = "calibration_state.json"
+RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE)
+
+
+@contextmanager
+def result_folder(path: str | os.PathLike[str], *, overwrite: bool, resumable: bool = False) -> Iterator[Path]:
+    """Within it the folder exists and can be written; made for this, it goes again if nothing was put there.
+
+    overwrite    accept a folder that holds a result, or the state of an unfinished calibration
+    resumable    accept a folder that holds the state of an unfinished calibration
+    Errors: ZeroTuningError for a folder that holds a result, that is a file, or that cannot be written.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ZeroTuningError(f"output {path} must be a folder, got a file")
+    unfinished = (path / STATE_FILE).exists()
+    if not overwrite and unfinished and not resumable:
+        raise ZeroTuningError(f"output {path} holds an unfinished calibration: choose another folder or --overwrite")
+    held = [name for name in RESULT_FILES if (path / name).exists()]
+    if not overwrite and held and not unfinished:
+        raise ZeroTuningError(f"output {path} already holds a result ({held[0]}): choose another folder or --overwrite")
+    made: list[Path] = []
+    try:
+        _make(path, made)
+        yield path
+    finally:
+        for folder in reversed(made):
+            try:
+                folder.rmdir()
+            except OSError:  # not empty: the result, or what resumes it
+                break
+
+
+def _make(path: Path, made: list[Path]) -> None:
+    """Creates `path` and tries whether it takes files; the folders that were missing are noted in `made`."""
+    try:
+        for folder in (*reversed(path.parents), path):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ZeroTuningError(f"output {path} cannot be written: {error.strerror or error}") from error
+
+
+def check_result_file(path: str | os.PathLike[str], *, suffixes: tuple[str, ...] = ()) -> Path:
+    """The path of a file to be written, once its folder takes files and its name ends as it must.
+
+    An existing file is accepted: it is replaced as a whole.
+    Errors: ZeroTuningError for another suffix, a path that is a folder, a folder missing or read-only.
+    """
+    path = Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ZeroTuningError(f"output {path} must end in {' or '.join(suffixes)}, got {path.suffix!r}")
+    if path.is_dir():
+        raise ZeroTuningError(f"output {path} must be a file, got a folder")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ZeroTuningError(f"output {path} cannot be written: {error.strerror or error}") from error
+    return path

@@ -1,0 +1,49 @@
+"""The benchmark's peers compute the same function, and its tables hold what they say. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from zerotuning import bench, reference
+
+
+@pytest.mark.parametrize("peer", [bench.ours, bench.paper_eager, bench.additive_mask])
+def test_every_tuned_peer_computes_the_formula(peer) -> None:
+    torch.manual_seed(0)
+    inputs = bench.attention_inputs((4, 2, 32), 40, torch.float32)
+    want, _ = reference.attention(*(tensor.double() for tensor in inputs))
+    torch.testing.assert_close(peer(*inputs).double(), want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_untuned_peer_is_the_formula_at_gamma_1() -> None:
+    inputs = bench.attention_inputs((4, 2, 32), 40, torch.float32)
+    inputs[3] = torch.zeros(4)
+    torch.testing.assert_close(bench.untuned_sdpa(*inputs), bench.ours(*inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_ratios_are_to_the_first_peer_and_every_peer_is_called_in_turn() -> None:
+    calls: list[str] = []
+    figures = bench.take_turns({name: (lambda name=name: calls.append(name)) for name in "ab"}, seconds=0.0)
+    assert calls == ["a", "b"] * 6  # one round to warm up, five that count
+    assert figures["a"]["ratio"] == 1.0
+    assert figures["b"]["ms"] > 0
+
+
+def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, capsys) -> None:
+    small = [{"what": "forward", "shape": "1", "dtype": "float32", "peers": {bench.OURS: {"ms": 1.0, "ratio": 1.0}}}]
+    monkeypatch.setattr(bench, "bench_attention", lambda: small)
+    bench.run_bench("attention", tmp_path / "figures.json")
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["rows"] == small
+    assert written["machine"]["torch"] == torch.__version__
+    assert "1.00x" in capsys.readouterr().out
+
+
+def test_attention_rows_cover_both_passes_and_memory_grows_linearly() -> None:
+    rows = bench.bench_attention([(2, 1, 16)], [32], seconds=0.0, flex=False)
+    passes = {(row["what"], row["dtype"]) for row in rows}
+    assert {("forward", "bfloat16"), ("forward + backward", "float32")} <= passes
+    per_token = [row["peers"][bench.OURS]["KiB per token"] for row in rows if row["what"] == "memory"]
+    assert max(per_token) < 1.2 * min(per_token)

@@ -1,0 +1,57 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+
+
+def test_what_is_written_is_what_is_read_and_nothing_else_is_left(tmp_path: Path) -> None:
+    assert write_bytes_atomically(tmp_path / "b", b"\x00\xff") == tmp_path / "b"
+    write_text_atomically(str(tmp_path / "t"), "γ\n")
+    write_json_atomically(tmp_path / "j", {"γ": [1.5, None]})
+    assert (tmp_path / "b").read_bytes() == b"\x00\xff"
+    assert (tmp_path / "t").read_bytes() == "γ\n".encode()
+    assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == {"γ": [1.5, None]}
+    assert sorted(os.listdir(tmp_path)) == ["b", "j", "t"]
+
+
+def test_a_file_has_the_permissions_that_open_would_give_it(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    write_text_atomically(tmp_path / "ours", "x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ZeroTuningError, match=r"^cannot write .*report\.json: No space left on device$"):
+        write_text_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["report.json"]
+
+
+@pytest.mark.parametrize("value", [{"loss": math.nan}, {"loss": math.inf}, {"loss": object()}])
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ZeroTuningError, match="as JSON"):
+        write_json_atomically(tmp_path / "report.json", value)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "none" / "a.json", tmp_path / "file" / "a.json"):
+        with pytest.raises(ZeroTuningError, match=f"^cannot write {path}: "):
+            write_json_atomically(path, {})
