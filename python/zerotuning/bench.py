@@ -38,7 +38,12 @@ Row = dict[str, Any]
 
 def run_bench(kind: str, output: Path | None = None) -> dict[str, Any]:
     """Runs one of BENCHMARKS, prints its table and, with `output`, writes it as JSON."""
-    rows = {"attention": bench_attention, "decode": bench_decode, "calibration": bench_calibration}[kind]()
+    runs: dict[str, Callable[[], list[Row]]] = {
+        "attention": bench_attention,
+        "decode": bench_decode,
+        "calibration": bench_calibration,
+    }
+    rows = runs[kind]()
     result = {"benchmark": kind, "machine": machine(), "rows": rows}
     print_table(result)
     if output is not None:

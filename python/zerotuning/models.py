@@ -18,6 +18,7 @@ import huggingface_hub
 import torch
 import transformers
 
+from zerotuning import ops
 from zerotuning.demo_model import demo_model_path
 from zerotuning.errors import ZeroTuningError
 
@@ -35,7 +36,7 @@ def load_model(
     name     "demo" (the embedded SmolLM2-135M-Instruct), a .gguf file, a local folder, or a hub name
     dtype    of the weights, a torch.dtype or its name; None: on a CPU bfloat16 where the processor multiplies
              it natively (AMX, AVX-512), else float32; on a GPU the checkpoint's own (bfloat16 for .gguf)
-    device   None: the first GPU if there is one, else the CPU
+    device   None: the first GPU if there is one that the operators run on, else the CPU
     Errors: ZeroTuningError, one line, for a file or folder that is missing, truncated or no model, for
     weights that do not cover the model, and for a hub name that cannot be reached. Code from the hub is
     never run.
@@ -89,7 +90,7 @@ def default_cpu_dtype() -> torch.dtype:
 
 def _device(device: torch.device | str | None) -> torch.device:
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and ops.runs_on("cuda") else "cpu")
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["attention", "decode_attention"]
+__all__ = ["attention", "decode_attention", "runs_on"]
 
 torch.ops.load_library(str(Path(__file__).parent / "lib" / "libzerotuning_ops.so"))
 
@@ -81,6 +81,11 @@ def decode_attention(
     return torch.ops.zerotuning.decode_attention(
         query, key, value, log_scale, key_mask, span, query_start, window, factor
     )
+
+
+def runs_on(device_type: str) -> bool:
+    """Whether this build has operators for a kind of device, "cpu" or "cuda"."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("zerotuning::attention", device_type.upper())
 
 
 def _softmax_scale(query: Tensor, scale: float | None) -> float:
