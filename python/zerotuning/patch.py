@@ -414,7 +414,9 @@ def _run_probe(model: Any) -> _Probe:
     global _probe
     device = model.get_input_embeddings().weight.device
     if not ops.runs_on(device.type):
-        raise ZeroTuningError(f"the model is on {device}, where this build of zerotuning has no operators; move it to the CPU")
+        raise ZeroTuningError(
+            f"the model is on {device}, where this build of zerotuning has no operators; move it to the CPU"
+        )
     training = [module for module in model.modules() if module.training]
     _probe = _Probe(active=True, names={id(module): name for name, module in model.named_modules()})
     try:
