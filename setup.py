@@ -7,7 +7,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.sdist import sdist
 
 
 class CMakeBuild(build_ext):
@@ -38,16 +37,10 @@ class CMakeBuild(build_ext):
         return [str(path) for path in Path(self.build_lib).rglob("*.so")]
 
 
-class SourceDistribution(sdist):
-    """A source distribution holds what the build needs: the CMake project beside the Python package."""
-
-    def add_defaults(self) -> None:
-        super().add_defaults()
-        sources = [path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cpp", ".txt"}]
-        self.filelist.extend(["CMakeLists.txt", *map(str, sources)])
-
+# What the build reads, so that a source distribution holds it.
+SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cpp", ".txt"}]
 
 setup(
-    ext_modules=[Extension("zerotuning._search", sources=[])],
-    cmdclass={"build_ext": CMakeBuild, "sdist": SourceDistribution},
+    ext_modules=[Extension("zerotuning._search", sources=[], depends=["CMakeLists.txt", *map(str, sorted(SOURCES))])],
+    cmdclass={"build_ext": CMakeBuild},
 )
