@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -24,7 +25,9 @@ auto call(const char* name, const char* overload, const Arguments&... arguments)
   std::array<StableIValue, (sizeof...(Arguments) > outputs ? sizeof...(Arguments) : outputs)> stack{
       torch::stable::detail::from(arguments)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  return stack;
+  std::array<StableIValue, outputs> results;
+  std::copy_n(stack.begin(), outputs, results.begin());
+  return results;
 }
 
 template <typename... Arguments>

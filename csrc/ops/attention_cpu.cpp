@@ -8,6 +8,7 @@
 #include "attention/cpu_kernels.h"
 #include "attention/pieces.h"
 #include "ops/geometry_cpu.h"
+#include "ops/layout.h"
 
 namespace zerotuning::ops {
 namespace {
@@ -48,32 +49,6 @@ Tensor piece_bias(const Tensor& bias, const Group& group, const Piece& piece, in
   if (piece.reversed) view = aten::flip(view, {3});
   return aten::expand(view, {group.end - group.begin, heads, piece.query_end - piece.query_begin,
                              piece.key_end - piece.key_begin});
-}
-
-// [batch, heads, rows, columns] with heads inside rows: what a model reshapes to [batch, rows,
-// heads × columns] freely.
-Tensor new_rows(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  const Tensor storage =
-      sizes.size() == 4
-          ? torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1], sizes[3]}, type)
-          : torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1]}, type);
-  return aten::transpose(storage, 1, 2);
-}
-
-bool has_row_layout(const Tensor& t) {
-  const int64_t columns = t.dim() == 4 ? t.size(3) : 1;
-  return (t.dim() == 3 || t.stride(3) == 1) && t.stride(1) == columns &&
-         t.stride(2) == columns * t.size(1) && t.stride(0) == columns * t.size(1) * t.size(2);
-}
-
-Tensor in_row_layout(const Tensor& tensor, int64_t columns) {
-  const Tensor view =
-      tensor.dim() == 4 && tensor.size(3) > columns ? aten::narrow(tensor, 3, 0, columns) : tensor;
-  if (has_row_layout(view)) return view;
-  Sizes sizes(view.sizes().begin(), view.sizes().end());
-  const Tensor copy = new_rows(view, sizes, view.scalar_type());
-  aten::copy_(copy, view);
-  return copy;
 }
 
 template <typename Real>
@@ -171,13 +146,9 @@ bool whole(const Group& group, const std::vector<Piece>& pieces, const Problem& 
   return pieces.size() == 1 && group.begin == 0 && group.end == p.batch;
 }
 
-Tensor new_output(const Problem& p) {
-  return new_rows(p.query, {p.batch, p.heads, p.queries, p.value_head_size}, p.query.scalar_type());
-}
 Tensor new_logsumexp(const Problem& p) {
   return new_rows(p.query, {p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
 }
-bool empty(const Problem& p) { return p.batch == 0 || p.heads == 0 || p.queries == 0; }
 
 // torch's backward kernel takes exp(logit - logsumexp); for rows that see no key, +inf makes that 0
 // where -inf would make it NaN.

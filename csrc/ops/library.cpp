@@ -51,6 +51,16 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
+  // CUDA's routes by number (ops/attention_cuda.h), for tests and benchmarks.
+  library.def(
+      "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
+      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> (Tensor "
+      "output, Tensor logsumexp)");
+  library.def(
+      "_attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
+      "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
+      "query_start, int window, float scale, int route) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value, Tensor grad_log_scale)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {

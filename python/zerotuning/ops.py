@@ -15,7 +15,10 @@ from torch import Tensor
 
 __all__ = ["attention", "decode_attention", "runs_on"]
 
-torch.ops.load_library(str(Path(__file__).parent / "lib" / "libzerotuning_ops.so"))
+_LIBRARIES = Path(__file__).parent / "lib"
+torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops.so"))
+if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so").exists():
+    torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops_cuda.so"))
 
 
 def attention(
@@ -52,7 +55,9 @@ def attention(
         differentiable. A query that sees no key gives output 0 and logsumexp -inf.
 
     Raises:
-        ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it.
+        ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it. On the CPU also
+            positions outside the keys and a log_scale that is not finite; on a GPU, where that would mean waiting for
+            it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
     """
     factor = _softmax_scale(query, scale)
     return torch.ops.zerotuning.attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)
@@ -103,6 +108,8 @@ def _empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -
 def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     output = _empty_rows(query, batch, heads, rows, value.shape[-1])
+    if query.is_cuda:
+        return output, log_scale.new_empty(batch, heads, rows)
     return output, log_scale.new_empty(batch, rows, heads).transpose(1, 2)
 
 

@@ -26,8 +26,10 @@ IMPLEMENTATION = "zerotuning"
 CHILD = "zerotuning"
 #: Cached generation steps of up to so many queries take the decode operator.
 DECODE_QUERIES = 16
-#: Numbers in front of the key mask in a geometry tensor: query_start, first scaled key, end of the scaled keys.
+#: int64 numbers in front of the key mask in a geometry tensor: query_start, first scaled key, end of the scaled keys.
 HEADER = 3
+#: Bytes of the key mask that one int64 holds.
+BYTES = 8
 
 
 class HeadScaling(nn.Module):
@@ -113,11 +115,12 @@ def _attend(
     scale: float | None,
 ) -> Tensor:
     arguments: dict[str, Any] = {"window": window, "scale": scale}
-    if geometry is not None:
-        header = geometry[:, 0, 0, :HEADER].long()
-        arguments["query_start"] = header[:, 0]
-        arguments["span"] = header[:, 1:]
-        arguments["key_mask"] = geometry[:, 0, 0, HEADER:] != 0
+    if geometry is not None:  # views alone: on a GPU each kernel would cost as much as a short attention
+        words = geometry[:, 0, 0]
+        if words.shape[-1] > _words(key.shape[2]):
+            arguments["query_start"], arguments["span"] = words[:, 0], words[:, 1:HEADER]
+            words = words[:, HEADER:]
+        arguments["key_mask"] = words.view(torch.bool)[:, : key.shape[2]]
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
     tensors = (query, key, value, log_scale)
@@ -190,9 +193,10 @@ def zerotuning_mask(
 ) -> Tensor | None:
     """What the attention function needs to know of padding and caches.
 
-    None: nothing, the queries are the last keys and all keys are real. Else int32 [B, 1, 1, 3 + Tk], the geometry:
-    query_start, the scaled keys [first, end), then the key mask. Masks of another kind (packed sequences, chunks, custom
-    mask functions): int8 [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
+    None: nothing, the queries are the last keys and all keys are real. Else the geometry, int64 [B, 1, 1, words]: the key
+    mask, 8 keys a word, a byte each; in front of it, where that does not say all, query_start and the scaled keys [first,
+    end). Masks of another kind (packed sequences, chunks, custom mask functions): int8 [B, 1, Tq, Tk], 0 hidden, 1
+    visible, 2 visible and scaled.
     """
     if _probe.active and local_size is not None:
         _probe.windows.add(local_size)
@@ -212,25 +216,29 @@ def zerotuning_mask(
             kwargs,
         )
     ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    if ends_at_queries and (attention_mask is None or _all_real(attention_mask)):
+    decoding = q_length <= DECODE_QUERIES and q_length < kv_length
+    if ends_at_queries and (attention_mask is None or _is_all_real(attention_mask, decoding)):
         return None
-    start = _first_real(attention_mask, batch_size, device) - kv_offset
-    present = start >= 0  # a sliding cache drops old keys, the initial token among them
-    header = torch.stack(
-        (
+    words = _key_mask_words(attention_mask, batch_size, kv_length, kv_offset, device)
+    if not (ends_at_queries and not decoding):
+        start = _first_real(attention_mask, batch_size, device) - kv_offset
+        present = start >= 0  # a sliding cache drops old keys, the initial token among them
+        header = (
             torch.zeros_like(start) + (q_offset - kv_offset),
             torch.where(present, start, 0),
             torch.where(present, start + 1, 0),
-        ),
-        dim=1,
-    )
-    key_mask = _key_mask(attention_mask, batch_size, kv_length, kv_offset, device)
-    return torch.cat((header.int(), key_mask.int()), dim=1)[:, None, None]
+        )
+        words = torch.cat((torch.stack(header, dim=1), words), dim=1)
+    return words[:, None, None]
 
 
-def _all_real(attention_mask: Tensor) -> bool:
-    """Whether there is no padding; unknown while tracing, where values cannot be read."""
-    return not torch.compiler.is_compiling() and bool(attention_mask.all())
+def _is_all_real(attention_mask: Tensor, decoding: bool) -> bool:
+    """Whether there is no padding; False where it cannot be known (tracing, capturing) or is not worth waiting for a GPU."""
+    if torch.compiler.is_compiling():
+        return False
+    if attention_mask.is_cuda and (decoding or torch.cuda.is_current_stream_capturing()):
+        return False
+    return bool(attention_mask.all())
 
 
 def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device | str) -> Tensor:
@@ -239,20 +247,25 @@ def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device 
     return attention_mask.int().argmax(dim=-1)
 
 
-def _key_mask(
+def _words(keys: int) -> int:
+    return (keys + BYTES - 1) // BYTES
+
+
+def _key_mask_words(
     attention_mask: Tensor | None, batch: int, length: int, offset: int, device: torch.device | str
 ) -> Tensor:
-    """Keys [offset, offset + length) of the 2-D mask: bool [B, length]; keys beyond it are not written yet."""
+    """Keys [offset, offset + length) of the 2-D mask, a byte each, as int64 [B, words]; keys beyond it are not written yet."""
     if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=device)
-    missing = offset + length - attention_mask.shape[-1]
+        attention_mask = torch.ones(batch, offset + length, dtype=torch.bool, device=device)
+    missing = offset + BYTES * _words(length) - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    return attention_mask[:, offset : offset + length].bool()
+    return attention_mask[:, offset : offset + BYTES * _words(length)].bool().contiguous().view(torch.long)
 
 
 def _is_geometry(mask: Tensor, key: Tensor) -> bool:
-    return mask.dtype == torch.int32 and mask.dim() == 4 and mask.shape[-1] == HEADER + key.shape[2]
+    words = _words(key.shape[2])
+    return mask.dtype == torch.long and mask.dim() == 4 and mask.shape[-1] in (words, HEADER + words)
 
 
 def _dense_codes(

@@ -1,0 +1,117 @@
+// The CUDA kernels' arguments and launchers: raw device pointers, sizes, strides and a stream, no
+// framework. Every launcher enqueues on `stream` of the current device, reads nothing back, and
+// returns cudaGetLastError().
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "attention/arguments.h"
+
+namespace zerotuning::attention {
+
+// What each sample's queries see and which keys are scaled, read on the device, so that a captured
+// CUDA graph follows it. Values outside the keys are clamped to them: nothing can be reported.
+struct CudaGeometry {
+  const bool* key_mask;  // [batch, keys], unit stride in keys, or null: every key is real
+  int64_t key_mask_batch_stride;
+  const int64_t* span;  // [batch, 2]: scaled keys [first, end), or null: the first real key
+  int64_t span_batch_stride, span_stride;
+  const int64_t* query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
+  int64_t query_start_stride;
+  const int32_t* first_key;  // [batch]: the first real key (first_real_key's result), or null: 0
+  int32_t window;            // keys that a query sees, its own included; 0 = all
+};
+
+// One attention call. Arrays as in Array4 (unit stride in the last dimension).
+struct CudaAttention {
+  DType dtype;  // of query, key, value and output
+  int32_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
+  double scale;
+  CudaGeometry geometry;
+  Array4 query, key, value;
+  const void* log_scale;  // float64 for float64, else float32; batch stride 0 for one [heads] vector
+  int64_t log_scale_batch_stride, log_scale_head_stride;
+  Array4 output;     // [batch, heads, queries, value_head_size]: written forward, read backward
+  Array4 logsumexp;  // [batch, heads, queries], natural logarithm, type of log_scale; row_stride =
+                     // stride of queries. Written forward (data may be null: not wanted), read backward
+};
+
+struct CudaAttentionGradients {
+  Array4 grad_output;                      // read
+  Array4 grad_query, grad_key, grad_value; // written
+  void* grad_log_scale;                    // [heads], or [batch, heads] where log_scale is; contiguous
+  void* scratch;                           // of the size that the launcher's *_scratch function says
+};
+
+// Whether rows of query, key, value and output can be read and written 16 bytes at a time.
+inline bool has_16_byte_rows(const CudaAttention& c) {
+  const auto fits = [](const Array4& array, int64_t batch, int64_t heads, int64_t rows) {
+    const auto stride_fits = [](int64_t stride, int64_t size) {
+      return size == 1 || (stride > 0 && stride % 8 == 0);
+    };
+    return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 &&
+           stride_fits(array.batch_stride, batch) && stride_fits(array.head_stride, heads) &&
+           stride_fits(array.row_stride, rows);
+  };
+  return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && c.head_size % 8 == 0 &&
+         c.value_head_size % 8 == 0 && fits(c.query, c.batch, c.heads, c.queries) &&
+         fits(c.key, c.batch, c.key_heads, c.keys) && fits(c.value, c.batch, c.key_heads, c.keys) &&
+         fits(c.output, c.batch, c.heads, c.queries);
+}
+
+// first_key[b] = the first j with key_mask[b][j], or keys if there is none.
+cudaError_t first_real_key(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
+                           int32_t* first_key, cudaStream_t stream);
+
+// Any dtype, head size up to 256, length and geometry, without tensor cores: float32 arithmetic
+// (float64 for float64). The exact route, and what the fast ones are compared with.
+cudaError_t attention_plain(const CudaAttention& arguments, cudaStream_t stream);
+int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // bytes
+cudaError_t attention_backward_plain(const CudaAttention& arguments,
+                                     const CudaAttentionGradients& gradients, cudaStream_t stream);
+
+// Adds the initial token's part (key 0) to gradients that a stock kernel made of the other keys:
+// with a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o):
+//   grad_query = part_query + scale ds k_0;  grad_key[0] = sum scale ds q;
+//   grad_value[0] = sum a do;  grad_log_scale = sum ds.                       (design.md section 4)
+// part_query holds rows first_row, first_row + 1, ... (rows before them have no part) and may be
+// grad_query itself. The scaled key is the only one of its sample's span; its rows of grad_key and
+// grad_value are overwritten, their other rows left alone. 16-bit dtypes. The sums are made in a
+// fixed order.
+int64_t initial_token_backward_scratch(const CudaAttention& arguments);  // bytes
+cudaError_t initial_token_backward(const CudaAttention& arguments,
+                                   const CudaAttentionGradients& gradients,
+                                   const Array4& part_query, int32_t first_row,
+                                   cudaStream_t stream);
+
+// For a stock kernel that takes an additive bias [batch, 1, 1, keys] of the query's 16-bit dtype:
+// -inf for padding and for the first real key, else 0. Contiguous.
+cudaError_t exclusion_bias(const CudaAttention& arguments, void* bias, cudaStream_t stream);
+// -inf becomes +inf: of rows that see no key, exp(logit - logsumexp) is then 0, not NaN.
+cudaError_t negate_minus_infinity(float* values, int64_t count, cudaStream_t stream);
+
+// Merges the initial token into a stock kernel's attention over the other keys, row by row:
+//   s = scale q·k_0 + log_scale;  m = max(s, lse);  o = (e^{s-m} v_0 + e^{lse-m} o) / (e^{s-m} + e^{lse-m})
+// `part` and `part_logsumexp` hold rows first_row, first_row + 1, ... of the result (rows before
+// them see the initial token only). 16-bit dtypes, one pass, 16-byte accesses.
+cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& part,
+                                const Array4& part_logsumexp, int32_t first_row,
+                                cudaStream_t stream);
+
+// Few queries (1 to 16) against many keys: split over keys, the query heads of a key head packed on
+// one read of K and V; the splits are merged in a fixed order. 16-bit dtypes, head sizes that are
+// multiples of 8 up to 256.
+bool decode_takes(const CudaAttention& arguments);
+int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
+cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multiprocessors,
+                   cudaStream_t stream);
+
+// Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8), strides
+// and pointers that are multiples of 16 bytes; any geometry.
+bool hopper_takes(const CudaAttention& arguments);
+cudaError_t attention_hopper(const CudaAttention& arguments, int32_t multiprocessors,
+                             cudaStream_t stream);
+
+}  // namespace zerotuning::attention

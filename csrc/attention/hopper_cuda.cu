@@ -1,0 +1,597 @@
+// Forward attention on Hopper: one persistent block per multiprocessor, in which one warp feeds
+// tiles of K and V through the bulk copy engine and two warpgroups of 64 query rows take turns:
+// while one multiplies, the other does its softmax. The scaled keys cost one addition in the tile
+// that holds them, so this does what an untuned kernel does.
+//
+// Tiles lie in shared memory as [64-column block][row][128 bytes], swizzled. A thread of a
+// warpgroup holds of its warp's 16 rows those at lane/4 and lane/4 + 8, and of those the columns
+// 8i + 2(lane % 4) + {0, 1}, at [4i + 2(row half) + column].
+#include <algorithm>
+#include <cmath>
+
+#include "attention/cuda_kernels.h"
+#include "attention/hopper.cuh"
+
+namespace zerotuning::attention {
+namespace hopper {
+namespace {
+
+constexpr int warpgroup = 128;
+constexpr int consumers = 2;  // warpgroups that compute
+constexpr int consumer_rows = 64;
+constexpr int tile_rows = consumers * consumer_rows;
+constexpr int threads = (1 + consumers) * warpgroup;
+constexpr int stages = 2;
+constexpr int block_columns = 64;  // 128 bytes, the widest box of the swizzle
+constexpr int turn_barrier = 1;    // + consumer: it may multiply
+constexpr int output_barrier = 4;  // + consumer: its own threads
+
+struct Arguments {
+  CUtensorMap query, key, value, output;
+  CudaGeometry geometry;
+  const float* log_scale;
+  int64_t log_scale_batch_stride, log_scale_head_stride;
+  float* logsumexp;  // or null
+  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
+  int heads, group, queries, keys;
+  int row_tiles, tiles, section;
+  float scale;
+};
+
+// Head sizes are rounded up to whole blocks of columns; the copy engine fills them with zeros.
+template <int head_size, int value_size, int tile_keys>
+struct Shared {
+  // The widest heads leave no room for it: the output then takes the query's place.
+  static constexpr bool own_output = head_size < 256;
+  static constexpr int query_stages = own_output ? 2 : 1;
+  alignas(1024) uint16_t query[query_stages][tile_rows * head_size];
+  alignas(1024) uint16_t key[stages][tile_keys * head_size];
+  alignas(1024) uint16_t value[stages][tile_keys * value_size];
+  alignas(1024) uint16_t own[own_output ? tile_rows * value_size : 512];
+  uint64_t query_full[query_stages], query_empty[query_stages];
+  uint64_t key_full[stages], key_empty[stages], value_full[stages], value_empty[stages];
+
+  __device__ uint16_t* output() { return own_output ? own : query[0]; }
+};
+
+// How many tiles have gone through a ring of stages.
+template <int stages>
+struct Ring {
+  uint32_t count = 0;
+  __device__ int stage() const { return count % stages; }
+  __device__ uint32_t parity() const { return count / stages & 1; }
+};
+
+// One tile of queries and the tiles of keys [key_tile_begin, key_tile_end) that they see.
+struct Work {
+  int batch, head, row;  // first query row
+  int position;          // of that row among the keys
+  int key_tile_begin, key_tile_end;
+};
+
+__device__ __forceinline__ int clamp(int64_t x, int low, int high) {
+  return static_cast<int>(x < low ? low : x > high ? high : x);
+}
+
+// Longest tiles first, section by section: a section is as many heads as keep K and V in the cache.
+template <int tile_keys>
+__device__ __forceinline__ Work work_of(const Arguments& a, int tile) {
+  const int sequences = a.tiles / a.row_tiles, section = tile / (a.section * a.row_tiles);
+  const int in_section = tile - section * a.section * a.row_tiles;
+  const int width = min(a.section, sequences - section * a.section);
+  const int sequence = section * a.section + in_section % width;
+  Work w;
+  w.batch = sequence / a.heads;
+  w.head = sequence % a.heads;
+  w.row = (a.row_tiles - 1 - in_section / width) * tile_rows;
+  const CudaGeometry& g = a.geometry;
+  const int latest = max(a.keys - a.queries, 0);
+  const int start =
+      g.query_start ? clamp(g.query_start[w.batch * g.query_start_stride], 0, latest) : latest;
+  w.position = start + w.row;
+  const int end = min(start + min(w.row + tile_rows, a.queries), a.keys);
+  int begin = g.first_key ? g.first_key[w.batch] : 0;
+  if (g.window) begin = max(begin, w.position - g.window + 1);
+  w.key_tile_begin = begin / tile_keys;
+  w.key_tile_end = begin < end ? (end + tile_keys - 1) / tile_keys : w.key_tile_begin;
+  return w;
+}
+
+// The block's tiles: every other round in reverse, so that long and short ones even out.
+__device__ __forceinline__ int tile_of_round(int round) {
+  const int blocks = gridDim.x, block = blockIdx.x;
+  return round * blocks + (round & 1 ? blocks - 1 - block : block);
+}
+
+template <int columns, int rows>
+__device__ __forceinline__ void load_tile(uint16_t* to, const CUtensorMap* map, uint64_t* barrier,
+                                          int row, int head, int batch) {
+  expect_bytes(barrier, columns * rows * 2);
+#pragma unroll
+  for (int block = 0; block < columns / block_columns; ++block) {
+    load_box(to + block * rows * block_columns, map, barrier, block * block_columns, row, head,
+             batch);
+  }
+}
+
+template <int head_size, int value_size, int tile_keys>
+__device__ __forceinline__ void produce(const Arguments& a,
+                                        Shared<head_size, value_size, tile_keys>& s) {
+  Ring<Shared<head_size, value_size, tile_keys>::query_stages> queries;
+  Ring<stages> keys, values;
+  for (int round = 0; round * gridDim.x < a.tiles; ++round) {
+    const int tile = tile_of_round(round);
+    if (tile >= a.tiles) continue;
+    const Work w = work_of<tile_keys>(a, tile);
+    const bool blind = w.key_tile_begin == w.key_tile_end;
+    if (blind && s.own_output) continue;
+    const int key_head = w.head / a.group;
+    const int q = queries.stage();
+    wait(&s.query_empty[q], queries.parity() ^ 1);
+    ++queries.count;
+    if (blind) {  // its output takes the query's place all the same
+      arrive(&s.query_full[q]);
+      continue;
+    }
+    load_tile<head_size, tile_rows>(s.query[q], &a.query, &s.query_full[q], w.row, w.head, w.batch);
+    for (int t = w.key_tile_end - 1; t >= w.key_tile_begin; --t) {
+      wait(&s.key_empty[keys.stage()], keys.parity() ^ 1);
+      load_tile<head_size, tile_keys>(s.key[keys.stage()], &a.key, &s.key_full[keys.stage()],
+                                      t * tile_keys, key_head, w.batch);
+      ++keys.count;
+      wait(&s.value_empty[values.stage()], values.parity() ^ 1);
+      load_tile<value_size, tile_keys>(s.value[values.stage()], &a.value,
+                                       &s.value_full[values.stage()], t * tile_keys, key_head,
+                                       w.batch);
+      ++values.count;
+    }
+  }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// What a consumer's logits are changed by before the softmax: scaled keys, and keys out of sight.
+struct Sight {
+  const bool* key_mask;  // of the sample, or null
+  int keys, window, span_begin, span_end;
+  int position;  // of the warpgroup's first row
+  float bias;    // log_scale in units of unscaled logits
+};
+
+__device__ __forceinline__ Sight sight_of(const Arguments& a, const Work& w, int consumer) {
+  const CudaGeometry& g = a.geometry;
+  Sight s;
+  s.key_mask = g.key_mask ? g.key_mask + w.batch * g.key_mask_batch_stride : nullptr;
+  s.keys = a.keys;
+  s.window = g.window;
+  s.position = w.position + consumer * consumer_rows;
+  if (g.span) {
+    const int64_t* span = g.span + w.batch * g.span_batch_stride;
+    s.span_begin = clamp(span[0], 0, a.keys);
+    s.span_end = clamp(span[g.span_stride], s.span_begin, a.keys);
+  } else {
+    s.span_begin = g.first_key ? min(g.first_key[w.batch], a.keys) : 0;
+    s.span_end = s.span_begin + 1;
+  }
+  s.bias =
+      a.log_scale[w.batch * a.log_scale_batch_stride + w.head * a.log_scale_head_stride] / a.scale;
+  return s;
+}
+
+// Whether all keys [first, first + count) are real.
+template <int count>
+__device__ __forceinline__ bool all_real(const bool* key_mask, int first, int keys) {
+  bool real = true;
+#pragma unroll
+  for (int j = 0; j < count / 32; ++j) {
+    const int key = first + j * 32 + static_cast<int>(threadIdx.x % 32);
+    real = real && (key >= keys || key_mask[key]);
+  }
+  return __all_sync(~0u, real);
+}
+
+template <int tile_keys>
+__device__ __forceinline__ void look(float (&logits)[tile_keys / 2], const Sight& s, int first) {
+  const int lane = threadIdx.x % 32, warp_row = threadIdx.x % warpgroup / 32 * 16 + lane / 4;
+  const int last = first + tile_keys;
+  if (s.span_begin < last && s.span_end > first) {
+#pragma unroll
+    for (int i = 0; i < tile_keys / 2; ++i) {
+      const int key = first + i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      if (key >= s.span_begin && key < s.span_end) logits[i] += s.bias;
+    }
+  }
+  const int last_row = s.position + consumer_rows - 1;
+  if (last - 1 > s.position || (s.window && first <= last_row - s.window)) {
+    const int row = s.position + warp_row;
+#pragma unroll
+    for (int i = 0; i < tile_keys / 2; ++i) {
+      const int key = first + i / 4 * 8 + lane % 4 * 2 + (i & 1), position = row + (i & 2) * 4;
+      if (key > position || (s.window && key <= position - s.window)) logits[i] = -INFINITY;
+    }
+  }
+  if (s.key_mask && !all_real<tile_keys>(s.key_mask, first, s.keys)) {
+#pragma unroll
+    for (int i = 0; i < tile_keys / 2; ++i) {
+      const int key = first + i / 4 * 8 + lane % 4 * 2 + (i & 1);
+      if (key >= s.keys || !s.key_mask[key]) logits[i] = -INFINITY;
+    }
+  }
+}
+
+// The running softmax of a thread's two rows.
+struct Softmax {
+  float largest[2] = {-INFINITY, -INFINITY};
+  float total[2] = {0, 0};  // of the thread's own columns
+  float rescale[2];         // by what the step before changes earlier sums
+
+  // Turns logits into weights relative to the largest so far.
+  template <int count>
+  __device__ __forceinline__ void step(float (&logits)[count], float scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float top = logits[2 * half];
+#pragma unroll
+      for (int i = 0; i < count; i += 4)
+        top = fmaxf(top, fmaxf(logits[i + 2 * half], logits[i + 2 * half + 1]));
+      top = fmaxf(largest[half], quad_max(top));
+      const float zero = top == -INFINITY ? 0 : top * scale_log2;
+      rescale[half] = exp2_fast(largest[half] * scale_log2 - zero);
+      largest[half] = top;
+      float sum = 0;
+#pragma unroll
+      for (int i = 0; i < count; i += 4) {
+#pragma unroll
+        for (int j = i + 2 * half; j < i + 2 * half + 2; ++j) {
+          logits[j] = exp2_fast(fmaf(logits[j], scale_log2, -zero));
+          sum += logits[j];
+        }
+      }
+      total[half] = total[half] * rescale[half] + sum;
+    }
+  }
+};
+
+template <typename T, int count>
+__device__ __forceinline__ void to_left_matrices(const float (&weights)[count],
+                                                 uint32_t (&matrices)[count / 8][4]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 2) matrices[i / 8][i % 8 / 2] = pack<T>(weights[i], weights[i + 1]);
+}
+
+// logits = Q K^T of the consumer's rows.
+template <typename T, int head_size, int tile_keys>
+__device__ __forceinline__ void start_logits(float (&logits)[tile_keys / 2], const uint16_t* query,
+                                             const uint16_t* key) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < head_size; k += 16) {
+    const int block = k / block_columns, column = k % block_columns;
+    multiply<T>(logits,
+                matrix(query + block * tile_rows * block_columns + column, 16, 8 * 128),
+                matrix(key + block * tile_keys * block_columns + column, 16, 8 * 128), k > 0);
+  }
+  commit_products();
+}
+
+// output += weights V.
+template <typename T, int value_size, int tile_keys>
+__device__ __forceinline__ void start_output(float (&output)[value_size / 2],
+                                             const uint32_t (&weights)[tile_keys / 16][4],
+                                             const uint16_t* value) {
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < tile_keys; k += 16) {
+    multiply_add<T>(output, weights[k / 16],
+                    matrix(value + k * block_columns, tile_keys * 128, 8 * 128));
+  }
+  commit_products();
+}
+
+__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) arrive(barrier);
+}
+
+// Divides by the softmax's totals, and writes the tile's rows of output and logsumexp.
+template <typename T, int value_size>
+__device__ __forceinline__ void finish(const Arguments& a, const Work& w, int consumer,
+                                       float (&output)[value_size / 2], const Softmax& softmax,
+                                       uint16_t* shared_output) {
+  const int thread = threadIdx.x % warpgroup, lane = thread % 32, warp = thread / 32;
+  float factor[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float total = quad_sum(softmax.total[half]);
+    factor[half] = total == 0 ? 0 : 1 / total;
+    const int row = w.row + consumer * consumer_rows + warp * 16 + lane / 4 + 8 * half;
+    if (a.logsumexp && lane % 4 == 0 && row < a.queries) {
+      a.logsumexp[w.batch * a.logsumexp_batch_stride + w.head * a.logsumexp_head_stride +
+                  row * a.logsumexp_row_stride] =
+          total == 0 ? -INFINITY : softmax.largest[half] * a.scale + logf(total);
+    }
+  }
+  // The store of the tile before must have read its rows of shared memory.
+  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  wait_named(output_barrier + consumer, warpgroup);
+  const int row = consumer * consumer_rows + warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+  for (int i = 0; i < value_size / 2; i += 8) {
+    const int chunk = i / 4 + lane / 16;  // of 8 columns
+    const uint32_t to = shared_address(shared_output + chunk / 8 * tile_rows * block_columns) +
+                        row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(pack<T>(output[i] * factor[0], output[i + 1] * factor[0])),
+                 "r"(pack<T>(output[i + 2] * factor[1], output[i + 3] * factor[1])),
+                 "r"(pack<T>(output[i + 4] * factor[0], output[i + 5] * factor[0])),
+                 "r"(pack<T>(output[i + 6] * factor[1], output[i + 7] * factor[1]))
+                 : "memory");
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  wait_named(output_barrier + consumer, warpgroup);
+  if (thread == 0) {
+#pragma unroll
+    for (int block = 0; block < value_size / block_columns; ++block) {
+      store_box(&a.output,
+                shared_output + (block * tile_rows + consumer * consumer_rows) * block_columns,
+                block * block_columns, w.row + consumer * consumer_rows, w.head, w.batch);
+    }
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+  }
+}
+
+template <typename T, int head_size, int value_size, int tile_keys>
+__device__ __forceinline__ void consume(const Arguments& a,
+                                        Shared<head_size, value_size, tile_keys>& s) {
+  constexpr int turn_threads = consumers * warpgroup;
+  const int consumer = threadIdx.x / warpgroup - 1;
+  const float scale_log2 = a.scale * 1.44269504f;
+  Ring<Shared<head_size, value_size, tile_keys>::query_stages> queries;
+  Ring<stages> keys, values;
+  if (consumer == 0) arrive_named(turn_barrier, turn_threads);
+  for (int round = 0; round * gridDim.x < a.tiles; ++round) {
+    const int tile = tile_of_round(round);
+    if (tile >= a.tiles) continue;
+    const Work w = work_of<tile_keys>(a, tile);
+    float output[value_size / 2];
+#pragma unroll
+    for (float& x : output) x = 0;
+    Softmax softmax;
+    const bool blind = w.key_tile_begin == w.key_tile_end;
+    const int q = queries.stage();
+    const uint16_t* query = s.query[q] + consumer * consumer_rows * block_columns;
+    if (!blind || !s.own_output) {
+      wait(&s.query_full[q], queries.parity());
+      ++queries.count;
+    }
+    if (!blind) {
+      const Sight sight = sight_of(a, w, consumer);
+      float logits[tile_keys / 2];
+      uint32_t weights[tile_keys / 16][4];
+      int t = w.key_tile_end - 1;
+      wait(&s.key_full[keys.stage()], keys.parity());
+      start_logits<T, head_size, tile_keys>(logits, query, s.key[keys.stage()]);
+      wait_products<0>();
+      pin(logits);
+      arrive_warp(&s.key_empty[keys.stage()]);
+      ++keys.count;
+      look<tile_keys>(logits, sight, t * tile_keys);
+      softmax.step(logits, scale_log2);
+      to_left_matrices<T>(logits, weights);
+      for (--t; t >= w.key_tile_begin; --t) {
+        wait(&s.key_full[keys.stage()], keys.parity());
+        wait_named(turn_barrier + consumer, turn_threads);
+        start_logits<T, head_size, tile_keys>(logits, query, s.key[keys.stage()]);
+        wait(&s.value_full[values.stage()], values.parity());
+        start_output<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
+        arrive_named(turn_barrier + 1 - consumer, turn_threads);
+        wait_products<1>();
+        pin(logits);
+        arrive_warp(&s.key_empty[keys.stage()]);
+        ++keys.count;
+        look<tile_keys>(logits, sight, t * tile_keys);
+        softmax.step(logits, scale_log2);
+        wait_products<0>();
+        pin(output);
+        arrive_warp(&s.value_empty[values.stage()]);
+        ++values.count;
+        to_left_matrices<T>(logits, weights);
+#pragma unroll
+        for (int i = 0; i < value_size / 2; ++i) output[i] *= softmax.rescale[i / 2 % 2];
+      }
+      if (s.own_output) arrive_warp(&s.query_empty[q]);
+      wait(&s.value_full[values.stage()], values.parity());
+      start_output<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
+      wait_products<0>();
+      pin(output);
+      arrive_warp(&s.value_empty[values.stage()]);
+      ++values.count;
+    }
+    finish<T, value_size>(a, w, consumer, output, softmax, s.output());
+    if (!s.own_output) {
+      if (threadIdx.x % warpgroup == 0) {
+        asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+      }
+      wait_named(output_barrier + consumer, warpgroup);
+      arrive_warp(&s.query_empty[q]);
+    }
+  }
+  if (threadIdx.x % warpgroup == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+template <typename T, int head_size, int value_size, int tile_keys>
+__global__ void __launch_bounds__(threads, 1) attend(const __grid_constant__ Arguments a) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ char memory[];
+  auto& s = *reinterpret_cast<Shared<head_size, value_size, tile_keys>*>(
+      (reinterpret_cast<uintptr_t>(memory) + 1023) & ~static_cast<uintptr_t>(1023));
+  if (threadIdx.x == 0) {
+    constexpr int consumer_warps = consumers * warpgroup / 32;
+    for (int i = 0; i < s.query_stages; ++i) {
+      init(&s.query_full[i], 1);
+      init(&s.query_empty[i], consumer_warps);
+    }
+    for (int i = 0; i < stages; ++i) {
+      init(&s.key_full[i], 1);
+      init(&s.key_empty[i], consumer_warps);
+      init(&s.value_full[i], 1);
+      init(&s.value_empty[i], consumer_warps);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  __syncthreads();
+  if (threadIdx.x < warpgroup) {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x == 0) produce(a, s);
+  } else {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    consume<T>(a, s);
+  }
+#endif
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, without linking the driver.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* address = nullptr;
+    cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
+#else
+    const cudaError_t error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
+#endif
+    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
+               ? reinterpret_cast<EncodeTiled>(address)
+               : nullptr;
+  }();
+  return function;
+}
+
+// [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
+cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch, int heads,
+                     int rows, int columns, int box_rows) {
+  const cuuint64_t sizes[4] = {
+      static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+      static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  // The stride of a dimension of size 1 is any number, which the driver might refuse.
+  const auto bytes = [](int64_t stride, int size) {
+    return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
+  };
+  const cuuint64_t strides[3] = {bytes(array.row_stride, rows), bytes(array.head_stride, heads),
+                                 bytes(array.batch_stride, batch)};
+  const cuuint32_t box[4] = {block_columns, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const EncodeTiled encode = encode_tiled();
+  if (!encode) return cudaErrorNotSupported;
+  const CUresult result =
+      encode(map,
+             dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+             4, const_cast<void*>(array.data), sizes, strides, box, steps,
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// As many heads of all samples as leave K and V in half of the level-2 cache: whole groups.
+int section_of(const CudaAttention& c) {
+  constexpr int64_t cache_bytes = 24 << 20;
+  const int64_t bytes = int64_t{c.keys} * (c.head_size + c.value_head_size) * 2;
+  const int group = c.heads / c.key_heads;
+  const int64_t groups = std::max<int64_t>(1, cache_bytes / bytes);
+  return static_cast<int>(std::min<int64_t>(groups * group, int64_t{c.batch} * c.heads));
+}
+
+template <typename T, int head_size, int value_size, int tile_keys>
+cudaError_t launch(const CudaAttention& c, int multiprocessors, cudaStream_t stream) {
+  using Memory = Shared<head_size, value_size, tile_keys>;
+  Arguments a{};
+  for (const cudaError_t error :
+       {make_map(&a.query, c.dtype, c.query, c.batch, c.heads, c.queries, c.head_size, tile_rows),
+        make_map(&a.key, c.dtype, c.key, c.batch, c.key_heads, c.keys, c.head_size, tile_keys),
+        make_map(&a.value, c.dtype, c.value, c.batch, c.key_heads, c.keys, c.value_head_size,
+                 tile_keys),
+        make_map(&a.output, c.dtype, c.output, c.batch, c.heads, c.queries, c.value_head_size,
+                 consumer_rows)}) {
+    if (error != cudaSuccess) return error;
+  }
+  a.geometry = c.geometry;
+  a.log_scale = static_cast<const float*>(c.log_scale);
+  a.log_scale_batch_stride = c.log_scale_batch_stride;
+  a.log_scale_head_stride = c.log_scale_head_stride;
+  a.logsumexp = static_cast<float*>(const_cast<void*>(c.logsumexp.data));
+  a.logsumexp_batch_stride = c.logsumexp.batch_stride;
+  a.logsumexp_head_stride = c.logsumexp.head_stride;
+  a.logsumexp_row_stride = c.logsumexp.row_stride;
+  a.heads = c.heads;
+  a.group = c.heads / c.key_heads;
+  a.queries = c.queries;
+  a.keys = c.keys;
+  a.row_tiles = (c.queries + tile_rows - 1) / tile_rows;
+  a.tiles = a.row_tiles * c.batch * c.heads;
+  a.section = section_of(c);
+  a.scale = static_cast<float>(c.scale);
+  const auto kernel = attend<T, head_size, value_size, tile_keys>;
+  constexpr int bytes = sizeof(Memory) + 1024;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  kernel<<<std::min(a.tiles, multiprocessors), threads, bytes, stream>>>(a);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_for_size(const CudaAttention& c, int multiprocessors, cudaStream_t stream) {
+  if (c.head_size <= 64 && c.value_head_size <= 64)
+    return launch<T, 64, 64, 128>(c, multiprocessors, stream);
+  if (c.head_size <= 128 && c.value_head_size <= 128)
+    return launch<T, 128, 128, 128>(c, multiprocessors, stream);
+  if (c.head_size <= 192 && c.value_head_size <= 128)
+    return launch<T, 192, 128, 64>(c, multiprocessors, stream);
+  return launch<T, 256, 256, 64>(c, multiprocessors, stream);
+}
+
+}  // namespace
+}  // namespace hopper
+
+bool hopper_takes(const CudaAttention& c) {
+  return has_16_byte_rows(c) && c.head_size <= 256 && c.value_head_size <= 256 && c.scale > 0 &&
+         c.keys > 0;
+}
+
+cudaError_t attention_hopper(const CudaAttention& c, int32_t multiprocessors,
+                             cudaStream_t stream) {
+  return c.dtype == DType::float16 ? hopper::launch_for_size<__half>(c, multiprocessors, stream)
+                                   : hopper::launch_for_size<__nv_bfloat16>(c, multiprocessors,
+                                                                            stream);
+}
+
+}  // namespace zerotuning::attention

@@ -1,0 +1,13 @@
+# The cards to build for: machine code for those that this nvcc knows, PTX of the newest for later ones.
+function(zerotuning_cuda_architectures result)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known)
+  set(list 80-real 90a-real)
+  set(newest 90)
+  foreach(architecture 100 120)
+    if(known MATCHES "compute_${architecture}")
+      list(APPEND list ${architecture}-real)
+      set(newest ${architecture})
+    endif()
+  endforeach()
+  set(${result} "${list};${newest}-virtual" PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,352 @@
+// The choice between the CUDA kernels (attention/cuda_kernels.h) and torch's own, and the calls.
+#include "ops/attention_cuda.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <mutex>
+
+#include "attention/cuda_kernels.h"
+#include "ops/layout.h"
+
+namespace zerotuning::ops {
+namespace {
+
+using attention::Array4;
+using attention::CudaAttention;
+using attention::DType;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("zerotuning: ") + what + ": " + cudaGetErrorString(error));
+}
+
+struct Device {
+  int multiprocessors, capability;  // capability: 90 for sm_90
+};
+
+Device read_device(int index) {
+  int multiprocessors, major, minor;
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
+  return {multiprocessors, 10 * major + minor};
+}
+
+const Device& device_at(int index) {
+  constexpr int most = 64;
+  static std::array<Device, most> devices;
+  static std::array<std::once_flag, most> read;
+  require(index < most, "zerotuning knows ", most, " devices, got cuda:", index);
+  std::call_once(read[index], [&] { devices[index] = read_device(index); });
+  return devices[index];
+}
+
+Array4 array_of(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+
+// The kernels want unit stride in the last dimension.
+Tensor unit_stride(const Tensor& t) {
+  return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::contiguous(t);
+}
+
+// A call's arguments for the kernels, and the tensors that they point into.
+struct Call {
+  torch::stable::accelerator::DeviceGuard guard;
+  const Device& device;
+  cudaStream_t stream;
+  Tensor query, key, value;
+  std::optional<Tensor> key_mask, first_key;
+  CudaAttention arguments;
+};
+
+cudaStream_t current_stream(int32_t device) {
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+Call begin(const Problem& p) {
+  constexpr int64_t largest = 256;
+  require(p.head_size <= largest && p.value_head_size <= largest,
+          "head sizes on a GPU go up to ", largest, ", got ", p.head_size, " (query) and ",
+          p.value_head_size, " (value)");
+  const int32_t index = p.query.get_device_index();
+  Call call{torch::stable::accelerator::DeviceGuard(index),
+            device_at(index),
+            current_stream(index),
+            unit_stride(p.query),
+            unit_stride(p.key),
+            unit_stride(p.value),
+            p.key_mask,
+            std::nullopt,
+            {}};
+  CudaAttention& a = call.arguments;
+  a.dtype = p.dtype;
+  a.batch = static_cast<int32_t>(p.batch);
+  a.heads = static_cast<int32_t>(p.heads);
+  a.key_heads = static_cast<int32_t>(p.key_heads);
+  a.queries = static_cast<int32_t>(p.queries);
+  a.keys = static_cast<int32_t>(p.keys);
+  a.head_size = static_cast<int32_t>(p.head_size);
+  a.value_head_size = static_cast<int32_t>(p.value_head_size);
+  a.scale = p.scale;
+  a.query = array_of(call.query);
+  a.key = array_of(call.key);
+  a.value = array_of(call.value);
+  a.log_scale = p.log_scale.const_data_ptr();
+  a.log_scale_batch_stride = p.log_scale_per_sample() ? p.log_scale.stride(0) : 0;
+  a.log_scale_head_stride = p.log_scale.stride(p.log_scale.dim() - 1);
+  a.geometry.window = p.window < p.keys ? static_cast<int32_t>(p.window) : 0;
+  if (p.span) {
+    a.geometry.span = p.span->const_data_ptr<int64_t>();
+    a.geometry.span_batch_stride = p.span->stride(0);
+    a.geometry.span_stride = p.span->stride(1);
+  }
+  if (p.query_start) {
+    a.geometry.query_start = p.query_start->const_data_ptr<int64_t>();
+    a.geometry.query_start_stride = p.query_start->stride(0);
+  }
+  return call;
+}
+
+void read_key_mask(const Problem& p, Call& call) {
+  if (!p.key_mask || p.batch == 0) return;
+  if (p.key_mask->stride(1) != 1) call.key_mask = aten::contiguous(*p.key_mask);
+  auto& g = call.arguments.geometry;
+  g.key_mask = call.key_mask->const_data_ptr<bool>();
+  g.key_mask_batch_stride = call.key_mask->stride(0);
+  call.first_key = torch::stable::new_empty(p.query, Sizes{p.batch}, ScalarType::Int);
+  int32_t* first_key = call.first_key->mutable_data_ptr<int32_t>();
+  g.first_key = first_key;
+  check(attention::first_real_key(g.key_mask, g.key_mask_batch_stride, call.arguments.batch,
+                                  call.arguments.keys, first_key, call.stream),
+        "key_mask");
+}
+
+// A square causal problem without windows and chosen keys, which is torch's kernels' too.
+bool ordinary(const Problem& p, const Call& call) {
+  return attention::has_16_byte_rows(call.arguments) && p.queries == p.keys && p.queries > 1 &&
+         !p.query_start && !p.span && call.arguments.geometry.window == 0;
+}
+
+// cuDNN's kernels are built for cards from sm_90 on; flash-attention 2 is the faster one before and
+// on sm_120.
+bool stock_is_cudnn(const Device& device) {
+  return device.capability >= 90 && device.capability < 120;
+}
+
+bool stock_takes(const Problem& p, const Call& call, int64_t largest_head) {
+  const Device& device = call.device;
+  if (!ordinary(p, call) || device.capability < 80) return false;
+  if (p.key_mask && !stock_is_cudnn(device)) return false;
+  return p.head_size == p.value_head_size &&
+         p.head_size <= (stock_is_cudnn(device) ? largest_head : 256);
+}
+
+Route choose_forward(const Problem& p, const Call& call) {
+  if (call.device.capability == 90 && attention::hopper_takes(call.arguments)) return Route::hopper;
+  if (!p.key_mask && stock_takes(p, call, 256)) return Route::stock;
+  return Route::plain;
+}
+
+Route choose_backward(const Problem& p, const Call& call) {
+  return stock_takes(p, call, 128) ? Route::stock : Route::plain;
+}
+
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, Sizes{std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+}
+
+Tensor undefined() {
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_new_uninitialized_tensor(&handle));
+  return Tensor(handle);
+}
+
+Tensor rows_from(const Tensor& t, int64_t begin) { return aten::narrow(t, 2, begin, t.size(2)); }
+
+// Torch's attention of queries 1… over keys 1…: (output, logsumexp). Called by their C functions:
+// the dispatcher's stable interface does not return the sequence lengths that are among the results.
+std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call) {
+  const Tensor query = rows_from(call.query, 1), key = rows_from(call.key, 1),
+               value = rows_from(call.value, 1);
+  double scale = p.scale;
+  std::array<AtenTensorHandle, 7> results{};
+  int64_t most_queries, most_keys;
+  if (stock_is_cudnn(call.device)) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_cudnn_attention(
+        query.get(), key.get(), value.get(), nullptr, true, 0.0, true, false, &scale, &results[0],
+        &results[1], &results[2], &results[3], &most_queries, &most_keys, &results[4], &results[5],
+        &results[6]));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_flash_attention(
+        query.get(), key.get(), value.get(), 0.0, true, false, &scale, &results[0], &results[1],
+        &results[2], &results[3], &most_queries, &most_keys, &results[4], &results[5],
+        &results[6]));
+  }
+  for (size_t unused = 2; unused < results.size(); ++unused) {
+    if (results[unused]) Tensor freed(results[unused]);
+  }
+  return {Tensor(results[0]), Tensor(results[1])};
+}
+
+struct Gradients {
+  Tensor query, key, value;
+};
+
+// cuDNN's bias of keys that are not its business: padding and the initial token. [B, 1, 1, T]
+Tensor exclusion_bias(const Problem& p, const Call& call) {
+  const Tensor bias =
+      torch::stable::new_empty(p.query, Sizes{p.batch, 1, 1, p.keys}, p.query.scalar_type());
+  check(attention::exclusion_bias(call.arguments, bias.mutable_data_ptr(), call.stream), "bias");
+  return bias;
+}
+
+// Torch's gradients, given the output and logsumexp of all keys: exact for the keys it sees. Its
+// graph cache knows calls by query, key and value alone, so the other arrays always come in one
+// layout.
+Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_output,
+                         const Tensor& output, const Tensor& logsumexp) {
+  const int64_t first = p.key_mask ? 0 : 1;
+  const Tensor seed = torch::stable::new_empty(p.query, Sizes{}, ScalarType::Long);
+  const Tensor query = rows_from(call.query, first), key = rows_from(call.key, first),
+               value = rows_from(call.value, first);
+  const int64_t rows = p.queries - first;
+  if (!stock_is_cudnn(call.device)) {
+    auto stack = aten::call<3>("aten::_scaled_dot_product_flash_attention_backward", "",
+                               rows_from(grad_output, first), query, key, value,
+                               rows_from(output, first), aten::contiguous(rows_from(logsumexp, first)),
+                               undefined(), undefined(), rows, rows, 0.0, true, seed, seed,
+                               std::optional(p.scale));
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+            torch::stable::detail::to<Tensor>(stack[2])};
+  }
+  const Tensor bias = p.key_mask ? exclusion_bias(p, call) : undefined();
+  const Tensor sums = aten::tensor("aten::unsqueeze", "", rows_from(logsumexp, first), int64_t{3});
+  auto stack = aten::call<3>("aten::_scaled_dot_product_cudnn_attention_backward", "",
+                             rows_from(grad_output, first), query, key, value,
+                             rows_from(output, first), sums, seed, seed, bias, undefined(),
+                             undefined(), rows, rows, 0.0, true, std::optional(p.scale));
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+          torch::stable::detail::to<Tensor>(stack[2])};
+}
+
+// Rows that see no key have logsumexp -inf, of which torch's kernels would make NaN; +inf gives 0.
+Tensor backward_logsumexp(const Problem& p, const Call& call, const Tensor& logsumexp) {
+  if (!p.key_mask) return logsumexp;
+  const Tensor copy = aten::contiguous(logsumexp);
+  check(attention::negate_minus_infinity(static_cast<float*>(copy.mutable_data_ptr()), copy.numel(),
+                                         call.stream),
+        "logsumexp");
+  return copy;
+}
+
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Tensor gradient_like(const Tensor& t) {
+  return new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
+  Call call = begin(p);
+  const Tensor output = new_output(p);
+  const Tensor logsumexp = torch::stable::new_empty(
+      p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
+  if (empty(p)) return {output, logsumexp};
+  CudaAttention& a = call.arguments;
+  a.output = array_of(output);
+  a.logsumexp = array_of(logsumexp);
+  read_key_mask(p, call);
+  if (route == Route::automatic) route = choose_forward(p, call);
+  switch (route) {
+    case Route::hopper:
+      require(call.device.capability == 90 && attention::hopper_takes(a),
+              "the hopper route does not take this call");
+      check(attention::attention_hopper(a, call.device.multiprocessors, call.stream), "attention");
+      break;
+    case Route::stock: {
+      require(!p.key_mask && stock_takes(p, call, 256),
+              "the stock route does not take this call");
+      const auto [part, part_logsumexp] = stock_forward(p, call);
+      check(attention::initial_token_merge(a, array_of(part), array_of(part_logsumexp), 1,
+                                           call.stream),
+            "attention");
+      break;
+    }
+    default:
+      check(attention::attention_plain(a, call.stream), "attention");
+  }
+  return {output, logsumexp};
+}
+
+FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
+                                    const Tensor& output, const Tensor& logsumexp, Route route) {
+  Call call = begin(p);
+  const Tensor grad_query = gradient_like(p.query), grad_key = gradient_like(p.key),
+               grad_value = gradient_like(p.value);
+  const Tensor grad_log_scale = torch::stable::empty_like(
+      p.log_scale.is_contiguous() ? p.log_scale : aten::contiguous(p.log_scale));
+  if (empty(p)) {
+    for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value, &grad_log_scale}) {
+      Tensor zeroed = *gradient;
+      torch::stable::zero_(zeroed);
+    }
+    return {grad_query, grad_key, grad_value, grad_log_scale};
+  }
+  const Tensor grad_rows = in_row_layout(grad_output, p.value_head_size),
+               output_rows = in_row_layout(output, p.value_head_size),
+               sums = logsumexp.is_contiguous() ? logsumexp : aten::contiguous(logsumexp);
+  CudaAttention& a = call.arguments;
+  a.output = array_of(output_rows);
+  a.logsumexp = array_of(sums);
+  read_key_mask(p, call);
+  attention::CudaAttentionGradients gradients{
+      array_of(grad_rows),  array_of(grad_query),           array_of(grad_key),
+      array_of(grad_value), grad_log_scale.mutable_data_ptr(), nullptr};
+  if (route == Route::automatic) route = choose_backward(p, call);
+  if (route != Route::stock) {
+    const Tensor memory = scratch(p.query, attention::attention_backward_plain_scratch(a));
+    gradients.scratch = memory.mutable_data_ptr();
+    check(attention::attention_backward_plain(a, gradients, call.stream), "attention_backward");
+    return {grad_query, grad_key, grad_value, grad_log_scale};
+  }
+  require(stock_takes(p, call, 128), "the stock route does not take this call");
+  const Gradients part = stock_backward(p, call, grad_rows, output_rows,
+                                        backward_logsumexp(p, call, sums));
+  const int64_t first = p.queries - part.query.size(2);
+  aten::copy_(rows_from(grad_key, first), part.key);
+  aten::copy_(rows_from(grad_value, first), part.value);
+  const Tensor memory = scratch(p.query, attention::initial_token_backward_scratch(a));
+  gradients.scratch = memory.mutable_data_ptr();
+  check(attention::initial_token_backward(a, gradients, array_of(part.query),
+                                          static_cast<int32_t>(first), call.stream),
+        "attention_backward");
+  return {grad_query, grad_key, grad_value, grad_log_scale};
+}
+
+Tensor decode_attention_cuda(const Problem& p) {
+  constexpr int64_t most_queries = 16;
+  Call call = begin(p);
+  CudaAttention& a = call.arguments;
+  const Tensor output = new_output(p);
+  a.output = array_of(output);
+  if (empty(p) || p.queries > most_queries || call.device.capability < 80 ||
+      !attention::decode_takes(a)) {
+    return std::get<0>(attention_cuda(p));
+  }
+  read_key_mask(p, call);
+  const Tensor memory =
+      scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));
+  check(attention::decode(a, memory.mutable_data_ptr(), call.device.multiprocessors, call.stream),
+        "decode_attention");
+  return output;
+}
+
+}  // namespace zerotuning::ops

@@ -1,0 +1,31 @@
+// Attention with a scaled initial token on NVIDIA GPUs: which kernel takes which call.
+#pragma once
+
+#include <tuple>
+
+#include "ops/problem.h"
+
+namespace zerotuning::ops {
+
+// Ways to compute the same. `automatic` is what choose_forward and choose_backward pick.
+enum class Route : int64_t {
+  automatic = 0,
+  plain = 1,   // our kernels without tensor cores: any dtype, shape and geometry
+  hopper = 2,  // our kernel for sm_90a: 16-bit, any geometry; forward only
+  stock = 3,   // torch's fastest kernel on all keys but the initial one, which is then added
+};
+
+// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous).
+std::tuple<Tensor, Tensor> attention_cuda(const Problem& problem, Route route = Route::automatic);
+
+// Gradients of query, key, value and log_scale.
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(const Problem& problem,
+                                                                   const Tensor& grad_output,
+                                                                   const Tensor& output,
+                                                                   const Tensor& logsumexp,
+                                                                   Route route = Route::automatic);
+
+// output [B, H, Tq, Dv]; up to 16 queries read each key and value once for all heads that share it.
+Tensor decode_attention_cuda(const Problem& problem);
+
+}  // namespace zerotuning::ops

@@ -1,0 +1,64 @@
+// The operators on CUDA: a library of its own, which torch without CUDA does not load.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/attention_cuda.h"
+
+namespace {
+
+using zerotuning::ops::check_problem;
+using zerotuning::ops::Route;
+using zerotuning::ops::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using TwoTensors = std::tuple<Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+TwoTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                              OptionalTensor key_mask, OptionalTensor span,
+                              OptionalTensor query_start, int64_t window, double scale,
+                              int64_t route) {
+  return zerotuning::ops::attention_cuda(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      static_cast<Route>(route));
+}
+
+TwoTensors attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                     OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
+                     int64_t window, double scale) {
+  return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
+                            scale, 0);
+}
+
+FourTensors attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                                        Tensor log_scale, Tensor output, Tensor logsumexp,
+                                        OptionalTensor key_mask, OptionalTensor span,
+                                        OptionalTensor query_start, int64_t window, double scale,
+                                        int64_t route) {
+  return zerotuning::ops::attention_backward_cuda(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      grad_output, output, logsumexp, static_cast<Route>(route));
+}
+
+FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                               Tensor log_scale, Tensor output, Tensor logsumexp,
+                               OptionalTensor key_mask, OptionalTensor span,
+                               OptionalTensor query_start, int64_t window, double scale) {
+  return attention_backward_by_route(grad_output, query, key, value, log_scale, output, logsumexp,
+                                     key_mask, span, query_start, window, scale, 0);
+}
+
+Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                        OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
+                        int64_t window, double scale) {
+  return zerotuning::ops::decode_attention_cuda(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
+  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward));
+  library.impl("decode_attention", TORCH_BOX(&decode_attention));
+  library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
+  library.impl("_attention_backward_by_route", TORCH_BOX(&attention_backward_by_route));
+}

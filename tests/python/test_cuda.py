@@ -1,0 +1,249 @@
+"""What only a GPU shows: the routes against each other, CUDA graphs, waiting, whole models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_ops import error, formula, inputs_with_sink, random_inputs
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+from zerotuning import ops
+from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
+from zerotuning.scales import HeadScales
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (torch.cuda.is_available() and ops.runs_on("cuda")), reason="needs a GPU and a CUDA build"),
+]
+PLAIN, HOPPER, STOCK = 1, 2, 3
+HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+@pytest.fixture(autouse=True)
+def on_cuda() -> Any:
+    torch.set_default_device("cuda")
+    torch.full((2**26,), math.nan)  # poisons what the next allocations get
+    yield
+    torch.set_default_device(None)
+
+
+def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: int, **geometry: Any) -> list[Tensor]:
+    """Output and gradients by chosen routes."""
+    options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
+    scale = inputs[0].shape[-1] ** -0.5
+    output, logsumexp = torch.ops.zerotuning._attention_by_route(*inputs, *options, scale, forward)
+    gradients = torch.ops.zerotuning._attention_backward_by_route(
+        grad_output, *inputs, output, logsumexp, *options, scale, backward
+    )
+    return [output, *gradients]
+
+
+def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> list[Tensor]:
+    leaves = [t.double().requires_grad_() for t in inputs]
+    output = formula(*leaves, **geometry)[0]
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())]
+
+
+def compare(inputs: list[Tensor], forward: int, backward: int, **geometry: Any) -> None:
+    batch, heads, rows, _ = inputs[0].shape
+    grad_output = torch.randn(batch, rows, heads, inputs[2].shape[-1]).to(inputs[0].dtype).transpose(1, 2)
+    names = ("output", "query", "key", "value", "log_scale")
+    got, wanted = by_route(inputs, grad_output, forward, backward, **geometry), reference(inputs, grad_output, **geometry)
+    for name, a, b in zip(names, got, wanted, strict=True):
+        assert error(a, b) <= (3e-3 if name == "output" else 5e-3), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", HEAD_SIZES, ids=str)
+@pytest.mark.parametrize("rows", [64, 129, 1000])
+def test_routes_equal_the_formula_at_every_head_size(size, rows, dtype) -> None:
+    torch.manual_seed(rows)
+    inputs = random_inputs((2, 4, 2, rows, rows, *size), dtype)
+    compare(inputs, PLAIN, PLAIN)
+    if torch.cuda.get_device_capability() == (9, 0):
+        compare(inputs, HOPPER, PLAIN)
+    if size[0] == size[1]:
+        compare(inputs, STOCK, STOCK if size[0] <= 128 else PLAIN)
+
+
+@pytest.mark.parametrize("gamma", [0.02, 0.3, 3.0, 50.0])
+@pytest.mark.parametrize("sink", [0.05, 0.5, 0.9, 0.99])
+def test_routes_equal_the_formula_for_weak_and_strong_sinks(sink, gamma) -> None:
+    query, key, value = (t.bfloat16() for t in inputs_with_sink(sink, "cuda"))
+    log_scale = torch.full((4,), math.log(gamma)) + torch.linspace(-0.1, 0.1, 4)
+    grad_output = torch.randn(1, 4, 200, 64).bfloat16()
+    wanted = reference([query, key, value, log_scale], grad_output)
+    for forward, backward in ((PLAIN, PLAIN), (STOCK, STOCK), (0, 0)):
+        got = by_route([query, key, value, log_scale], grad_output, forward, backward)
+        assert error(got[0], wanted[0]) <= 3e-3
+        assert all(torch.isfinite(t).all() for t in got)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 128)], ids=str)
+def test_padded_gradients_of_torchs_kernel_equal_the_formula(size) -> None:
+    torch.manual_seed(1)
+    mask = torch.arange(300) >= torch.tensor([0, 1, 170, 299])[:, None]
+    inputs = random_inputs((4, 4, 2, 300, 300, *size), torch.bfloat16, per_sample=True)
+    compare(inputs, 0, STOCK, key_mask=mask)
+    mask = torch.rand(4, 300) > 0.4
+    mask[2] = False
+    compare(inputs, 0, STOCK, key_mask=mask)
+
+
+def test_outputs_are_the_same_from_run_to_run() -> None:
+    torch.manual_seed(2)
+    inputs = random_inputs((2, 8, 2, 1500, 1500, 128, 128), torch.bfloat16)
+    outputs = [ops.attention(*inputs)[0] for _ in range(3)]
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+    cache = random_inputs((3, 8, 2, 2, 5000, 128, 128), torch.bfloat16)
+    steps = [ops.decode_attention(*cache) for _ in range(3)]
+    assert all(torch.equal(steps[0], other) for other in steps[1:])
+    grad_output = torch.randn_like(outputs[0])
+    gradients = [by_route(inputs, grad_output, 0, PLAIN) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("size", [*HEAD_SIZES, (64, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_decoding_equals_the_formula(size, dtype) -> None:
+    torch.manual_seed(3)
+    limit = 3e-3 if dtype == torch.bfloat16 else 6e-4
+    for heads, key_heads in ((8, 2), (4, 4), (32, 1), (9, 3)):
+        for rows, keys in ((1, 1), (1, 40), (1, 3001), (4, 700), (16, 1025)):
+            inputs = random_inputs((3, heads, key_heads, rows, keys, *size), dtype, per_sample=True)
+            mask = torch.arange(keys) >= torch.tensor([0, min(17, keys - 1), keys - 1])[:, None]
+            room = max(keys - rows, 0)
+            start = torch.tensor([room, room // 2, room // 3])
+            for geometry in (
+                {},
+                {"key_mask": mask},
+                {"window": 33},
+                {"query_start": start},
+                {"query_start": start, "span": torch.tensor([[0, 1], [0, 5], [1, 1]]).clamp(max=keys), "window": 100},
+                {"key_mask": torch.rand(3, keys) > 0.5},
+            ):
+                expected = formula(*(t.double() for t in inputs), **geometry)[0]  # type: ignore[arg-type]
+                got = ops.decode_attention(*inputs, **geometry)  # type: ignore[arg-type]
+                assert (got.double() - expected).norm() <= limit * expected.norm() + 1e-12, (heads, rows, keys, geometry)
+
+
+def test_a_captured_graph_follows_positions_on_the_device() -> None:
+    torch.manual_seed(4)
+    inputs = random_inputs((2, 8, 2, 1, 900, 128, 128), torch.bfloat16)
+    start = torch.tensor([3, 100])
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ops.decode_attention(*inputs, query_start=start)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = ops.decode_attention(*inputs, query_start=start)
+    for positions in ([0, 899], [500, 1], [64, 128]):
+        start.copy_(torch.tensor(positions))
+        graph.replay()
+        expected = formula(*(t.double() for t in inputs), query_start=start)[0]
+        assert error(output, expected) <= 3e-3
+
+
+def tiny_llama(**settings: Any) -> Any:
+    torch.manual_seed(5)
+    values: dict[str, Any] = {
+        "vocab_size": 500,
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        **settings,
+    }
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**values), dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False).to("cuda")
+
+
+def random_scales() -> HeadScales:
+    torch.manual_seed(6)
+    return HeadScales(torch.exp(torch.randn(3, 4)).cpu())
+
+
+def test_a_patched_model_gives_what_sdpa_gives_and_what_the_cpu_gives() -> None:
+    model = tiny_llama()
+    ids = torch.randint(0, 500, (3, 200))
+    mask = (torch.arange(200) >= torch.tensor([0, 7, 150])[:, None]).long()
+    with torch.no_grad():
+        plain = model(ids).logits
+        padded = model(ids, attention_mask=mask).logits
+        patch(model)
+        torch.testing.assert_close(model(ids).logits, plain, rtol=0.05, atol=0.05)
+        torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask > 0], padded[mask > 0], rtol=0.05, atol=0.05)
+        apply_scales(model, random_scales())
+        tuned = model.float()(ids, attention_mask=mask).logits
+        on_cpu = model.cpu()(ids.cpu(), attention_mask=mask.cpu()).logits.cuda()
+    torch.testing.assert_close(tuned[mask > 0], on_cpu[mask > 0], rtol=1e-3, atol=1e-3)
+    unpatch(model)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_head_gradients_equal_float64_s(checkpointing) -> None:
+    model = patch(tiny_llama())
+    apply_scales(model, random_scales())
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+        model.enable_input_require_grads()
+    ids = torch.randint(0, 500, (3, 120))
+    mask = (torch.arange(120) >= torch.tensor([0, 7, 100])[:, None]).long()
+
+    def gradients() -> Tensor:
+        with head_parameters(model) as parameters:
+            loss = model(ids, attention_mask=mask).logits[:, -1].float().log_softmax(-1)[:, 3].sum()
+            return torch.stack(torch.autograd.grad(loss, parameters)).double()
+
+    got = gradients()
+    model.double()
+    wanted = gradients()
+    assert ((got - wanted).norm() / wanted.norm()).item() < 0.05
+
+
+def test_generation_is_the_same_with_every_cache_and_alone_or_padded() -> None:
+    model = apply_scales(tiny_llama().float(), random_scales())
+    ids = torch.randint(1, 500, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :15] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    batch = model.generate(input_ids=ids, attention_mask=mask, **options)
+    alone = model.generate(input_ids=ids[:1, 15:], **options)
+    assert torch.equal(batch[0, 40:], alone[0, 25:])
+    half = model.bfloat16()
+    dynamic = half.generate(input_ids=ids, attention_mask=mask, **options)
+    static = half.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", **options)
+    assert (dynamic == static).float().mean().item() > 0.95
+
+
+def test_a_decoding_step_does_not_wait_for_the_gpu() -> None:
+    model = apply_scales(tiny_llama(), random_scales())
+    ids = torch.randint(1, 500, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :15] = 0
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+        step, longer = ids[:, :1], torch.cat((mask, mask[:, :1] + 1), 1)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(step, attention_mask=longer.clamp(max=1), past_key_values=cache)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_tensors_on_different_devices_are_refused_by_name() -> None:
+    query, key, value, log_scale = random_inputs((1, 2, 2, 8, 8, 64, 64), torch.bfloat16)
+    with pytest.raises((ValueError, RuntimeError), match="log_scale must be on query's device, cuda:0, got cpu"):
+        ops.attention(query, key, value, log_scale.cpu())
+    with pytest.raises((ValueError, RuntimeError), match="head sizes on a GPU go up to 256"):
+        ops.attention(*random_inputs((1, 1, 1, 8, 8, 264, 264), torch.bfloat16))
