@@ -20,7 +20,8 @@ struct CudaGeometry {
   int64_t span_batch_stride, span_stride;
   const int64_t* query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
   int64_t query_start_stride;
-  const int32_t* first_key;  // [batch]: the first real key (first_real_key's result), or null: 0
+  const int32_t* first_key;  // [batch]: find_real_keys' results, or null: 0 and keys
+  const int32_t* end_key;
   int32_t window;            // keys that a query sees, its own included; 0 = all
 };
 
@@ -61,9 +62,10 @@ inline bool has_16_byte_rows(const CudaAttention& c) {
          fits(c.output, c.batch, c.heads, c.queries);
 }
 
-// first_key[b] = the first j with key_mask[b][j], or keys if there is none.
-cudaError_t first_real_key(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
-                           int32_t* first_key, cudaStream_t stream);
+// first_key[b]: the first real key, or keys if there is none; end_key[b]: the first key after it
+// that is not real, or keys. Without holes that is all of key_mask.
+cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
+                           int32_t* first_key, int32_t* end_key, cudaStream_t stream);
 
 // Any dtype, head size up to 256, length and geometry, without tensor cores: float32 arithmetic
 // (float64 for float64). The exact route, and what the fast ones are compared with.

@@ -177,6 +177,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 // What a consumer's logits are changed by before the softmax: scaled keys, and keys out of sight.
 struct Sight {
   const bool* key_mask;  // of the sample, or null
+  int real_begin, real_end;  // keys of the mask that are known to be real
   int keys, window, span_begin, span_end;
   int position;  // of the warpgroup's first row
   float bias;    // log_scale in units of unscaled logits
@@ -186,6 +187,8 @@ __device__ __forceinline__ Sight sight_of(const Arguments& a, const Work& w, int
   const CudaGeometry& g = a.geometry;
   Sight s;
   s.key_mask = g.key_mask ? g.key_mask + w.batch * g.key_mask_batch_stride : nullptr;
+  s.real_begin = g.first_key ? g.first_key[w.batch] : 0;
+  s.real_end = g.end_key ? g.end_key[w.batch] : 0;
   s.keys = a.keys;
   s.window = g.window;
   s.position = w.position + consumer * consumer_rows;
@@ -234,7 +237,8 @@ __device__ __forceinline__ void look(float (&logits)[tile_keys / 2], const Sight
       if (key > position || (s.window && key <= position - s.window)) logits[i] = -INFINITY;
     }
   }
-  if (s.key_mask && !all_real<tile_keys>(s.key_mask, first, s.keys)) {
+  const bool known = first >= s.real_begin && last <= s.real_end;
+  if (s.key_mask && !known && !all_real<tile_keys>(s.key_mask, first, s.keys)) {
 #pragma unroll
     for (int i = 0; i < tile_keys / 2; ++i) {
       const int key = first + i / 4 * 8 + lane % 4 * 2 + (i & 1);

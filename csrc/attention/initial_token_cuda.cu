@@ -218,26 +218,39 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// Adds the blocks' parts: one block for the rows of a sample's key head.
+// Adds the blocks' parts: one block for 32 columns of the rows of a sample's key head, a lane for
+// each column; the block's warps take the parts by turns.
+__host__ __device__ constexpr int column_blocks(int columns) { return (columns + 31) / 32; }
+
 template <typename T>
 __global__ void __launch_bounds__(threads)
     write_rows(const CudaAttention c, const CudaAttentionGradients g, int row_blocks,
                const float* parts) {
-  const int sample = blockIdx.x / c.key_heads, key_head = blockIdx.x % c.key_heads;
+  constexpr int warps = threads / 32;
+  __shared__ float sums[warps][32];
+  const int columns = c.head_size + c.value_head_size, blocks = column_blocks(columns);
+  const int sequence = blockIdx.x / blocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int i = static_cast<int>(blockIdx.x % blocks) * 32 + lane;
+  const int sample = sequence / c.key_heads, key_head = sequence % c.key_heads;
   const int group = c.heads / c.key_heads;
   const Sight s = sight_of(c, sample);
   if (s.span_begin >= s.span_end) return;
   const int64_t first = (static_cast<int64_t>(sample) * c.heads + key_head * group) * row_blocks;
-  for (int i = threadIdx.x; i < c.head_size + c.value_head_size; i += threads) {
-    float sum = 0;
-    for (int part = 0; part < group * row_blocks; ++part) sum += parts[(first + part) * part_size(c) + i];
-    if (i < c.head_size) {
-      written_row_of<T>(g.grad_key, sample, key_head, s.span_begin)[i] =
-          narrowed<T>(sum * static_cast<float>(c.scale));
-    } else {
-      written_row_of<T>(g.grad_value, sample, key_head, s.span_begin)[i - c.head_size] =
-          narrowed<T>(sum);
-    }
+  float sum = 0;
+#pragma unroll 8
+  for (int part = warp; part < group * row_blocks; part += warps) {
+    if (i < columns) sum += parts[(first + part) * part_size(c) + i];
+  }
+  sums[warp][lane] = sum;
+  __syncthreads();
+  if (warp > 0 || i >= columns) return;
+  for (int other = 1; other < warps; ++other) sum += sums[other][lane];
+  if (i < c.head_size) {
+    written_row_of<T>(g.grad_key, sample, key_head, s.span_begin)[i] =
+        narrowed<T>(sum * static_cast<float>(c.scale));
+  } else {
+    written_row_of<T>(g.grad_value, sample, key_head, s.span_begin)[i - c.head_size] =
+        narrowed<T>(sum);
   }
 }
 
@@ -288,7 +301,8 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
     return cudaGetLastError();
   });
   if (error != cudaSuccess) return error;
-  write_rows<T><<<c.batch * c.key_heads, threads, 0, stream>>>(c, g, row_blocks, parts);
+  const int blocks = column_blocks(c.head_size + c.value_head_size);
+  write_rows<T><<<c.batch * c.key_heads * blocks, threads, 0, stream>>>(c, g, row_blocks, parts);
   const int heads = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
   write_log_scale<<<heads, 32, 0, stream>>>(c, row_blocks, parts,
                                             static_cast<float*>(g.grad_log_scale));

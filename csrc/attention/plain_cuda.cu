@@ -418,27 +418,37 @@ cudaError_t with_type(const CudaAttention& c, const Launch& launch) {
 }
 
 __global__ void __launch_bounds__(threads)
-    find_first(const bool* key_mask, int64_t batch_stride, int keys, int32_t* first_key) {
+    find_runs(const bool* key_mask, int64_t batch_stride, int keys, int32_t* first_key,
+              int32_t* end_key) {
   const bool* mask = key_mask + blockIdx.x * batch_stride;
-  __shared__ int found;
-  if (threadIdx.x == 0) found = keys;
+  __shared__ int first, end;
+  if (threadIdx.x == 0) first = end = keys;
   __syncthreads();
-  for (int i = 0; i < keys; i += threads) {
-    const int key = i + static_cast<int>(threadIdx.x);
-    if (key < keys && mask[key]) atomicMin(&found, key);
-    __syncthreads();
-    if (found < keys) break;
-    __syncthreads();
+  for (int key = threadIdx.x; key < keys; key += threads) {
+    const bool real = mask[key];
+    if (real && (key == 0 || !mask[key - 1])) atomicMin(&first, key);  // few keys begin a run
   }
-  if (threadIdx.x == 0) first_key[blockIdx.x] = found;
+  __syncthreads();
+  for (int key = first + 1 + threadIdx.x; key < keys; key += threads) {
+    if (!mask[key]) {
+      atomicMin(&end, key);
+      break;
+    }
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    first_key[blockIdx.x] = first;
+    end_key[blockIdx.x] = end;
+  }
 }
 
 }  // namespace
 }  // namespace plain
 
-cudaError_t first_real_key(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
-                           int32_t* first_key, cudaStream_t stream) {
-  plain::find_first<<<batch, plain::threads, 0, stream>>>(key_mask, batch_stride, keys, first_key);
+cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
+                           int32_t* first_key, int32_t* end_key, cudaStream_t stream) {
+  plain::find_runs<<<batch, plain::threads, 0, stream>>>(key_mask, batch_stride, keys, first_key,
+                                                         end_key);
   return cudaGetLastError();
 }
 

@@ -60,7 +60,7 @@ struct Call {
   const Device& device;
   cudaStream_t stream;
   Tensor query, key, value;
-  std::optional<Tensor> key_mask, first_key;
+  std::optional<Tensor> key_mask, real_keys;
   CudaAttention arguments;
 };
 
@@ -114,17 +114,20 @@ Call begin(const Problem& p) {
   return call;
 }
 
-void read_key_mask(const Problem& p, Call& call) {
+// Padding. Where it ends is worth a kernel of its own unless the call is short and names its span.
+void read_key_mask(const Problem& p, Call& call, bool find = true) {
   if (!p.key_mask || p.batch == 0) return;
   if (p.key_mask->stride(1) != 1) call.key_mask = aten::contiguous(*p.key_mask);
   auto& g = call.arguments.geometry;
-  g.key_mask = call.key_mask->const_data_ptr<bool>();
+  g.key_mask = static_cast<const bool*>(call.key_mask->const_data_ptr());
   g.key_mask_batch_stride = call.key_mask->stride(0);
-  call.first_key = torch::stable::new_empty(p.query, Sizes{p.batch}, ScalarType::Int);
-  int32_t* first_key = call.first_key->mutable_data_ptr<int32_t>();
+  if (!find) return;
+  call.real_keys = torch::stable::new_empty(p.query, Sizes{2, p.batch}, ScalarType::Int);
+  int32_t* first_key = call.real_keys->mutable_data_ptr<int32_t>();
   g.first_key = first_key;
-  check(attention::first_real_key(g.key_mask, g.key_mask_batch_stride, call.arguments.batch,
-                                  call.arguments.keys, first_key, call.stream),
+  g.end_key = first_key + p.batch;
+  check(attention::find_real_keys(g.key_mask, g.key_mask_batch_stride, call.arguments.batch,
+                                  call.arguments.keys, first_key, first_key + p.batch, call.stream),
         "key_mask");
 }
 
@@ -341,7 +344,7 @@ Tensor decode_attention_cuda(const Problem& p) {
       !attention::decode_takes(a)) {
     return std::get<0>(attention_cuda(p));
   }
-  read_key_mask(p, call);
+  read_key_mask(p, call, !p.span);
   const Tensor memory =
       scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));
   check(attention::decode(a, memory.mutable_data_ptr(), call.device.multiprocessors, call.stream),

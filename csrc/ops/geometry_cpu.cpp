@@ -87,7 +87,7 @@ Geometry read_geometry(const Problem& p) {
   Geometry geometry;
   if (p.key_mask) {
     geometry.key_mask_owner = dense(*p.key_mask);
-    geometry.key_mask = geometry.key_mask_owner.const_data_ptr<bool>();
+    geometry.key_mask = static_cast<const bool*>(geometry.key_mask_owner.const_data_ptr());
   }
   read_query_start(p, geometry);
   read_span(p, geometry);

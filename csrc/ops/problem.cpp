@@ -90,7 +90,9 @@ void check_log_scale(const Problem& p) {
 void check_optional(const Problem& p) {
   if (p.key_mask) {
     check_shape("key_mask", *p.key_mask, {p.batch, p.keys}, "[B, Tk]");
-    check_dtype("key_mask", *p.key_mask, ScalarType::Bool);
+    require(p.key_mask->scalar_type() == ScalarType::Bool ||
+                p.key_mask->scalar_type() == ScalarType::Byte,
+            "key_mask must be bool or uint8, got ", name_of(p.key_mask->scalar_type()));
     check_device("key_mask", *p.key_mask, p.query);
   }
   if (p.span) {

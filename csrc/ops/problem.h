@@ -26,7 +26,7 @@ void require(bool condition, const Parts&... parts) {
 // key_heads, keys, head_size], value [batch, key_heads, keys, value_head_size].
 struct Problem {
   Tensor query, key, value, log_scale;
-  std::optional<Tensor> key_mask;     // bool [batch, keys]
+  std::optional<Tensor> key_mask;     // bool or uint8 (0, 1) [batch, keys]
   std::optional<Tensor> span;         // int64 [batch, 2]
   std::optional<Tensor> query_start;  // int64 [batch]
   int64_t window;                     // 0 = none

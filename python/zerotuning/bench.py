@@ -6,6 +6,8 @@ rounds, a ratio the median of the rounds' ratios to the untuned attention of the
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import platform
 import statistics
@@ -20,7 +22,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from zerotuning import ops
-from zerotuning.files import write_json_atomically
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+from zerotuning.head_map import can_plot
 
 BENCHMARKS = ("attention", "decode", "calibration")
 UNTUNED = "untuned sdpa"
@@ -32,23 +36,90 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 LARGEST_MATRIX = 2**29
 #: FlexAttention is compiled anew for every shape, half a minute each on the CPU.
 FLEX_LENGTHS = (1024,)
-Peer = Callable[[], Tensor]
+#: Colours that colour-blind readers can tell apart.
+OKABE_ITO = ("#000000", "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 Row = dict[str, Any]
 
 
-def run_bench(kind: str, output: Path | None = None) -> dict[str, Any]:
-    """Runs one of BENCHMARKS, prints its table and, with `output`, writes it as JSON."""
-    runs: dict[str, Callable[[], list[Row]]] = {
-        "attention": bench_attention,
-        "decode": bench_decode,
-        "calibration": bench_calibration,
-    }
-    rows = runs[kind]()
-    result = {"benchmark": kind, "machine": machine(), "rows": rows}
+def run_bench(
+    kind: str, output: Path | None = None, device: str | None = None, plot: Path | None = None
+) -> dict[str, Any]:
+    """Runs one of BENCHMARKS, prints its table and writes it.
+
+    Args:
+        output: a .json file, or a .csv file with a line for each peer's figure.
+        device: "cpu" or "cuda"; by default the GPU if there is one that the operators run on.
+        plot: a picture of the ratios, .png or .svg.
+    """
+    on_cuda = torch.cuda.is_available() and ops.runs_on("cuda")
+    device = device or ("cuda" if on_cuda else "cpu")
+    if device == "cuda" and not on_cuda:
+        raise ZeroTuningError("device cuda: no GPU is there that this build of zerotuning has operators for")
+    if output is not None and output.suffix.lower() not in (".json", ".csv"):
+        raise ZeroTuningError(f"output must end in .json or .csv, got {output}")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise ZeroTuningError(f"plot must end in .png or .svg, got {plot}")
+    if device == "cuda":
+        from zerotuning import bench_cuda
+
+        where, rows = machine() | bench_cuda.card(), bench_cuda.ROWS[kind]()
+    else:
+        runs: dict[str, Callable[[], list[Row]]] = {
+            "attention": bench_attention,
+            "decode": bench_decode,
+            "calibration": bench_calibration,
+        }
+        where, rows = machine(), runs[kind]()
+    result = {"benchmark": kind, "machine": where, "rows": rows}
     print_table(result)
-    if output is not None:
+    if output is not None and output.suffix.lower() == ".csv":
+        write_text_atomically(output, as_csv(rows))
+    elif output is not None:
         write_json_atomically(output, result)
+    if plot is not None:
+        plot_ratios(result, plot)
     return result
+
+
+def as_csv(rows: Sequence[Row]) -> str:
+    """A line for each figure: what, shape, dtype, peer, unit, value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("what", "shape", "dtype", "peer", "unit", "value"))
+    for row in rows:
+        for peer, figures in row["peers"].items():
+            for unit, value in figures.items():
+                writer.writerow((row["what"], row["shape"], row["dtype"], peer, unit, value))
+    return text.getvalue()
+
+
+def plot_ratios(result: Mapping[str, Any], path: Path) -> None:
+    """Ratios to the first peer, one panel for each `what`, bars grouped by shape."""
+    if not can_plot():
+        raise ZeroTuningError('plot needs matplotlib: pip install "zerotuning[plot]"')
+    from matplotlib.figure import Figure
+
+    rows = [row for row in result["rows"] if any("ratio" in figures for figures in row["peers"].values())]
+    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    figure = Figure(figsize=(9, 3 * max(len(kinds), 1)), layout="constrained")
+    for number, kind in enumerate(kinds):
+        axes = figure.add_subplot(len(kinds), 1, number + 1)
+        own = [row for row in rows if row["what"] == kind]
+        names = list(dict.fromkeys(name for row in own for name in row["peers"]))
+        width = 0.8 / len(names)
+        for place, name in enumerate(names):
+            heights = [row["peers"].get(name, {}).get("ratio", float("nan")) for row in own]
+            middles = [i + (place - (len(names) - 1) / 2) * width for i in range(len(own))]
+            axes.bar(middles, heights, width, label=name, color=OKABE_ITO[place % len(OKABE_ITO)])
+        axes.set_yscale("log")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(own)), [f"{row['shape']}\n{row['dtype']}" for row in own], fontsize=7)
+        axes.set_ylabel("time / untuned")
+        axes.set_title(kind)
+        axes.legend(fontsize=7, ncols=4)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
+    write_bytes_atomically(path, picture.getvalue())
 
 
 def machine() -> dict[str, Any]:
@@ -111,7 +182,7 @@ def paper_eager(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) ->
     """The paper's published code: repeated keys, a dense softmax in float32, scaled column, renormalised."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    mask = torch.full((length, length), -torch.inf, dtype=query.dtype).triu(1)
+    mask = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
     logits = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5 + mask
     weights = torch.softmax(logits, dim=-1, dtype=torch.float32)
     scaled = torch.cat((weights[..., :1] * log_scale.exp()[:, None, None], weights[..., 1:]), dim=-1)
@@ -121,7 +192,7 @@ def paper_eager(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) ->
 def additive_mask(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
     """torch's attention with the bias and the causal mask written out as [1, H, T, T]."""
     length = query.shape[2]
-    mask = torch.full((length, length), -torch.inf).triu(1).repeat(query.shape[1], 1, 1)
+    mask = torch.full((length, length), -torch.inf, device=query.device).triu(1).repeat(query.shape[1], 1, 1)
     mask[:, :, 0] += log_scale[:, None].detach()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask.to(query.dtype)[None], enable_gqa=True)
 
@@ -143,16 +214,19 @@ def flex_attention_peer() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
         length = query.shape[2]
         if length not in masks:
-            masks[length] = create_block_mask(causal, None, None, length, length, device="cpu")
+            masks[length] = create_block_mask(causal, None, None, length, length, device=query.device)
         return compiled(query, key, value, score_mod=biased, block_mask=masks[length], enable_gqa=True)  # type: ignore[no-any-return]
 
     return flex
 
 
-def attention_inputs(heads: tuple[int, int, int], length: int, dtype: torch.dtype, batch: int = 1) -> list[Tensor]:
+def attention_inputs(
+    heads: tuple[int, int, int], length: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu"
+) -> list[Tensor]:
     """Random query, key, value as a model lays them out (heads inside rows), and log γ."""
     shapes = [(batch, length, count, heads[2]) for count in (heads[0], heads[1], heads[1])]
-    return [torch.randn(shape).to(dtype).transpose(1, 2) for shape in shapes] + [torch.randn(heads[0])]
+    tensors = [torch.randn(shape, device=device).to(dtype).transpose(1, 2) for shape in shapes]
+    return [*tensors, torch.randn(heads[0], device=device)]
 
 
 def bench_attention(
@@ -310,6 +384,12 @@ def print_table(result: Mapping[str, Any]) -> None:
     for row in result["rows"]:
         cells = []
         for name, figures in row["peers"].items():
-            values = [f"{value:.3g} {unit}" if unit != "ratio" else f"{value:.2f}x" for unit, value in figures.items()]
+            values = [_shown(unit, value) for unit, value in figures.items()]
             cells.append(f"{name} {' '.join(values)}")
         print(f"{row['what']:<19} {row['shape']:<22} {row['dtype']:<9} " + " | ".join(cells))
+
+
+def _shown(unit: str, value: object) -> str:
+    if not isinstance(value, float | int):
+        return f"{unit}: {value}"
+    return f"{value:.2f}x" if unit == "ratio" else f"{value:.3g} {unit}"

@@ -146,7 +146,11 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = command("bench", _bench, "measure speed against other implementations, side by side")
     bench.add_argument("kind", choices=BENCHMARKS, help="what to measure")
-    bench.add_argument("--output", metavar="FILE.json", help="write the figures there; an existing file is replaced")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    bench.add_argument(
+        "--output", metavar="FILE", help="write the figures there, .json or .csv; an existing file is replaced"
+    )
+    bench.add_argument("--plot", metavar="FILE", help="draw the ratios there, .png or .svg")
     return parser
 
 
@@ -276,10 +280,10 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    output = None if arguments.output is None else check_result_file(arguments.output)
+    output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench import run_bench
 
-    run_bench(arguments.kind, output)
+    run_bench(arguments.kind, output, arguments.device, plot)
 
 
 # What the commands share.

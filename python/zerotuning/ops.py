@@ -43,7 +43,7 @@ def attention(
         key: (B, Hkv, Tk, D) with H a multiple of Hkv, dtype and device of query.
         value: (B, Hkv, Tk, Dv).
         log_scale: (H) or (B, H), the natural logarithm of γ; float32 (float64 with a float64 query).
-        key_mask: (B, Tk) bool, True for real keys. The initial token is the first real key of each sample.
+        key_mask: (B, Tk) bool (or uint8, 0 and 1), True for real keys. The initial token is the first real key of each sample.
         span: (B, 2) int64, the keys [first, end) that are scaled instead of the initial token; first == end: none.
         query_start: (B) int64, the position of the first query among the keys. Default Tk - Tq: the queries are the
             last keys. Query i sees the keys up to query_start + i.
@@ -59,8 +59,10 @@ def attention(
             positions outside the keys and a log_scale that is not finite; on a GPU, where that would mean waiting for
             it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
     """
-    factor = _softmax_scale(query, scale)
-    return torch.ops.zerotuning.attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)
+    arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return torch.ops.zerotuning.attention(*arguments)
+    return _Attention.apply(*arguments)  # type: ignore[no-any-return]
 
 
 def decode_attention(
@@ -145,3 +147,14 @@ def _backward(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def
 
 
 torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_keep_for_backward)
+
+
+class _Attention(torch.autograd.Function):
+    """The same gradient without what torch.library does around it in Python, which takes longer than a short attention."""
+
+    @staticmethod
+    def forward(*arguments):  # type: ignore[no-untyped-def]
+        return torch.ops.zerotuning.attention(*arguments)
+
+    setup_context = staticmethod(_keep_for_backward)
+    backward = staticmethod(_backward)

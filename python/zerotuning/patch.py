@@ -120,7 +120,7 @@ def _attend(
         if words.shape[-1] > _words(key.shape[2]):
             arguments["query_start"], arguments["span"] = words[:, 0], words[:, 1:HEADER]
             words = words[:, HEADER:]
-        arguments["key_mask"] = words.view(torch.bool)[:, : key.shape[2]]
+        arguments["key_mask"] = words.view(torch.uint8)[:, : key.shape[2]]
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
     tensors = (query, key, value, log_scale)

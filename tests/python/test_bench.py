@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from zerotuning import bench, reference
+from zerotuning.errors import ZeroTuningError
 
 
 @pytest.mark.parametrize("peer", [bench.ours, bench.paper_eager, bench.additive_mask])
@@ -47,3 +48,24 @@ def test_attention_rows_cover_both_passes_and_memory_grows_linearly() -> None:
     assert {("forward", "bfloat16"), ("forward + backward", "float32")} <= passes
     per_token = [row["peers"][bench.OURS]["KiB per token"] for row in rows if row["what"] == "memory"]
     assert max(per_token) < 1.2 * min(per_token)
+
+
+def test_figures_as_csv_and_as_a_picture(tmp_path, monkeypatch) -> None:
+    peers = {"base": {"ms": 2.0, "ratio": 1.0}, bench.OURS: {"ms": 3.0, "ratio": 1.5}, "broken": {"error": "why"}}
+    rows = [{"what": "forward", "shape": "1 x 2", "dtype": "bfloat16", "peers": peers}]
+    monkeypatch.setattr(bench, "bench_decode", lambda: rows)
+    bench.run_bench("decode", tmp_path / "figures.csv", "cpu", tmp_path / "ratios.png")
+    lines = (tmp_path / "figures.csv").read_text().splitlines()
+    assert lines[0] == "what,shape,dtype,peer,unit,value"
+    assert "forward,1 x 2,bfloat16,zerotuning,ratio,1.5" in lines
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_wrong_suffixes_and_a_missing_gpu_are_named(tmp_path) -> None:
+    with pytest.raises(ZeroTuningError, match=r"output must end in \.json or \.csv"):
+        bench.run_bench("decode", tmp_path / "figures.txt", "cpu")
+    with pytest.raises(ZeroTuningError, match=r"plot must end in \.png or \.svg"):
+        bench.run_bench("decode", None, "cpu", tmp_path / "figures.pdf")
+    if not torch.cuda.is_available():
+        with pytest.raises(ZeroTuningError, match="device cuda"):
+            bench.run_bench("decode", None, "cuda")

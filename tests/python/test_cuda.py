@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import error, formula, inputs_with_sink, random_inputs
+from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_scale
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from zerotuning import ops
@@ -50,10 +50,15 @@ def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> lis
 def compare(inputs: list[Tensor], forward: int, backward: int, **geometry: Any) -> None:
     batch, heads, rows, _ = inputs[0].shape
     grad_output = torch.randn(batch, rows, heads, inputs[2].shape[-1]).to(inputs[0].dtype).transpose(1, 2)
-    names = ("output", "query", "key", "value", "log_scale")
-    got, wanted = by_route(inputs, grad_output, forward, backward, **geometry), reference(inputs, grad_output, **geometry)
-    for name, a, b in zip(names, got, wanted, strict=True):
-        assert error(a, b) <= (3e-3 if name == "output" else 5e-3), name
+    got, wanted = (
+        by_route(inputs, grad_output, forward, backward, **geometry),
+        reference(inputs, grad_output, **geometry),
+    )
+    assert error(got[0], wanted[0]) <= 3e-3
+    floors = rounding_scale([t.double() for t in inputs], grad_output.double())
+    for name, a, b, floor in zip(("query", "key", "value", "log_scale"), got[1:], wanted[1:], floors, strict=True):
+        assert not a.isnan().any(), name
+        assert ((a.double() - b).norm() / (b.norm() + 1e-2 * floor)).item() <= 5e-3, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -127,7 +132,12 @@ def test_decoding_equals_the_formula(size, dtype) -> None:
             ):
                 expected = formula(*(t.double() for t in inputs), **geometry)[0]  # type: ignore[arg-type]
                 got = ops.decode_attention(*inputs, **geometry)  # type: ignore[arg-type]
-                assert (got.double() - expected).norm() <= limit * expected.norm() + 1e-12, (heads, rows, keys, geometry)
+                assert (got.double() - expected).norm() <= limit * expected.norm() + 1e-12, (
+                    heads,
+                    rows,
+                    keys,
+                    geometry,
+                )
 
 
 def test_a_captured_graph_follows_positions_on_the_device() -> None:
@@ -176,11 +186,14 @@ def test_a_patched_model_gives_what_sdpa_gives_and_what_the_cpu_gives() -> None:
     ids = torch.randint(0, 500, (3, 200))
     mask = (torch.arange(200) >= torch.tensor([0, 7, 150])[:, None]).long()
     with torch.no_grad():
-        plain = model(ids).logits
-        padded = model(ids, attention_mask=mask).logits
+        plain = [model(ids).logits, model(ids, attention_mask=mask).logits]
         patch(model)
-        torch.testing.assert_close(model(ids).logits, plain, rtol=0.05, atol=0.05)
-        torch.testing.assert_close(model(ids, attention_mask=mask).logits[mask > 0], padded[mask > 0], rtol=0.05, atol=0.05)
+        patched = [model(ids).logits, model(ids, attention_mask=mask).logits]
+        model.double()
+        exact = [model(ids).logits, model(ids, attention_mask=mask).logits]
+        model.bfloat16()
+        for a, b, c in zip(patched, plain, exact, strict=True):  # no further from float64 than sdpa is
+            assert (a.double() - c)[mask > 0].norm() <= 1.2 * (b.double() - c)[mask > 0].norm()
         apply_scales(model, random_scales())
         tuned = model.float()(ids, attention_mask=mask).logits
         on_cpu = model.cpu()(ids.cpu(), attention_mask=mask.cpu()).logits.cuda()

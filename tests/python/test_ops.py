@@ -12,7 +12,6 @@ from torch import Tensor
 from zerotuning import ops
 
 
-
 @pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every test makes its tensors on this device."""
@@ -365,7 +364,7 @@ BAD = {
         s,
         {"key_mask": torch.ones(2, 9) > 0},
     ),
-    "key_mask must be bool, got float32": lambda q, k, v, s: (q, k, v, s, {"key_mask": torch.ones(2, 12)}),
+    "key_mask must be bool or uint8, got float32": lambda q, k, v, s: (q, k, v, s, {"key_mask": torch.ones(2, 12)}),
     "span[1] must be [first, end) within the 12 keys, got [3, 13)": lambda q, k, v, s: (
         q,
         k,

@@ -1,0 +1,394 @@
+"""The benchmarks on a GPU: attention and decoding beside their peers, and a model of Llama-3.1-8B's shape.
+
+Attention: CUDA events around each call, the level-2 cache overwritten before it, peers by turns. Decoding likewise, and as
+replays of a CUDA graph (ten calls on one cache: what fits the level-2 cache is read from there). A ratio is the median of
+its rounds' ratios to the first peer.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from zerotuning import ops, reference
+from zerotuning.bench import (
+    OURS,
+    Row,
+    _summary,
+    additive_mask,
+    attention_inputs,
+    flex_attention_peer,
+    ours,
+    paper_eager,
+)
+
+CUDNN, FLASH = "untuned cuDNN", "untuned flash"
+HEADS = (32, 8, 128)
+SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
+CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
+LARGEST_MATRIX = 8 * 2**30
+ROUNDS = 25
+Peers = Mapping[str, Callable[[], object]]
+
+
+def card() -> dict[str, Any]:
+    """The GPU, and the two rates that bound what it can do, measured."""
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    times = _turns({"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, flush=False)
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "copy TB/s": 2 * 2**30 / times["copy"]["ms"] / 1e9,
+        "bf16 TFLOP/s": 2 * 8192**3 / times["product"]["ms"] / 1e9,
+    }
+
+
+def _turns(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]]:
+    cache = torch.empty(2**26 if flush else 0, dtype=torch.int32, device="cuda")
+    for peer in peers.values():
+        for _ in range(3):
+            peer()
+    events: dict[str, list[Any]] = {name: [] for name in peers}
+    for _ in range(ROUNDS):
+        for name, peer in peers.items():
+            cache.zero_()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            peer()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return _summary({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
+
+
+def _replays(peers: Peers, calls: int = 10) -> dict[str, dict[str, float]]:
+    """`_turns` over CUDA graphs of `calls` calls each; milliseconds of one call."""
+    graphs = {}
+    for name, peer in peers.items():
+        peer()
+        torch.cuda.synchronize()
+        graphs[name] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[name]):
+            for _ in range(calls):
+                peer()
+    figures = _turns({name: graph.replay for name, graph in graphs.items()}, flush=False)
+    return {name: {"ms": own["ms"] / calls, "ratio": own["ratio"]} for name, own in figures.items()}
+
+
+def _untuned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    def attend(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            causal = query.shape[2] > 1
+            return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=True)
+
+    return attend
+
+
+def attention_rows() -> list[Row]:
+    """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them, and accuracy."""
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    for heads, shapes in ((HEADS, SHAPES), ((9, 3, 64), ((16, 128), (4, 1024)))):
+        for batch, length in shapes:
+            flex = flex_attention_peer()
+            inputs = attention_inputs(heads, length, torch.bfloat16, batch, "cuda")
+            peers = {
+                CUDNN: _untuned(SDPBackend.CUDNN_ATTENTION),
+                FLASH: _untuned(SDPBackend.FLASH_ATTENTION),
+                OURS: ours,
+            }
+            if heads == HEADS:
+                if 4 * batch * heads[0] * length**2 <= LARGEST_MATRIX / 2:
+                    peers |= {"paper's eager code": paper_eager, "additive mask": additive_mask}
+                peers["FlexAttention"] = flex
+            shape = f"{batch} x {length}, {'/'.join(map(str, heads))}"
+            for what, calls in (("forward", _forward(peers, inputs)), ("forward + backward", _backward(peers, inputs))):
+                row = {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _turns(calls)}
+                rows.append(row)
+            _free()
+    return rows + accuracy_rows()
+
+
+def _forward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
+    def call(peer: Any) -> Callable[[], object]:
+        @torch.no_grad()
+        def run() -> object:
+            return peer(*inputs)
+
+        return run
+
+    return {name: call(peer) for name, peer in peers.items()}
+
+
+def _backward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
+    """Gradients of query, key and value, and of log γ where the peer has them."""
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    grad_output = torch.randn_like(inputs[0])
+
+    def call(peer: Any, wanted: list[Tensor]) -> Callable[[], object]:
+        def run() -> object:
+            return torch.autograd.grad(
+                peer(*wanted), [t for t in wanted if t.requires_grad], grad_output, allow_unused=True
+            )
+
+        return run
+
+    fixed = [*leaves[:3], inputs[3]]  # FlexAttention sums a captured tensor's gradient by atomics on one address
+    return {name: call(peer, fixed if name == "FlexAttention" else leaves) for name, peer in peers.items()}
+
+
+def accuracy_rows() -> list[Row]:
+    """Relative error of our output and gradients against the formula in float64, 1 x 1024, by γ and mean a_0."""
+    rows = []
+    for sink in (0.05, 0.5, 0.9, 0.99):
+        query, key, value = _inputs_with_sink(sink)
+        for gamma in (0.02, 0.3, 3.0, 50.0):
+            inputs = [query, key, value, torch.full((4,), math.log(gamma), device="cuda")]
+            leaves = [t.detach().requires_grad_() for t in inputs]
+            wide = [t.double().requires_grad_() for t in inputs]
+            grad_output = torch.randn_like(query)
+            output, expected = ops.attention(*leaves)[0], reference.attention(*wide)[0]
+            got = (output, *torch.autograd.grad(output, leaves, grad_output))
+            want = (expected, *torch.autograd.grad(expected, wide, grad_output.double()))
+            names = ("output", "query", "key", "value", "log_scale")
+            errors = {
+                name: ((a.double() - b).norm() / b.norm()).item() for name, a, b in zip(names, got, want, strict=True)
+            }
+            rows.append(
+                {"what": "accuracy", "shape": f"γ {gamma}, a_0 {sink}", "dtype": "bfloat16", "peers": {OURS: errors}}
+            )
+    return rows
+
+
+def _inputs_with_sink(sink: float, length: int = 1024) -> list[Tensor]:
+    """Query (1, 4, T, 64), key and value (1, 2, T, 64) whose initial token has the mean attention weight `sink`."""
+    torch.manual_seed(1)
+    query, key, value, _ = (t.double() for t in attention_inputs((4, 2, 64), length, torch.float32, device="cuda"))
+    direction = F.normalize(torch.randn(64, dtype=torch.float64, device="cuda"), dim=0)
+    query = query - (query @ direction)[..., None] * direction + 8 * direction
+    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8
+    logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool, device="cuda").triu(1), -math.inf)[
+        :, :, 1:
+    ]
+    low, high = -40.0, 60.0
+    for _ in range(40):  # strength of key 0 along the queries' common direction, by bisection
+        middle = (low + high) / 2
+        logits[..., 0] = middle
+        low, high = (middle, high) if torch.softmax(logits, -1)[..., 0].mean().item() < sink else (low, middle)
+    key[:, :, 0] = low * direction
+    return [t.bfloat16() for t in (query, key, value)]
+
+
+def decode_rows() -> list[Row]:
+    """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph."""
+    torch.manual_seed(0)
+    rows: list[Row] = []
+    copy_rate = card()["copy TB/s"]
+    for batch, length in CACHES:
+        query, key, value, log_scale = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
+        query, key, value = query[:, :, -1:], key.contiguous(), value.contiguous()
+        inputs = [query, key, value, log_scale]
+        peers = {
+            CUDNN: _untuned(SDPBackend.CUDNN_ATTENTION),
+            FLASH: _untuned(SDPBackend.FLASH_ATTENTION),
+            OURS: ops.decode_attention,
+            "repeat_kv": _repeated,
+        }
+        for what, timed in (("decode", _turns), ("decode, graph", _replays)):
+            figures = timed(_forward(peers, inputs))
+            for own in figures.values():
+                own["of copy"] = 4 * key.numel() / own["ms"] / 1e9 / copy_rate
+            rows.append({"what": what, "shape": f"{batch} x {length}", "dtype": "bfloat16", "peers": figures})
+        _free()
+    return rows
+
+
+def _repeated(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    """transformers' way: keys and values repeated for every query head, untuned."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+# A whole model.
+
+
+def calibration_rows() -> list[Row]:
+    """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, generation, the objective and its gradient."""
+    rows: list[Row] = []
+    model = _llama_8b()
+    for part in (_prefill, _generation, _objective, _sensitivities):
+        try:
+            rows += part(model)
+        except Exception as error:  # one part's failure leaves the others' figures
+            row = {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16"}
+            rows.append(row | {"peers": {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}})
+        _free()
+    return rows
+
+
+def _llama_8b() -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=32768,
+    )
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _tuned(model: Any) -> Iterator[None]:
+    from zerotuning.patch import apply_scales, unpatch
+    from zerotuning.scales import HeadScales
+
+    config = model.config
+    torch.manual_seed(0)
+    gamma = torch.exp(0.3 * torch.randn(config.num_hidden_layers, config.num_attention_heads, device="cpu"))
+    apply_scales(model, HeadScales(gamma))
+    try:
+        yield
+    finally:
+        unpatch(model)
+
+
+def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def _prefill(model: Any) -> list[Row]:
+    ids = torch.randint(0, 128000, (1, 4096), device="cuda")
+
+    @torch.no_grad()
+    def run() -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    plain = _seconds(run)
+    with _tuned(model):
+        own = _seconds(run)
+    figures = {"sdpa": {"ms": 1e3 * plain, "ratio": 1.0}, OURS: {"ms": 1e3 * own, "ratio": own / plain}}
+    return [{"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}]
+
+
+def _generation(model: Any, context: int = 8192, new: int = 24) -> list[Row]:
+    """Seconds of `new` tokens: the difference of two generations, so that the prompt does not count."""
+    rows: list[Row] = []
+    for batch in (1, 16):
+        ids = torch.randint(1, 128000, (batch, context), device="cuda")
+        for cache in ("dynamic", "static"):
+
+            def tokens_a_second(ids: Tensor = ids, cache: str = cache) -> float:
+                def run(count: int) -> float:
+                    torch.cuda.synchronize()
+                    started = time.perf_counter()
+                    model.generate(
+                        input_ids=ids,
+                        attention_mask=torch.ones_like(ids),
+                        max_new_tokens=count,
+                        min_new_tokens=count,
+                        do_sample=False,
+                        pad_token_id=0,
+                        cache_implementation=cache if cache == "static" else None,
+                        max_length=None,
+                    )
+                    torch.cuda.synchronize()
+                    return time.perf_counter() - started
+
+                run(2 + new)
+                run(2)
+                return ids.shape[0] * new / (run(2 + new) - run(2))
+
+            peers: dict[str, dict[str, Any]] = {}
+            for name in ("sdpa", OURS):
+                try:
+                    if name == OURS:
+                        with _tuned(model):
+                            peers[name] = {"tokens/s": tokens_a_second()}
+                    else:
+                        peers[name] = {"tokens/s": tokens_a_second()}
+                except Exception as error:
+                    peers[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+                torch.compiler.reset()
+                _free()
+            shape = f"{batch} x {context}, {cache} cache"
+            rows.append({"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers})
+    return rows
+
+
+def _loss_and_gradient(model: Any, ids: Tensor) -> Tensor:
+    from zerotuning.patch import head_parameters
+
+    with head_parameters(model) as parameters:
+        logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+        loss = F.cross_entropy(logits[:, :2].float(), torch.zeros(len(ids), dtype=torch.long, device="cuda"))
+        return torch.stack(torch.autograd.grad(loss, parameters))
+
+
+def _objective(model: Any) -> list[Row]:
+    rows: list[Row] = []
+    for length in (64, 128, 512):
+        ids = torch.randint(0, 128000, (16, length), device="cuda")
+
+        @torch.no_grad()
+        def forward(ids: Tensor = ids) -> object:
+            return model(ids, use_cache=False, logits_to_keep=1)
+
+        with _tuned(model):
+            plain = _seconds(forward)
+            torch.cuda.reset_peak_memory_stats()
+            own = _seconds(lambda ids=ids: _loss_and_gradient(model, ids))  # type: ignore[misc]
+            peak = torch.cuda.max_memory_allocated() / 2**30
+        figures = {
+            "forward": {"ms": 1e3 * plain, "ratio": 1.0},
+            "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
+        }
+        rows.append({"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures})
+    return rows
+
+
+def _sensitivities(model: Any) -> list[Row]:
+    ids = torch.randint(0, 128000, (100, 128), device="cuda")
+    with _tuned(model):
+        seconds = _seconds(lambda: [_loss_and_gradient(model, part) for part in ids.split(20)], repeats=3)
+    figures = {OURS: {"s": seconds}}
+    return [{"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": figures}]
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+ROWS: dict[str, Callable[[], list[Row]]] = {
+    "attention": attention_rows,
+    "decode": decode_rows,
+    "calibration": calibration_rows,
+}
