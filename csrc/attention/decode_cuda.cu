@@ -673,9 +673,10 @@ Cut cut_of(const CudaAttention& c, int multiprocessors) {
   cut.row_tiles = row_tiles_of(cut.size, rows);
   const int block_rows = cut.row_tiles * tile_rows;
   cut.row_groups = (rows + block_rows - 1) / block_rows;
-  const int blocks_at_once = cut.size <= 192 ? 2 : 1;
+  // One block a multiprocessor: fewer, longer streams are read faster than two a multiprocessor
+  // (on an H100 16 x 1024 keys in 27 us against 30, 16 x 8192 in 184 against 193).
   cut.splits = splits_of(c, int64_t{c.batch} * c.key_heads * cut.row_groups,
-                         int64_t{std::max(multiprocessors, 1)} * blocks_at_once);
+                         int64_t{std::max(multiprocessors, 1)});
   return cut;
 }
 

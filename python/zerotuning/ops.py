@@ -136,9 +136,12 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
     query, key, value, log_scale, key_mask, span, query_start, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(query, key, value, log_scale, *output, key_mask, span, query_start)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def]
+    if grad_output is None:
+        return (None,) * 9
     query, key, value, log_scale, output, logsumexp, *geometry = ctx.saved_tensors
     gradients = torch.ops.zerotuning.attention_backward(
         grad_output, query, key, value, log_scale, output, logsumexp, *geometry, ctx.window, ctx.scale
