@@ -176,9 +176,7 @@ def accuracy_rows() -> list[Row]:
                     for of, a, b in zip(("output", "query", "key", "value", "log_scale"), got, want, strict=True)
                     if a is not None
                 }
-            rows.append(
-                {"what": "accuracy", "shape": f"γ {gamma}, a_0 {sink}", "dtype": "bfloat16", "peers": {OURS: errors}}
-            )
+            rows.append({"what": "accuracy", "shape": f"γ {gamma}, a_0 {sink}", "dtype": "bfloat16", "peers": errors})
     return rows
 
 
@@ -239,7 +237,7 @@ def calibration_rows() -> list[Row]:
     """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, generation, the objective and its gradient."""
     rows: list[Row] = []
     model = _llama_8b()
-    for part in (_prefill, _generation, _objective, _sensitivities):
+    for part in (_prefill, _objective, _sensitivities, _generation):
         try:
             rows += part(model)
         except Exception as error:  # one part's failure leaves the others' figures
