@@ -1,6 +1,10 @@
-"""Builds csrc with CMake and puts its two libraries into the package."""
+"""Builds csrc with CMake and puts its two libraries into the package.
+
+CMAKE_ARGS in the environment are passed on: -DZEROTUNING_BUILD_CUDA=OFF, -DZEROTUNING_CUDA_ARCHITECTURES=90a-real.
+"""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +28,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPython3_EXECUTABLE={sys.executable}",
             "-DCMAKE_BUILD_TYPE=Release",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         try:
@@ -38,7 +43,7 @@ class CMakeBuild(build_ext):
 
 
 # What the build reads, so that a source distribution holds it.
-SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cpp", ".txt"}]
+SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt"}]
 
 setup(
     ext_modules=[Extension("zerotuning._search", sources=[], depends=["CMakeLists.txt", *map(str, sorted(SOURCES))])],

@@ -18,11 +18,12 @@ struct CudaGeometry {
   int64_t key_mask_batch_stride;
   const int64_t* span;  // [batch, 2]: scaled keys [first, end), or null: the first real key
   int64_t span_batch_stride, span_stride;
-  const int64_t* query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
+  const int64_t*
+      query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
   int64_t query_start_stride;
   const int32_t* first_key;  // [batch]: find_real_keys' results, or null: 0 and keys
   const int32_t* end_key;
-  int32_t window;            // keys that a query sees, its own included; 0 = all
+  int32_t window;  // keys that a query sees, its own included; 0 = all
 };
 
 // One attention call. Arrays as in Array4 (unit stride in the last dimension).
@@ -32,18 +33,20 @@ struct CudaAttention {
   double scale;
   CudaGeometry geometry;
   Array4 query, key, value;
-  const void* log_scale;  // float64 for float64, else float32; batch stride 0 for one [heads] vector
+  const void*
+      log_scale;  // float64 for float64, else float32; batch stride 0 for one [heads] vector
   int64_t log_scale_batch_stride, log_scale_head_stride;
   Array4 output;     // [batch, heads, queries, value_head_size]: written forward, read backward
   Array4 logsumexp;  // [batch, heads, queries], natural logarithm, type of log_scale; row_stride =
-                     // stride of queries. Written forward (data may be null: not wanted), read backward
+                     // stride of queries. Written forward (data may be null: not wanted), read
+                     // backward
 };
 
 struct CudaAttentionGradients {
-  Array4 grad_output;                      // read
-  Array4 grad_query, grad_key, grad_value; // written
-  void* grad_log_scale;                    // [heads], or [batch, heads] where log_scale is; contiguous
-  void* scratch;                           // of the size that the launcher's *_scratch function says
+  Array4 grad_output;                       // read
+  Array4 grad_query, grad_key, grad_value;  // written
+  void* grad_log_scale;  // [heads], or [batch, heads] where log_scale is; contiguous
+  void* scratch;         // of the size that the launcher's *_scratch function says
 };
 
 // Whether rows of query, key, value and output can be read and written 16 bytes at a time.
@@ -95,7 +98,8 @@ cudaError_t exclusion_bias(const CudaAttention& arguments, void* bias, cudaStrea
 cudaError_t negate_minus_infinity(float* values, int64_t count, cudaStream_t stream);
 
 // Merges the initial token into a stock kernel's attention over the other keys, row by row:
-//   s = scale q·k_0 + log_scale;  m = max(s, lse);  o = (e^{s-m} v_0 + e^{lse-m} o) / (e^{s-m} + e^{lse-m})
+//   s = scale q·k_0 + log_scale;  m = max(s, lse);  o = (e^{s-m} v_0 + e^{lse-m} o) / (e^{s-m} +
+//   e^{lse-m})
 // `part` and `part_logsumexp` hold rows first_row, first_row + 1, ... of the result (rows before
 // them see the initial token only). 16-bit dtypes, one pass, 16-byte accesses.
 cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& part,
@@ -110,8 +114,8 @@ int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);
 cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multiprocessors,
                    cudaStream_t stream);
 
-// Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8), strides
-// and pointers that are multiples of 16 bytes; any geometry.
+// Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),
+// strides and pointers that are multiples of 16 bytes; any geometry.
 bool hopper_takes(const CudaAttention& arguments);
 cudaError_t attention_hopper(const CudaAttention& arguments, int32_t multiprocessors,
                              cudaStream_t stream);

@@ -30,7 +30,7 @@ constexpr int tile_rows = 16;
 constexpr int most_queries = 16;
 constexpr int most_warps = 4;
 constexpr int most_splits = 128;
-constexpr int merge_threads = 256;
+constexpr int most_merge_threads = 256;
 constexpr int most_grid = 65535;  // of its second and third dimension
 
 struct Arguments {
@@ -265,7 +265,7 @@ __device__ __forceinline__ Rows<row_tiles> rows_of(const Arguments& a, int batch
   return rows;
 }
 
-// Bit j: the mask of key first + j.
+// A lane's key of the 16 from `first` on: whether it is real. Lanes 16 and up repeat the others.
 __device__ __forceinline__ bool read_mask(const Sight& s, int first) {
   const int key = first + static_cast<int>(threadIdx.x % tile_keys);
   return s.key_mask && key < s.end && s.key_mask[key];
@@ -594,8 +594,10 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
     const uint32_t real_keys = __ballot_sync(~0u, real);
     if (t + 1 < share.count) real = read_mask(sight, first + share.step);
     wait_copies<stages - 2>();
-    __syncwarp();  // the tile is complete, and all lanes are through with the one before it,
-    copy(t + stages - 1);  // whose place this takes
+    // The tile is complete, and all lanes are through with the one before it, whose place the
+    // next copy takes.
+    __syncwarp();
+    copy(t + stages - 1);
     const uint32_t tile = shared_address(ring) + t % stages * (2 * Shape::bytes);
     Logits<row_tiles> logits;
     multiply_keys<T>(queries, tile + lane.right, logits);
@@ -615,9 +617,10 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
 
 // A block for each row: its threads take four columns each, and the splits by turns.
 template <typename T>
-__global__ void __launch_bounds__(merge_threads) merge_splits(const __grid_constant__ Arguments a) {
-  __shared__ Part parts[merge_threads];
-  const int columns = a.value_head_size / 4, slices = merge_threads / columns;
+__global__ void __launch_bounds__(most_merge_threads)
+    merge_splits(const __grid_constant__ Arguments a) {
+  __shared__ Part parts[most_merge_threads];
+  const int columns = a.value_head_size / 4, slices = blockDim.x / columns;
   const int slice = threadIdx.x / columns, column = threadIdx.x % columns * 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.splits;
   wait_for_previous_kernel();
@@ -750,7 +753,8 @@ cudaError_t launch_merge(const CudaAttention& c, const Arguments& a, bool depend
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(c.batch * c.heads * c.queries);
-  config.blockDim = merge_threads;
+  const int threads = (c.value_head_size / 4 * a.splits + 31) / 32 * 32;
+  config.blockDim = std::min(threads, most_merge_threads);
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;

@@ -27,10 +27,10 @@ __device__ __forceinline__ void arrive(uint64_t* barrier) {
 }
 
 __device__ __forceinline__ void expect_bytes(uint64_t* barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                   shared_address(barrier)),
-               "r"(bytes)
-               : "memory");
+  asm volatile(
+      "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+      "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
@@ -107,60 +107,60 @@ __device__ __forceinline__ void pin(float (&registers)[count]) {
 #define ZT_16(f, i) ZT_4(f, i), ZT_4(f, i + 4), ZT_4(f, i + 8), ZT_4(f, i + 12)
 #define ZT_32(f) ZT_16(f, 0), ZT_16(f, 16)
 #define ZT_64(f) ZT_32(f), ZT_16(f, 32), ZT_16(f, 48)
-#define ZT_128(f) \
-  ZT_64(f), ZT_16(f, 64), ZT_16(f, 80), ZT_16(f, 96), ZT_16(f, 112)
+#define ZT_128(f) ZT_64(f), ZT_16(f, 64), ZT_16(f, 80), ZT_16(f, 96), ZT_16(f, 112)
 #define ZT_RESULT(i) "+f"(d[i])
-#define ZT_NAMES_32 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"  \
+#define ZT_NAMES_32                                        \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
   "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define ZT_NAMES_64 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"  \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"  \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
+#define ZT_NAMES_64                                                  \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"           \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define ZT_NAMES_128 \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"  \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"  \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"  \
-  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"  \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"  \
-  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"  \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,"  \
+#define ZT_NAMES_128                                                             \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                       \
+  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"             \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"             \
+  "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,"             \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,"             \
+  "%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,"             \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // d = left right, or d += left right: left 64 x 16 in shared memory, right 16 x N in shared memory,
 // stored as its transpose's rows.
-#define ZT_PRODUCT(N, registers, type, accumulates_name, left_name, right_name)                   \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulates_name ", 0;\n"                     \
-               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type                    \
+#define ZT_PRODUCT(N, registers, type, accumulates_name, left_name, right_name)                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulates_name                               \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type                     \
                " {" ZT_NAMES_##registers "}, %" left_name ", %" right_name ", p, 1, 1, 0, 0;\n}\n" \
-               : ZT_##registers(ZT_RESULT)                                                        \
+               : ZT_##registers(ZT_RESULT)                                                         \
                : "r"(accumulates), "l"(left), "l"(right))
 // d += left right: left in registers, right 16 x N in shared memory, stored by its own rows.
-#define ZT_PRODUCT_OF_REGISTERS(N, registers, type, n0, n1, n2, n3, right_name)                  \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type                   \
-               " {" ZT_NAMES_##registers "}, {%" n0 ",%" n1 ",%" n2 ",%" n3 "}, %" right_name    \
-               ", 1, 1, 1, 1;\n"                                                                 \
-               : ZT_##registers(ZT_RESULT)                                                       \
+#define ZT_PRODUCT_OF_REGISTERS(N, registers, type, n0, n1, n2, n3, right_name)               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type                \
+               " {" ZT_NAMES_##registers "}, {%" n0 ",%" n1 ",%" n2 ",%" n3 "}, %" right_name \
+                                         ", 1, 1, 1, 1;\n"                                    \
+               : ZT_##registers(ZT_RESULT)                                                    \
                : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "l"(right))
-#define ZT_DEFINE_MULTIPLY(N, registers, n0, n1, n2, n3, n4)                                     \
-  template <typename T>                                                                          \
-  __device__ __forceinline__ void multiply(float (&d)[registers], uint64_t left, uint64_t right, \
-                                           int accumulates) {                                    \
-    if constexpr (std::is_same_v<T, __half>) {                                                   \
-      ZT_PRODUCT(N, registers, "f16", n0, n1, n2);                                               \
-    } else {                                                                                     \
-      ZT_PRODUCT(N, registers, "bf16", n0, n1, n2);                                              \
-    }                                                                                            \
-  }                                                                                              \
-  template <typename T>                                                                          \
-  __device__ __forceinline__ void multiply_add(float (&d)[registers], const uint32_t (&left)[4], \
-                                               uint64_t right) {                                 \
-    if constexpr (std::is_same_v<T, __half>) {                                                   \
-      ZT_PRODUCT_OF_REGISTERS(N, registers, "f16", n0, n1, n2, n3, n4);                          \
-    } else {                                                                                     \
-      ZT_PRODUCT_OF_REGISTERS(N, registers, "bf16", n0, n1, n2, n3, n4);                         \
-    }                                                                                            \
+#define ZT_DEFINE_MULTIPLY(N, registers, n0, n1, n2, n3, n4)                                    \
+  template <typename T>                                                                         \
+  __device__ __forceinline__ void multiply(float(&d)[registers], uint64_t left, uint64_t right, \
+                                           int accumulates) {                                   \
+    if constexpr (std::is_same_v<T, __half>) {                                                  \
+      ZT_PRODUCT(N, registers, "f16", n0, n1, n2);                                              \
+    } else {                                                                                    \
+      ZT_PRODUCT(N, registers, "bf16", n0, n1, n2);                                             \
+    }                                                                                           \
+  }                                                                                             \
+  template <typename T>                                                                         \
+  __device__ __forceinline__ void multiply_add(float(&d)[registers], const uint32_t(&left)[4],  \
+                                               uint64_t right) {                                \
+    if constexpr (std::is_same_v<T, __half>) {                                                  \
+      ZT_PRODUCT_OF_REGISTERS(N, registers, "f16", n0, n1, n2, n3, n4);                         \
+    } else {                                                                                    \
+      ZT_PRODUCT_OF_REGISTERS(N, registers, "bf16", n0, n1, n2, n3, n4);                        \
+    }                                                                                           \
   }
 ZT_DEFINE_MULTIPLY(64, 32, "32", "33", "34", "35", "36")
 ZT_DEFINE_MULTIPLY(128, 64, "64", "65", "66", "67", "68")

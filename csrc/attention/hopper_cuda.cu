@@ -176,7 +176,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 
 // What a consumer's logits are changed by before the softmax: scaled keys, and keys out of sight.
 struct Sight {
-  const bool* key_mask;  // of the sample, or null
+  const bool* key_mask;      // of the sample, or null
   int real_begin, real_end;  // keys of the mask that are known to be real
   int keys, window, span_begin, span_end;
   int position;  // of the warpgroup's first row
@@ -284,7 +284,8 @@ template <typename T, int count>
 __device__ __forceinline__ void to_left_matrices(const float (&weights)[count],
                                                  uint32_t (&matrices)[count / 8][4]) {
 #pragma unroll
-  for (int i = 0; i < count; i += 2) matrices[i / 8][i % 8 / 2] = pack<T>(weights[i], weights[i + 1]);
+  for (int i = 0; i < count; i += 2)
+    matrices[i / 8][i % 8 / 2] = pack<T>(weights[i], weights[i + 1]);
 }
 
 // logits = Q K^T of the consumer's rows.
@@ -295,8 +296,7 @@ __device__ __forceinline__ void start_logits(float (&logits)[tile_keys / 2], con
 #pragma unroll
   for (int k = 0; k < head_size; k += 16) {
     const int block = k / block_columns, column = k % block_columns;
-    multiply<T>(logits,
-                matrix(query + block * tile_rows * block_columns + column, 16, 8 * 128),
+    multiply<T>(logits, matrix(query + block * tile_rows * block_columns + column, 16, 8 * 128),
                 matrix(key + block * tile_keys * block_columns + column, 16, 8 * 128), k > 0);
   }
   commit_products();
@@ -486,8 +486,8 @@ EncodeTiled encode_tiled() {
     void* address = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion(
-        "cuTensorMapEncodeTiled", &address, 12000, cudaEnableDefault, &found);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address,
+                                                               12000, cudaEnableDefault, &found);
 #else
     const cudaError_t error =
         cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
@@ -502,9 +502,8 @@ EncodeTiled encode_tiled() {
 // [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
 cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch, int heads,
                      int rows, int columns, int box_rows) {
-  const cuuint64_t sizes[4] = {
-      static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-      static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
   // The stride of a dimension of size 1 is any number, which the driver might refuse.
   const auto bytes = [](int64_t stride, int size) {
     return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
@@ -515,13 +514,12 @@ cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int bat
   const cuuint32_t steps[4] = {1, 1, 1, 1};
   const EncodeTiled encode = encode_tiled();
   if (!encode) return cudaErrorNotSupported;
-  const CUresult result =
-      encode(map,
-             dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-             4, const_cast<void*>(array.data), sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encode(
+      map,
+      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+      4, const_cast<void*>(array.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -591,11 +589,10 @@ bool hopper_takes(const CudaAttention& c) {
          c.keys > 0;
 }
 
-cudaError_t attention_hopper(const CudaAttention& c, int32_t multiprocessors,
-                             cudaStream_t stream) {
-  return c.dtype == DType::float16 ? hopper::launch_for_size<__half>(c, multiprocessors, stream)
-                                   : hopper::launch_for_size<__nv_bfloat16>(c, multiprocessors,
-                                                                            stream);
+cudaError_t attention_hopper(const CudaAttention& c, int32_t multiprocessors, cudaStream_t stream) {
+  return c.dtype == DType::float16
+             ? hopper::launch_for_size<__half>(c, multiprocessors, stream)
+             : hopper::launch_for_size<__nv_bfloat16>(c, multiprocessors, stream);
 }
 
 }  // namespace zerotuning::attention

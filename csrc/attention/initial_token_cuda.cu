@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(threads)
     value = unpack<T>(read<T>(c.value, w.sample, w.key_head, w.key, lane, c.value_head_size));
   }
   const float scale = static_cast<float>(c.scale);
-  for (int row0 = w.begin + threadIdx.x / lanes; row0 - static_cast<int>(threadIdx.x / lanes) < w.end;
-       row0 += unrolled * row_step) {
+  for (int row0 = w.begin + threadIdx.x / lanes;
+       row0 - static_cast<int>(threadIdx.x / lanes) < w.end; row0 += unrolled * row_step) {
     uint4 query[unrolled], output[unrolled];
     float logsumexp[unrolled];
 #pragma unroll
@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(threads)
   __syncthreads();
   float* own = parts + blockIdx.x * part_size(c);
   for (int i = threadIdx.x; i < part_size(c); i += threads) {
-    const int column = i < c.head_size              ? i
+    const int column = i < c.head_size        ? i
                        : i < part_size(c) - 1 ? lanes * chunk + i - c.head_size
                                               : 2 * lanes * chunk;
     float sum = 0;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(threads) forward(const CudaAttention c, int ro
   using Tile = Tiles<C, size>;
   extern __shared__ char memory[];
   C* query = reinterpret_cast<C*>(memory);
-  C* other = query + Tile::rows * Tile::stride;        // keys, then values
+  C* other = query + Tile::rows * Tile::stride;       // keys, then values
   C* weights = other + Tile::columns * Tile::stride;  // [rows][columns + 1]
   const int tile = blockIdx.x % row_tiles, head = blockIdx.x / row_tiles % c.heads;
   const int sample = blockIdx.x / row_tiles / c.heads, key_head = head / (c.heads / c.key_heads);
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(threads)
   const T* a = row_of<T>(c.output, sample, head, row);
   const T* b = row_of<T>(g.grad_output, sample, head, row);
   C sum = 0;
-  for (int i = threadIdx.x % 32; i < c.value_head_size; i += 32) sum += widened(a[i]) * widened(b[i]);
+  for (int i = threadIdx.x % 32; i < c.value_head_size; i += 32)
+    sum += widened(a[i]) * widened(b[i]);
   sum = row_sum<32>(sum);
   if (threadIdx.x % 32 == 0) delta[item] = sum;
 }
@@ -217,11 +218,10 @@ __global__ void __launch_bounds__(threads)
       C gradient = 0;
       if (first + r < end && s.visible(key + j, s.start + first + r)) {
         const bool scaled = s.scaled(key + j);
-        const Pair<C, size> pair(query + r * Tile::stride, key_tile + j * Tile::stride,
-                                 grad_output + r * Tile::stride, value_tile + j * Tile::stride,
-                                 scale, scaled ? bias : C{0},
-                                 *row_of<C>(c.logsumexp, sample, head, first + r),
-                                 row_delta[first + r]);
+        const Pair<C, size> pair(
+            query + r * Tile::stride, key_tile + j * Tile::stride, grad_output + r * Tile::stride,
+            value_tile + j * Tile::stride, scale, scaled ? bias : C{0},
+            *row_of<C>(c.logsumexp, sample, head, first + r), row_delta[first + r]);
         gradient = pair.gradient;
         if (scaled) log_scale_part += gradient;
       }
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(threads)
   C* value_tile = key_tile + Tile::rows * Tile::stride;
   C* query = value_tile + Tile::rows * Tile::stride;
   C* grad_output = query + Tile::columns * Tile::stride;
-  C* weights = grad_output + Tile::columns * Tile::stride;     // [keys][queries + 1]
+  C* weights = grad_output + Tile::columns * Tile::stride;    // [keys][queries + 1]
   C* gradients = weights + Tile::rows * (Tile::columns + 1);  // likewise
   const int tile = blockIdx.x % key_tiles, key_head = blockIdx.x / key_tiles % c.key_heads;
   const int sample = blockIdx.x / key_tiles / c.key_heads, group = c.heads / c.key_heads;
@@ -292,11 +292,10 @@ __global__ void __launch_bounds__(threads)
         const int r = i / Tile::columns, j = i % Tile::columns;
         C weight = 0, gradient = 0;
         if (i0 + j < c.queries && s.visible(first + r, s.start + i0 + j)) {
-          const Pair<C, size> pair(query + j * Tile::stride, key_tile + r * Tile::stride,
-                                   grad_output + j * Tile::stride, value_tile + r * Tile::stride,
-                                   scale, s.scaled(first + r) ? bias : C{0},
-                                   *row_of<C>(c.logsumexp, sample, head, i0 + j),
-                                   row_delta[i0 + j]);
+          const Pair<C, size> pair(
+              query + j * Tile::stride, key_tile + r * Tile::stride, grad_output + j * Tile::stride,
+              value_tile + r * Tile::stride, scale, s.scaled(first + r) ? bias : C{0},
+              *row_of<C>(c.logsumexp, sample, head, i0 + j), row_delta[i0 + j]);
           weight = pair.weight;
           gradient = pair.gradient;
         }
@@ -357,8 +356,8 @@ template <typename T, int size>
 cudaError_t launch_forward(const CudaAttention& c, cudaStream_t stream) {
   using C = AccumulatorOf<T>;
   using Tile = Tiles<C, size>;
-  constexpr int bytes = sizeof(C) * ((Tile::rows + Tile::columns) * Tile::stride +
-                                     Tile::rows * (Tile::columns + 1));
+  constexpr int bytes =
+      sizeof(C) * ((Tile::rows + Tile::columns) * Tile::stride + Tile::rows * (Tile::columns + 1));
   const cudaError_t error = allow_shared_memory(forward<T, size>, bytes);
   if (error != cudaSuccess) return error;
   const int tiles = tiles_of(c.queries, Tile::rows);

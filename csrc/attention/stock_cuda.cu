@@ -15,8 +15,8 @@ __global__ void write_exclusion_bias(const CudaGeometry geometry, bool float16, 
                                      uint16_t* bias) {
   const int key = blockIdx.x * threads + threadIdx.x, sample = blockIdx.y;
   if (key >= keys) return;
-  const bool real = !geometry.key_mask ||
-                    geometry.key_mask[sample * geometry.key_mask_batch_stride + key];
+  const bool real =
+      !geometry.key_mask || geometry.key_mask[sample * geometry.key_mask_batch_stride + key];
   const int initial = geometry.first_key ? geometry.first_key[sample] : 0;
   const uint16_t minus_infinity = float16 ? 0xfc00 : 0xff80;
   bias[static_cast<int64_t>(sample) * keys + key] = real && key != initial ? 0 : minus_infinity;
@@ -31,8 +31,8 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 
 cudaError_t exclusion_bias(const CudaAttention& c, void* bias, cudaStream_t stream) {
   const dim3 blocks((c.keys + threads - 1) / threads, c.batch);
-  write_exclusion_bias<<<blocks, threads, 0, stream>>>(
-      c.geometry, c.dtype == DType::float16, c.keys, static_cast<uint16_t*>(bias));
+  write_exclusion_bias<<<blocks, threads, 0, stream>>>(c.geometry, c.dtype == DType::float16,
+                                                       c.keys, static_cast<uint16_t*>(bias));
   return cudaGetLastError();
 }
 

@@ -72,9 +72,8 @@ cudaStream_t current_stream(int32_t device) {
 
 Call begin(const Problem& p) {
   constexpr int64_t largest = 256;
-  require(p.head_size <= largest && p.value_head_size <= largest,
-          "head sizes on a GPU go up to ", largest, ", got ", p.head_size, " (query) and ",
-          p.value_head_size, " (value)");
+  require(p.head_size <= largest && p.value_head_size <= largest, "head sizes on a GPU go up to ",
+          largest, ", got ", p.head_size, " (query) and ", p.value_head_size, " (value)");
   const int32_t index = p.query.get_device_index();
   Call call{torch::stable::accelerator::DeviceGuard(index),
             device_at(index),
@@ -174,7 +173,8 @@ Tensor undefined() {
 Tensor rows_from(const Tensor& t, int64_t begin) { return aten::narrow(t, 2, begin, t.size(2)); }
 
 // Torch's attention of queries 1… over keys 1…: (output, logsumexp). Called by their C functions:
-// the dispatcher's stable interface does not return the sequence lengths that are among the results.
+// the dispatcher's stable interface does not return the sequence lengths that are among the
+// results.
 std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call) {
   const Tensor query = rows_from(call.query, 1), key = rows_from(call.key, 1),
                value = rows_from(call.value, 1);
@@ -221,12 +221,12 @@ Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_
                value = rows_from(call.value, first);
   const int64_t rows = p.queries - first;
   if (!stock_is_cudnn(call.device)) {
-    auto stack = aten::call<3>("aten::_scaled_dot_product_flash_attention_backward", "",
-                               rows_from(grad_output, first), query, key, value,
-                               rows_from(output, first), aten::contiguous(rows_from(logsumexp, first)),
-                               undefined(), undefined(), rows, rows, 0.0, true, seed, seed,
-                               std::optional(p.scale));
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+    auto stack = aten::call<3>(
+        "aten::_scaled_dot_product_flash_attention_backward", "", rows_from(grad_output, first),
+        query, key, value, rows_from(output, first), aten::contiguous(rows_from(logsumexp, first)),
+        undefined(), undefined(), rows, rows, 0.0, true, seed, seed, std::optional(p.scale));
+    return {torch::stable::detail::to<Tensor>(stack[0]),
+            torch::stable::detail::to<Tensor>(stack[1]),
             torch::stable::detail::to<Tensor>(stack[2])};
   }
   const Tensor bias = p.key_mask ? exclusion_bias(p, call) : undefined();
@@ -260,8 +260,8 @@ Tensor gradient_like(const Tensor& t) {
 std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
   Call call = begin(p);
   const Tensor output = new_output(p);
-  const Tensor logsumexp = torch::stable::new_empty(
-      p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
+  const Tensor logsumexp = torch::stable::new_empty(p.query, Sizes{p.batch, p.heads, p.queries},
+                                                    p.log_scale.scalar_type());
   if (empty(p)) return {output, logsumexp};
   CudaAttention& a = call.arguments;
   a.output = array_of(output);
@@ -275,8 +275,7 @@ std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
       check(attention::attention_hopper(a, call.device.multiprocessors, call.stream), "attention");
       break;
     case Route::stock: {
-      require(!p.key_mask && stock_takes(p, call, 256),
-              "the stock route does not take this call");
+      require(!p.key_mask && stock_takes(p, call, 256), "the stock route does not take this call");
       const auto [part, part_logsumexp] = stock_forward(p, call);
       check(attention::initial_token_merge(a, array_of(part), array_of(part_logsumexp), 1,
                                            call.stream),
@@ -310,9 +309,12 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   a.output = array_of(output_rows);
   a.logsumexp = array_of(sums);
   read_key_mask(p, call);
-  attention::CudaAttentionGradients gradients{
-      array_of(grad_rows),  array_of(grad_query),           array_of(grad_key),
-      array_of(grad_value), grad_log_scale.mutable_data_ptr(), nullptr};
+  attention::CudaAttentionGradients gradients{array_of(grad_rows),
+                                              array_of(grad_query),
+                                              array_of(grad_key),
+                                              array_of(grad_value),
+                                              grad_log_scale.mutable_data_ptr(),
+                                              nullptr};
   if (route == Route::automatic) route = choose_backward(p, call);
   if (route != Route::stock) {
     const Tensor memory = scratch(p.query, attention::attention_backward_plain_scratch(a));
@@ -321,8 +323,8 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     return {grad_query, grad_key, grad_value, grad_log_scale};
   }
   require(stock_takes(p, call, 128), "the stock route does not take this call");
-  const Gradients part = stock_backward(p, call, grad_rows, output_rows,
-                                        backward_logsumexp(p, call, sums));
+  const Gradients part =
+      stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
   const int64_t first = p.queries - part.query.size(2);
   aten::copy_(rows_from(grad_key, first), part.key);
   aten::copy_(rows_from(grad_value, first), part.value);
@@ -345,8 +347,7 @@ Tensor decode_attention_cuda(const Problem& p) {
     return std::get<0>(attention_cuda(p));
   }
   read_key_mask(p, call, !p.span);
-  const Tensor memory =
-      scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));
+  const Tensor memory = scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));
   check(attention::decode(a, memory.mutable_data_ptr(), call.device.multiprocessors, call.stream),
         "decode_attention");
   return output;

@@ -110,13 +110,15 @@ def plot_ratios(result: Mapping[str, Any], path: Path) -> None:
         for place, name in enumerate(names):
             heights = [row["peers"].get(name, {}).get("ratio", float("nan")) for row in own]
             middles = [i + (place - (len(names) - 1) / 2) * width for i in range(len(own))]
-            axes.bar(middles, heights, width, label=name, color=OKABE_ITO[place % len(OKABE_ITO)])
+            label = None if number else name
+            axes.bar(middles, heights, width, label=label, color=OKABE_ITO[place % len(OKABE_ITO)])
         axes.set_yscale("log")
         axes.axhline(1, color="black", linewidth=0.8)
-        axes.set_xticks(range(len(own)), [f"{row['shape']}\n{row['dtype']}" for row in own], fontsize=7)
+        shapes = [f"{row['shape']}, {row['dtype']}".replace(", ", "\n") for row in own]
+        axes.set_xticks(range(len(own)), shapes, fontsize=7)
         axes.set_ylabel("time / untuned")
         axes.set_title(kind)
-        axes.legend(fontsize=7, ncols=4)
+    figure.legend(loc="outside upper center", fontsize=8, ncols=6)
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
     write_bytes_atomically(path, picture.getvalue())
