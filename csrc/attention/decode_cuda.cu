@@ -30,7 +30,7 @@ constexpr int tile_rows = 16;
 constexpr int most_queries = 16;
 constexpr int most_warps = 4;
 constexpr int most_splits = 128;
-constexpr int most_merge_threads = 256;
+constexpr int merge_threads = 256;
 constexpr int most_grid = 65535;  // of its second and third dimension
 
 struct Arguments {
@@ -617,10 +617,9 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
 
 // A block for each row: its threads take four columns each, and the splits by turns.
 template <typename T>
-__global__ void __launch_bounds__(most_merge_threads)
-    merge_splits(const __grid_constant__ Arguments a) {
-  __shared__ Part parts[most_merge_threads];
-  const int columns = a.value_head_size / 4, slices = blockDim.x / columns;
+__global__ void __launch_bounds__(merge_threads) merge_splits(const __grid_constant__ Arguments a) {
+  __shared__ Part parts[merge_threads];
+  const int columns = a.value_head_size / 4, slices = merge_threads / columns;
   const int slice = threadIdx.x / columns, column = threadIdx.x % columns * 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.splits;
   wait_for_previous_kernel();
@@ -753,8 +752,7 @@ cudaError_t launch_merge(const CudaAttention& c, const Arguments& a, bool depend
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = static_cast<unsigned>(c.batch * c.heads * c.queries);
-  const int threads = (c.value_head_size / 4 * a.splits + 31) / 32 * 32;
-  config.blockDim = std::min(threads, most_merge_threads);
+  config.blockDim = merge_threads;
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = dependent ? 1 : 0;

@@ -1,6 +1,6 @@
 // ZeroTuning's attention for LibTorch programs: zerotuning::attention with gradients,
-// zerotuning::decode_attention. Link zerotuning::ops (which registers the operators) and
-// LibTorch, 2.10 or newer.
+// zerotuning::decode_attention. Link zerotuning::ops (which registers the operators; for tensors on
+// a GPU also zerotuning::ops_cuda) and LibTorch, 2.10 or newer.
 //
 //   auto [output, logsumexp] = zerotuning::attention(query, key, value, log_scale);
 //

@@ -156,8 +156,12 @@ Route choose_forward(const Problem& p, const Call& call) {
   return Route::plain;
 }
 
+// Short sequences: the stock route's dozen launches take longer than the plain kernels.
+constexpr int64_t shortest_stock_backward = 64;
+
 Route choose_backward(const Problem& p, const Call& call) {
-  return stock_takes(p, call, 128) ? Route::stock : Route::plain;
+  return p.queries >= shortest_stock_backward && stock_takes(p, call, 128) ? Route::stock
+                                                                           : Route::plain;
 }
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
