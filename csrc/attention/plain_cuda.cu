@@ -168,13 +168,15 @@ __global__ void __launch_bounds__(threads)
 }
 
 // Weight of a visible key and its gradient ds (of the logit), from one row of query and of
-// grad_output and one of key and of value.
+// grad_output and one of key and of value. A row whose visible logits are all -inf has logsumexp
+// -inf too, and no weights: exp(-inf + inf) would be NaN.
 template <typename C, int size>
 struct Pair {
   C weight, gradient;
   __device__ __forceinline__ Pair(const C* query, const C* key, const C* grad_output,
                                   const C* value, C scale, C bias, C logsumexp, C delta) {
-    weight = exponential(scale * dot<C, size>(query, key) + bias - logsumexp);
+    const C exponent = scale * dot<C, size>(query, key) + bias - logsumexp;
+    weight = logsumexp == -INFINITY ? C{0} : exponential(exponent);
     gradient = weight * (dot<C, size>(grad_output, value) - delta);
   }
 };

@@ -38,12 +38,10 @@ Tensor tensor(const char* name, const char* overload, const Arguments&... argume
 inline Tensor narrow(const Tensor& self, int64_t dim, int64_t begin, int64_t end) {
   return tensor("aten::narrow", "", self, dim, begin, end - begin);
 }
-inline Tensor expand(const Tensor& self, const Sizes& sizes) {
-  return tensor("aten::expand", "", self, sizes, false);
-}
-inline Tensor as_strided(const Tensor& self, const Sizes& sizes, const Sizes& strides) {
+inline Tensor as_strided(const Tensor& self, const Sizes& sizes, const Sizes& strides,
+                         int64_t offset = 0) {
   return tensor("aten::as_strided", "", self, sizes, strides,
-                std::optional<int64_t>(self.storage_offset()));
+                std::optional<int64_t>(self.storage_offset() + offset));
 }
 inline Tensor flip(const Tensor& self, const Sizes& dims) {
   return tensor("aten::flip", "", self, dims);

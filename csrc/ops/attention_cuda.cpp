@@ -59,7 +59,7 @@ struct Call {
   torch::stable::accelerator::DeviceGuard guard;
   const Device& device;
   cudaStream_t stream;
-  Tensor query, key, value;
+  Tensor query, key, value, log_scale;
   std::optional<Tensor> key_mask, real_keys;
   CudaAttention arguments;
 };
@@ -81,6 +81,8 @@ Call begin(const Problem& p) {
             unit_stride(p.query),
             unit_stride(p.key),
             unit_stride(p.value),
+            // A batch stride of 0 is the kernels' word for one vector.
+            p.log_scale.is_contiguous() ? p.log_scale : aten::contiguous(p.log_scale),
             p.key_mask,
             std::nullopt,
             {}};
@@ -97,9 +99,9 @@ Call begin(const Problem& p) {
   a.query = array_of(call.query);
   a.key = array_of(call.key);
   a.value = array_of(call.value);
-  a.log_scale = p.log_scale.const_data_ptr();
-  a.log_scale_batch_stride = p.log_scale_per_sample() ? p.log_scale.stride(0) : 0;
-  a.log_scale_head_stride = p.log_scale.stride(p.log_scale.dim() - 1);
+  a.log_scale = call.log_scale.const_data_ptr();
+  a.log_scale_batch_stride = p.log_scale_per_sample() ? p.heads : 0;
+  a.log_scale_head_stride = 1;
   a.geometry.window = p.window < p.keys ? static_cast<int32_t>(p.window) : 0;
   if (p.span) {
     a.geometry.span = p.span->const_data_ptr<int64_t>();
@@ -255,6 +257,16 @@ Tensor backward_logsumexp(const Problem& p, const Call& call, const Tensor& logs
 
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// The row layout, which a view into other memory may have at an address that 16 bytes do not
+// divide.
+Tensor aligned_rows(const Tensor& t) {
+  const Tensor rows = in_row_layout(t, t.size(3));
+  if (reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0) return rows;
+  const Tensor copy = new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
+  aten::copy_(copy, t);
+  return copy;
+}
+
 Tensor gradient_like(const Tensor& t) {
   return new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
 }
@@ -297,8 +309,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   Call call = begin(p);
   const Tensor grad_query = gradient_like(p.query), grad_key = gradient_like(p.key),
                grad_value = gradient_like(p.value);
-  const Tensor grad_log_scale = torch::stable::empty_like(
-      p.log_scale.is_contiguous() ? p.log_scale : aten::contiguous(p.log_scale));
+  const Tensor grad_log_scale = torch::stable::empty_like(call.log_scale);
   if (empty(p)) {
     for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value, &grad_log_scale}) {
       Tensor zeroed = *gradient;
@@ -306,8 +317,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     }
     return {grad_query, grad_key, grad_value, grad_log_scale};
   }
-  const Tensor grad_rows = in_row_layout(grad_output, p.value_head_size),
-               output_rows = in_row_layout(output, p.value_head_size),
+  const Tensor grad_rows = aligned_rows(grad_output), output_rows = aligned_rows(output),
                sums = logsumexp.is_contiguous() ? logsumexp : aten::contiguous(logsumexp);
   CudaAttention& a = call.arguments;
   a.output = array_of(output_rows);

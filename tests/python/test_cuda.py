@@ -260,3 +260,14 @@ def test_tensors_on_different_devices_are_refused_by_name() -> None:
         ops.attention(query, key, value, log_scale.cpu())
     with pytest.raises((ValueError, RuntimeError), match="head sizes on a GPU go up to 256"):
         ops.attention(*random_inputs((1, 1, 1, 8, 8, 264, 264), torch.bfloat16))
+
+
+def test_scales_expanded_over_the_batch_get_a_gradient_for_each_sample() -> None:
+    torch.manual_seed(7)
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value, log_scale = random_inputs((3, 4, 2, 90, 90, 64, 64), dtype)
+        grad_output = torch.randn(3 * 4 * 90 * 64 + 1)[1:].to(dtype).view(3, 90, 4, 64).transpose(1, 2)
+        expanded = [query, key, value, log_scale.expand(3, 4)]
+        whole = [query, key, value, log_scale.repeat(3, 1)]
+        for a, b in zip(by_route(expanded, grad_output, 0, 0), by_route(whole, grad_output, 0, 0), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
