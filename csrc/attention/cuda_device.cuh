@@ -1,10 +1,11 @@
-// What the CUDA kernels share: number conversions, and what a sample's geometry says.
+// What the CUDA kernels share: number conversions, reductions, and what a sample's geometry says.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 
 #include "attention/cuda_kernels.h"
@@ -30,15 +31,72 @@ __device__ __forceinline__ T narrowed(AccumulatorOf<T> x) {
   }
 }
 
+// Two numbers as one register of a tensor core's operand, `low` in its lower half.
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+}
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Over the four neighbouring lanes that hold a row of a tensor core's result.
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
 __device__ __forceinline__ int clamped(int64_t x, int low, int high) {
   return static_cast<int>(x < low ? low : x > high ? high : x);
 }
 
-// One sample's geometry.
-struct Sight {
-  const bool* key_mask;  // or null
+// What CudaGeometry says of one sample, brought within its keys.
+struct SampleGeometry {
+  const bool* key_mask;  // of the sample, or null
+  int first_key;         // no key before it is real
   int start;             // position of query row 0
-  int window, span_begin, span_end, keys;
+  int span_begin, span_end;
+};
+
+__device__ __forceinline__ SampleGeometry sample_geometry(const CudaGeometry& g, int sample,
+                                                          int queries, int keys) {
+  SampleGeometry s;
+  s.key_mask = g.key_mask ? g.key_mask + sample * g.key_mask_batch_stride : nullptr;
+  s.first_key = g.first_key ? clamped(g.first_key[sample], 0, keys) : 0;
+  const int latest = max(keys - queries, 0);
+  s.start =
+      g.query_start ? clamped(g.query_start[sample * g.query_start_stride], 0, latest) : latest;
+  if (g.span) {
+    const int64_t* span = g.span + sample * g.span_batch_stride;
+    s.span_begin = clamped(span[0], 0, keys);
+    s.span_end = clamped(span[g.span_stride], s.span_begin, keys);
+  } else {
+    s.span_begin = s.first_key;
+    s.span_end = min(s.span_begin + 1, keys);
+  }
+  return s;
+}
+
+// One sample's geometry, asked key by key.
+struct Sight : SampleGeometry {
+  int window, keys;
 
   __device__ __forceinline__ bool visible(int key, int position) const {
     return key < keys && key <= position && (!window || key > position - window) &&
@@ -50,23 +108,7 @@ struct Sight {
 };
 
 __device__ __forceinline__ Sight sight_of(const CudaAttention& c, int sample) {
-  const CudaGeometry& g = c.geometry;
-  Sight s;
-  s.key_mask = g.key_mask ? g.key_mask + sample * g.key_mask_batch_stride : nullptr;
-  const int latest = c.keys > c.queries ? c.keys - c.queries : 0;
-  s.start = g.query_start ? clamped(g.query_start[sample * g.query_start_stride], 0, latest)
-                          : c.keys - c.queries;
-  s.window = g.window;
-  s.keys = c.keys;
-  if (g.span) {
-    const int64_t* span = g.span + sample * g.span_batch_stride;
-    s.span_begin = clamped(span[0], 0, c.keys);
-    s.span_end = clamped(span[g.span_stride], s.span_begin, c.keys);
-  } else {
-    s.span_begin = g.first_key ? clamped(g.first_key[sample], 0, c.keys) : 0;
-    s.span_end = min(s.span_begin + 1, c.keys);
-  }
-  return s;
+  return {sample_geometry(c.geometry, sample, c.queries, c.keys), c.geometry.window, c.keys};
 }
 
 __device__ __forceinline__ int64_t offset(const Array4& a, int64_t sample, int64_t head,

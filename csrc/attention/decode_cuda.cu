@@ -13,17 +13,16 @@
 //
 // Of a 16 x 8 tile, a thread holds rows lane/4 and lane/4 + 8, columns 2 (lane % 4) + {0, 1}, at
 // [2 (row half) + column].
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
 
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_device.cuh"
 
 namespace zerotuning::attention {
 namespace {
+
+using namespace device;
 
 constexpr int tile_keys = 16;
 constexpr int tile_rows = 16;
@@ -70,10 +69,6 @@ struct Tile {
 
 constexpr int row_tiles_of(int size, int rows) { return size <= 128 && rows > tile_rows ? 2 : 1; }
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 // 16 bytes, or zeros.
 __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool real) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -119,65 +114,19 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&lef
 }
 #undef ZT_MULTIPLY_ADD
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // What weights are relative to: the largest logit, if there is one.
 __device__ __forceinline__ float reference_of(float top) { return top == -INFINITY ? 0 : top; }
 
-__device__ __forceinline__ int clamp(int64_t x, int low, int high) {
-  return static_cast<int>(x < low ? low : x > high ? high : x);
-}
-
 // Which keys a sample's queries see, and which of them are scaled.
-struct Sight {
-  const bool* key_mask;  // of the sample, or null
-  int start;             // position of query row 0
-  int begin, end;        // no query sees keys outside
-  int span_begin, span_end;
+struct RangeSight : SampleGeometry {
+  int begin, end;  // no query sees keys outside
 };
 
-__device__ __forceinline__ Sight sight_of(const Arguments& a, int batch) {
-  const CudaGeometry& g = a.geometry;
-  Sight s;
-  s.key_mask = g.key_mask ? g.key_mask + batch * g.key_mask_batch_stride : nullptr;
-  const int latest = max(a.keys - a.queries, 0);
-  s.start = g.query_start ? clamp(g.query_start[batch * g.query_start_stride], 0, latest) : latest;
-  const int first_key = g.first_key ? clamp(g.first_key[batch], 0, a.keys) : 0;
-  s.end = min(s.start + a.queries, a.keys);
-  s.begin = g.window ? max(first_key, s.start - g.window + 1) : first_key;
-  if (g.span) {
-    const int64_t* span = g.span + batch * g.span_batch_stride;
-    s.span_begin = clamp(span[0], 0, a.keys);
-    s.span_end = clamp(span[g.span_stride], 0, a.keys);
-  } else {
-    s.span_begin = first_key;
-    s.span_end = first_key + 1;
-  }
-  return s;
+__device__ __forceinline__ RangeSight sight_of(const Arguments& a, int batch) {
+  const SampleGeometry s = sample_geometry(a.geometry, batch, a.queries, a.keys);
+  const int window = a.geometry.window;
+  return {s, window ? max(s.first_key, s.start - window + 1) : s.first_key,
+          min(s.start + a.queries, a.keys)};
 }
 
 // A warp's tiles: number t has the keys from first + t * step on.
@@ -186,7 +135,7 @@ struct Share {
 };
 
 // The block's tiles lie side by side, and its warps take turns, so that it reads one stream.
-__device__ __forceinline__ Share share_of(const Arguments& a, const Sight& s, int split) {
+__device__ __forceinline__ Share share_of(const Arguments& a, const RangeSight& s, int split) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t tiles = s.begin < s.end ? (s.end - s.begin + tile_keys - 1) / tile_keys : 0;
   const int first = static_cast<int>(tiles * split / a.splits) + warp;
@@ -266,7 +215,7 @@ __device__ __forceinline__ Rows<row_tiles> rows_of(const Arguments& a, int batch
 }
 
 // A lane's key of the 16 from `first` on: whether it is real. Lanes 16 and up repeat the others.
-__device__ __forceinline__ bool read_mask(const Sight& s, int first) {
+__device__ __forceinline__ bool read_mask(const RangeSight& s, int first) {
   const int key = first + static_cast<int>(threadIdx.x % tile_keys);
   return s.key_mask && key < s.end && s.key_mask[key];
 }
@@ -297,7 +246,7 @@ using Logits = float[row_tiles][2][4];  // of 16 keys: two 16 x 8 tiles side by 
 
 // Scales the logits to base 2, adds log_scale to those of scaled keys, hides keys out of sight.
 template <int row_tiles>
-__device__ __forceinline__ void look(const Arguments& a, const Sight& s,
+__device__ __forceinline__ void look(const Arguments& a, const RangeSight& s,
                                      const Rows<row_tiles>& rows, int first, uint32_t real_keys,
                                      Logits<row_tiles>& logits) {
   const int window = a.geometry.window;
@@ -560,7 +509,7 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
   copy_query<size, rows>(a, batch, key_head, first_row, shared_address(memory));
   commit_copies();
 
-  const Sight sight = sight_of(a, batch);
+  const RangeSight sight = sight_of(a, batch);
   const Share share = share_of(a, sight, split);
   const Source key{a.key + batch * a.key_batch_stride + key_head * a.key_head_stride,
                    a.key_row_stride, a.head_size, sight.end};

@@ -2,19 +2,17 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
 
+#include "attention/cuda_device.cuh"
+
 namespace zerotuning::attention::hopper {
 
-// Barriers in shared memory, the copy engine.
+using device::shared_address;
 
-__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
+// Barriers in shared memory, the copy engine.
 
 __device__ __forceinline__ void init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),

@@ -9,12 +9,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention/cuda_kernels.h"
 #include "attention/hopper.cuh"
 
 namespace zerotuning::attention {
 namespace hopper {
 namespace {
+
+using namespace device;
 
 constexpr int warpgroup = 128;
 constexpr int consumers = 2;  // warpgroups that compute
@@ -69,10 +70,6 @@ struct Work {
   int key_tile_begin, key_tile_end;
 };
 
-__device__ __forceinline__ int clamp(int64_t x, int low, int high) {
-  return static_cast<int>(x < low ? low : x > high ? high : x);
-}
-
 // Longest tiles first, section by section: a section is as many heads as keep K and V in the cache.
 template <int tile_keys>
 __device__ __forceinline__ Work work_of(const Arguments& a, int tile) {
@@ -84,14 +81,11 @@ __device__ __forceinline__ Work work_of(const Arguments& a, int tile) {
   w.batch = sequence / a.heads;
   w.head = sequence % a.heads;
   w.row = (a.row_tiles - 1 - in_section / width) * tile_rows;
-  const CudaGeometry& g = a.geometry;
-  const int latest = max(a.keys - a.queries, 0);
-  const int start =
-      g.query_start ? clamp(g.query_start[w.batch * g.query_start_stride], 0, latest) : latest;
-  w.position = start + w.row;
-  const int end = min(start + min(w.row + tile_rows, a.queries), a.keys);
-  int begin = g.first_key ? g.first_key[w.batch] : 0;
-  if (g.window) begin = max(begin, w.position - g.window + 1);
+  const SampleGeometry g = sample_geometry(a.geometry, w.batch, a.queries, a.keys);
+  w.position = g.start + w.row;
+  const int end = min(g.start + min(w.row + tile_rows, a.queries), a.keys);
+  const int window = a.geometry.window;
+  const int begin = window ? max(g.first_key, w.position - window + 1) : g.first_key;
   w.key_tile_begin = begin / tile_keys;
   w.key_tile_end = begin < end ? (end + tile_keys - 1) / tile_keys : w.key_tile_begin;
   return w;
@@ -148,61 +142,23 @@ __device__ __forceinline__ void produce(const Arguments& a,
   }
 }
 
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
-}
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 // What a consumer's logits are changed by before the softmax: scaled keys, and keys out of sight.
-struct Sight {
-  const bool* key_mask;      // of the sample, or null
+struct RowSight : Sight {
   int real_begin, real_end;  // keys of the mask that are known to be real
-  int keys, window, span_begin, span_end;
-  int position;  // of the warpgroup's first row
-  float bias;    // log_scale in units of unscaled logits
+  int position;              // of the warpgroup's first row
+  float bias;                // log_scale in units of unscaled logits
 };
 
-__device__ __forceinline__ Sight sight_of(const Arguments& a, const Work& w, int consumer) {
+__device__ __forceinline__ RowSight sight_of(const Arguments& a, const Work& w, int consumer) {
   const CudaGeometry& g = a.geometry;
-  Sight s;
-  s.key_mask = g.key_mask ? g.key_mask + w.batch * g.key_mask_batch_stride : nullptr;
-  s.real_begin = g.first_key ? g.first_key[w.batch] : 0;
-  s.real_end = g.end_key ? g.end_key[w.batch] : 0;
-  s.keys = a.keys;
-  s.window = g.window;
-  s.position = w.position + consumer * consumer_rows;
-  if (g.span) {
-    const int64_t* span = g.span + w.batch * g.span_batch_stride;
-    s.span_begin = clamp(span[0], 0, a.keys);
-    s.span_end = clamp(span[g.span_stride], s.span_begin, a.keys);
-  } else {
-    s.span_begin = g.first_key ? min(g.first_key[w.batch], a.keys) : 0;
-    s.span_end = s.span_begin + 1;
-  }
-  s.bias =
-      a.log_scale[w.batch * a.log_scale_batch_stride + w.head * a.log_scale_head_stride] / a.scale;
-  return s;
+  const SampleGeometry sample = sample_geometry(g, w.batch, a.queries, a.keys);
+  const float log_scale =
+      a.log_scale[w.batch * a.log_scale_batch_stride + w.head * a.log_scale_head_stride];
+  return {{sample, g.window, a.keys},
+          sample.first_key,
+          g.end_key ? g.end_key[w.batch] : 0,
+          w.position + consumer * consumer_rows,
+          log_scale / a.scale};
 }
 
 // Whether all keys [first, first + count) are real.
@@ -218,14 +174,14 @@ __device__ __forceinline__ bool all_real(const bool* key_mask, int first, int ke
 }
 
 template <int tile_keys>
-__device__ __forceinline__ void look(float (&logits)[tile_keys / 2], const Sight& s, int first) {
+__device__ __forceinline__ void look(float (&logits)[tile_keys / 2], const RowSight& s, int first) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x % warpgroup / 32 * 16 + lane / 4;
   const int last = first + tile_keys;
   if (s.span_begin < last && s.span_end > first) {
 #pragma unroll
     for (int i = 0; i < tile_keys / 2; ++i) {
       const int key = first + i / 4 * 8 + lane % 4 * 2 + (i & 1);
-      if (key >= s.span_begin && key < s.span_end) logits[i] += s.bias;
+      if (s.scaled(key)) logits[i] += s.bias;
     }
   }
   const int last_row = s.position + consumer_rows - 1;
@@ -393,7 +349,7 @@ __device__ __forceinline__ void consume(const Arguments& a,
       ++queries.count;
     }
     if (!blind) {
-      const Sight sight = sight_of(a, w, consumer);
+      const RowSight sight = sight_of(a, w, consumer);
       float logits[tile_keys / 2];
       uint32_t weights[tile_keys / 16][4];
       int t = w.key_tile_end - 1;

@@ -42,6 +42,14 @@ __device__ void load(C* tile, const Array4& a, int sample, int head, int first, 
   }
 }
 
+// The same rows of two arrays, of query's or key's head size and of value's.
+template <typename T, typename C, int size, int rows>
+__device__ void load_both(C* tile, const Array4& a, C* value_tile, const Array4& values,
+                          const CudaAttention& c, int sample, int head, int first, int end) {
+  load<T, C, size, rows>(tile, a, sample, head, first, end, c.head_size);
+  load<T, C, size, rows>(value_tile, values, sample, head, first, end, c.value_head_size);
+}
+
 template <typename C, int size>
 __device__ __forceinline__ C dot(const C* a, const C* b) {
   C sum = 0;
@@ -167,19 +175,43 @@ __global__ void __launch_bounds__(threads)
   if (threadIdx.x % 32 == 0) delta[item] = sum;
 }
 
-// Weight of a visible key and its gradient ds (of the logit), from one row of query and of
-// grad_output and one of key and of value. A row whose visible logits are all -inf has logsumexp
-// -inf too, and no weights: exp(-inf + inf) would be NaN.
-template <typename C, int size>
+// What the backward kernels read of one head besides its tiles.
+template <typename C>
+struct HeadRows {
+  C scale, bias;
+  const C* logsumexp;
+  int64_t logsumexp_stride;
+  const C* delta;
+  int queries;
+
+  __device__ HeadRows(const CudaAttention& c, const C* all_delta, int sample, int head)
+      : scale(static_cast<C>(c.scale)),
+        bias(log_scale_of<C>(c, sample, head)),
+        logsumexp(row_of<C>(c.logsumexp, sample, head, 0)),
+        logsumexp_stride(c.logsumexp.row_stride),
+        delta(all_delta + (static_cast<int64_t>(sample) * c.heads + head) * c.queries),
+        queries(c.queries) {}
+};
+
+// A key's weight for a query and the gradient ds of its logit; zeros where the query does not see
+// the key. A row whose visible logits are all -inf has logsumexp -inf too, and no weights: exp(-inf
+// + inf) would be NaN.
+template <typename C>
 struct Pair {
   C weight, gradient;
-  __device__ __forceinline__ Pair(const C* query, const C* key, const C* grad_output,
-                                  const C* value, C scale, C bias, C logsumexp, C delta) {
-    const C exponent = scale * dot<C, size>(query, key) + bias - logsumexp;
-    weight = logsumexp == -INFINITY ? C{0} : exponential(exponent);
-    gradient = weight * (dot<C, size>(grad_output, value) - delta);
-  }
 };
+
+template <int size, typename C>
+__device__ __forceinline__ Pair<C> pair_of(const Sight& s, const HeadRows<C>& head, int query,
+                                           int key, const C* query_row, const C* key_row,
+                                           const C* grad_output_row, const C* value_row) {
+  if (query >= head.queries || !s.visible(key, s.start + query)) return {0, 0};
+  const C logsumexp = head.logsumexp[query * head.logsumexp_stride];
+  const C bias = s.scaled(key) ? head.bias : C{0};
+  const C exponent = head.scale * dot<C, size>(query_row, key_row) + bias - logsumexp;
+  const C weight = logsumexp == -INFINITY ? C{0} : exponential(exponent);
+  return {weight, weight * (dot<C, size>(grad_output_row, value_row) - head.delta[query])};
+}
 
 template <typename T, int size>
 __global__ void __launch_bounds__(threads)
@@ -197,36 +229,28 @@ __global__ void __launch_bounds__(threads)
   const int tile = blockIdx.x % row_tiles, head = blockIdx.x / row_tiles % c.heads;
   const int sample = blockIdx.x / row_tiles / c.heads, key_head = head / (c.heads / c.key_heads);
   const Sight s = sight_of(c, sample);
+  const HeadRows<C> head_rows(c, delta, sample, head);
   const int first = tile * Tile::rows, end = min(first + Tile::rows, c.queries);
-  const C bias = log_scale_of<C>(c, sample, head), scale = static_cast<C>(c.scale);
   const int row = threadIdx.x / Tile::row_threads, lane = threadIdx.x % Tile::row_threads;
-  const C* row_delta = delta + (static_cast<int64_t>(sample) * c.heads + head) * c.queries;
 
-  load<T, C, size, Tile::rows>(query, c.query, sample, head, first, c.queries, c.head_size);
-  load<T, C, size, Tile::rows>(grad_output, g.grad_output, sample, head, first, c.queries,
-                               c.value_head_size);
+  load_both<T, C, size, Tile::rows>(query, c.query, grad_output, g.grad_output, c, sample, head,
+                                    first, c.queries);
   C grad_query[Tile::values] = {};
   double log_scale_part = 0;
   int key_begin, key_end;
   key_range(s, first, end, &key_begin, &key_end);
   for (int key = key_begin; key < key_end; key += Tile::columns) {
     __syncthreads();
-    load<T, C, size, Tile::columns>(key_tile, c.key, sample, key_head, key, c.keys, c.head_size);
-    load<T, C, size, Tile::columns>(value_tile, c.value, sample, key_head, key, c.keys,
-                                    c.value_head_size);
+    load_both<T, C, size, Tile::columns>(key_tile, c.key, value_tile, c.value, c, sample, key_head,
+                                         key, c.keys);
     __syncthreads();
     for (int i = threadIdx.x; i < Tile::rows * Tile::columns; i += threads) {
       const int r = i / Tile::columns, j = i % Tile::columns;
-      C gradient = 0;
-      if (first + r < end && s.visible(key + j, s.start + first + r)) {
-        const bool scaled = s.scaled(key + j);
-        const Pair<C, size> pair(
-            query + r * Tile::stride, key_tile + j * Tile::stride, grad_output + r * Tile::stride,
-            value_tile + j * Tile::stride, scale, scaled ? bias : C{0},
-            *row_of<C>(c.logsumexp, sample, head, first + r), row_delta[first + r]);
-        gradient = pair.gradient;
-        if (scaled) log_scale_part += gradient;
-      }
+      const C gradient = pair_of<size>(s, head_rows, first + r, key + j, query + r * Tile::stride,
+                                       key_tile + j * Tile::stride, grad_output + r * Tile::stride,
+                                       value_tile + j * Tile::stride)
+                             .gradient;
+      if (s.scaled(key + j)) log_scale_part += gradient;
       gradients[r * (Tile::columns + 1) + j] = gradient;
     }
     __syncthreads();
@@ -250,7 +274,7 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
   for (int i = 0; i < Tile::values; ++i) {
     const int column = lane + i * Tile::row_threads;
-    if (column < c.head_size) to[column] = narrowed<T>(grad_query[i] * scale);
+    if (column < c.head_size) to[column] = narrowed<T>(grad_query[i] * head_rows.scale);
   }
 }
 
@@ -274,35 +298,26 @@ __global__ void __launch_bounds__(threads)
   const C scale = static_cast<C>(c.scale);
   const int row = threadIdx.x / Tile::row_threads, lane = threadIdx.x % Tile::row_threads;
 
-  load<T, C, size, Tile::rows>(key_tile, c.key, sample, key_head, first, c.keys, c.head_size);
-  load<T, C, size, Tile::rows>(value_tile, c.value, sample, key_head, first, c.keys,
-                               c.value_head_size);
+  load_both<T, C, size, Tile::rows>(key_tile, c.key, value_tile, c.value, c, sample, key_head,
+                                    first, c.keys);
   C grad_key[Tile::values] = {}, grad_value[Tile::values] = {};
   const int query_begin = max(0, first - s.start);
   const int query_end =
       s.window ? min(c.queries, first + Tile::rows - 1 + s.window - s.start) : c.queries;
   for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
-    const C bias = log_scale_of<C>(c, sample, head);
-    const C* row_delta = delta + (static_cast<int64_t>(sample) * c.heads + head) * c.queries;
+    const HeadRows<C> head_rows(c, delta, sample, head);
     for (int i0 = query_begin; i0 < query_end; i0 += Tile::columns) {
       __syncthreads();
-      load<T, C, size, Tile::columns>(query, c.query, sample, head, i0, c.queries, c.head_size);
-      load<T, C, size, Tile::columns>(grad_output, g.grad_output, sample, head, i0, c.queries,
-                                      c.value_head_size);
+      load_both<T, C, size, Tile::columns>(query, c.query, grad_output, g.grad_output, c, sample,
+                                           head, i0, c.queries);
       __syncthreads();
       for (int i = threadIdx.x; i < Tile::rows * Tile::columns; i += threads) {
         const int r = i / Tile::columns, j = i % Tile::columns;
-        C weight = 0, gradient = 0;
-        if (i0 + j < c.queries && s.visible(first + r, s.start + i0 + j)) {
-          const Pair<C, size> pair(
-              query + j * Tile::stride, key_tile + r * Tile::stride, grad_output + j * Tile::stride,
-              value_tile + r * Tile::stride, scale, s.scaled(first + r) ? bias : C{0},
-              *row_of<C>(c.logsumexp, sample, head, i0 + j), row_delta[i0 + j]);
-          weight = pair.weight;
-          gradient = pair.gradient;
-        }
-        weights[r * (Tile::columns + 1) + j] = weight;
-        gradients[r * (Tile::columns + 1) + j] = gradient;
+        const Pair<C> pair = pair_of<size>(
+            s, head_rows, i0 + j, first + r, query + j * Tile::stride, key_tile + r * Tile::stride,
+            grad_output + j * Tile::stride, value_tile + r * Tile::stride);
+        weights[r * (Tile::columns + 1) + j] = pair.weight;
+        gradients[r * (Tile::columns + 1) + j] = pair.gradient;
       }
       __syncthreads();
       for (int j = 0; j < Tile::columns; ++j) {
