@@ -1,11 +1,12 @@
-// Forward and backward on the CPU: the pieces of attention/pieces.h through torch's flash kernel,
-// merged by log-sum-exp.
+// Forward and backward on the CPU: our own forward kernels where there are any, else the pieces of
+// attention/pieces.h through torch's flash kernel, merged by log-sum-exp.
 #include "ops/attention_cpu.h"
 
 #include <cmath>
 #include <limits>
 
 #include "attention/cpu_kernels.h"
+#include "attention/flash_cpu.h"
 #include "attention/pieces.h"
 #include "ops/geometry_cpu.h"
 #include "ops/layout.h"
@@ -30,8 +31,7 @@ std::vector<Group> group_samples(const Problem& p, const Geometry& geometry) {
 // The flash kernel wants unit stride in the last dimension and one head size for query, key and
 // value.
 Tensor to_kernel(const Tensor& tensor, int64_t columns) {
-  const bool unit_stride = tensor.stride(3) == 1 || tensor.size(3) == 1;
-  return aten::pad_columns(unit_stride ? tensor : aten::contiguous(tensor), columns);
+  return aten::pad_columns(unit_stride(tensor), columns);
 }
 
 // The views of one tensor that one piece works on: samples of the group, rows [begin, end) of
@@ -306,11 +306,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> float32_backward(const Problem& p,
   return {converted(query, type), converted(key, type), converted(value, type), log_scale};
 }
 
+// Fewer queries do not repay the packing of keys and values.
+int64_t fewest_tile_queries(const Problem& p) {
+  return p.dtype == attention::DType::float32 ? 48 : 12;
+}
+
+bool tiles_take(const Problem& p) {
+  return attention::flash_kernel(p.dtype) && p.scale > 0 &&
+         std::max(p.head_size, p.value_head_size) <= attention::flash_largest_head;
+}
+
+std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& geometry) {
+  const attention::FlashKernel& kernel = *attention::flash_kernel(p.dtype);
+  const Tensor output = new_output(p), logsumexp = new_logsumexp(p);
+  const Tensor query = unit_stride(p.query), key = unit_stride(p.key), value = unit_stride(p.value);
+  attention::FlashArguments a{p.batch,
+                              p.heads,
+                              p.key_heads,
+                              p.queries,
+                              p.keys,
+                              p.head_size,
+                              p.value_head_size,
+                              p.window,
+                              p.scale,
+                              whole_array(query),
+                              whole_array(key),
+                              whole_array(value),
+                              whole_array(output),
+                              whole_array(logsumexp),
+                              p.log_scale.const_data_ptr<float>(),
+                              p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
+                              p.log_scale.stride(p.log_scale.dim() - 1),
+                              geometry.key_mask,
+                              geometry.span.data(),
+                              geometry.query_start.data(),
+                              nullptr};
+  const Tensor packed =
+      torch::stable::new_empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
+  a.packed = packed.mutable_data_ptr();
+  torch::stable::parallel_for(0, kernel.pack_items(a), 1,
+                              [&](int64_t begin, int64_t end) { kernel.pack(a, begin, end); });
+  torch::stable::parallel_for(0, kernel.items(a), 1,
+                              [&](int64_t begin, int64_t end) { kernel.attend(a, begin, end); });
+  return {output, logsumexp};
+}
+
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_cpu(const Problem& p) {
+std::tuple<Tensor, Tensor> attention_cpu(const Problem& p, CpuRoute route) {
   if (empty(p)) return {new_output(p), new_logsumexp(p)};
   const Geometry geometry = read_geometry(p);
+  require(route != CpuRoute::tiles || tiles_take(p), "the tiles route does not take this call");
+  if (route == CpuRoute::automatic && tiles_take(p) && p.queries >= fewest_tile_queries(p))
+    route = CpuRoute::tiles;
+  if (route == CpuRoute::tiles) return attention_by_tiles(p, geometry);
   const int64_t columns = std::max(p.head_size, p.value_head_size);
   const Tensor query = to_kernel(p.query, columns), key = to_kernel(p.key, columns),
                value = to_kernel(p.value, columns);

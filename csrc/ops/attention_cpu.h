@@ -1,5 +1,6 @@
-// Attention with a scaled initial token on the CPU: torch's flash kernel with a broadcast bias
-// (design.md section 4).
+// Attention with a scaled initial token on the CPU: forward by our own kernels where the processor
+// has AVX-512 (attention/flash_cpu.h), else, and backward, by torch's flash kernel with a broadcast
+// bias (design.md section 4).
 #pragma once
 
 #include <tuple>
@@ -8,9 +9,13 @@
 
 namespace zerotuning::ops {
 
+// torch: its kernel. tiles: ours; refuses a call or a processor that it is not made for.
+enum class CpuRoute { automatic, torch, tiles };
+
 // (output [B, H, Tq, Dv], logsumexp [B, H, Tq]); both laid out with heads inside rows, as torch's
 // flash kernel does.
-std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem);
+std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem,
+                                         CpuRoute route = CpuRoute::automatic);
 
 // Gradients of query, key, value and log_scale.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& problem,

@@ -49,11 +49,6 @@ Array4 array_of(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-// The kernels want unit stride in the last dimension.
-Tensor unit_stride(const Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::contiguous(t);
-}
-
 // A call's arguments for the kernels, and the tensors that they point into.
 struct Call {
   torch::stable::accelerator::DeviceGuard guard;

@@ -6,6 +6,11 @@
 
 namespace zerotuning::ops {
 
+// The kernels want unit stride in the last dimension.
+inline Tensor unit_stride(const Tensor& t) {
+  return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::contiguous(t);
+}
+
 inline Tensor new_rows(const Tensor& like, const Sizes& sizes, ScalarType type) {
   const Tensor storage =
       sizes.size() == 4

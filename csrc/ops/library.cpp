@@ -11,11 +11,20 @@ using zerotuning::ops::Problem;
 using zerotuning::ops::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+std::tuple<Tensor, Tensor> attention_by_route(Tensor query, Tensor key, Tensor value,
+                                              Tensor log_scale, OptionalTensor key_mask,
+                                              OptionalTensor span, OptionalTensor query_start,
+                                              int64_t window, double scale, int64_t route) {
+  return zerotuning::ops::attention_cpu(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      static_cast<zerotuning::ops::CpuRoute>(route));
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                                      OptionalTensor key_mask, OptionalTensor span,
                                      OptionalTensor query_start, int64_t window, double scale) {
-  return zerotuning::ops::attention_cpu(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+  return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
+                            scale, 0);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
@@ -51,7 +60,7 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
-  // CUDA's routes by number (ops/attention_cuda.h), for tests and benchmarks.
+  // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h), for tests and benchmarks.
   library.def(
       "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> (Tensor "
@@ -67,4 +76,5 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
+  library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
 }

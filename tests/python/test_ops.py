@@ -96,6 +96,20 @@ def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
     return [change * longest[1] * scale, change * longest[0] * scale, torch.zeros(()), change]
 
 
+def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Tensor]:
+    """The output by each way the CPU has: torch's kernel always, our own where the processor and the call allow it."""
+    if inputs[0].is_cuda:
+        return
+    scale = geometry.get("scale") or inputs[0].shape[-1] ** -0.5
+    names = ("key_mask", "span", "query_start")
+    arguments = (*inputs, *(geometry.get(name) for name in names), geometry.get("window", 0), scale)
+    yield torch.ops.zerotuning._attention_by_route(*arguments, 1)[0]
+    try:
+        yield torch.ops.zerotuning._attention_by_route(*arguments, 2)[0]
+    except (RuntimeError, ValueError) as error:
+        assert "does not take this call" in str(error)
+
+
 def check(inputs: list[Tensor], saturated: bool = False, **geometry: object) -> None:
     """Compares output, log-sum-exp and every gradient with the formula; saturated: relative to the terms that cancel."""
     dtype = inputs[0].dtype
@@ -111,6 +125,8 @@ def check(inputs: list[Tensor], saturated: bool = False, **geometry: object) -> 
     assert torch.equal(torch.isfinite(logsumexp), seen)
     torch.testing.assert_close(logsumexp[seen].double(), expected_logsumexp[seen], rtol=1e-3, atol=1e-3)
     with torch.no_grad():
+        for by_route in cpu_routes(inputs, geometry):
+            assert error(by_route, expected) <= OUTPUT_ERROR[dtype]
         assert error(ops.decode_attention(*inputs, **geometry), expected) <= OUTPUT_ERROR[dtype]  # type: ignore[arg-type]
     weight = torch.randn_like(expected)
     got = torch.autograd.grad((output.double() * weight).sum(), inputs)

@@ -1,0 +1,321 @@
+// What the AVX-512 forward kernels share (flash_cpu.h): tiles of queries, the softmax, the output.
+// Only for files that are compiled for AVX-512; everything is in an unnamed namespace, so that no
+// other file gets a copy.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "attention/flash_cpu.h"
+
+namespace zerotuning::attention {
+namespace {
+
+constexpr int lanes = 16;
+constexpr int64_t block_keys = 128;  // keys between two steps of the softmax
+constexpr int64_t pack_keys = 128;   // keys of a packing item: a multiple of every step of keys
+constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
+
+constexpr int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+
+template <typename T>
+const T* flash_row(const Array4& a, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const T*>(a.data) + batch * a.batch_stride + head * a.head_stride +
+         row * a.row_stride;
+}
+
+// 16 x 16 numbers of 32 bits.
+inline void transpose(__m512i (&m)[lanes]) {
+  __m512i t[lanes];
+  for (int i = 0; i < lanes; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(m[i], m[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(m[i], m[i + 1]);
+  }
+  for (int i = 0; i < lanes; i += 4) {
+    m[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    m[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    m[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    m[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(m[i], m[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(m[i + 8], m[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    m[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    m[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    m[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    m[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// 2^x for x <= 0, relative error below 2e-7 (a minimax polynomial); 0 where that is no normal
+// number, since subnormal results cost a hundred times the others. NaN stays NaN.
+inline __m512 exp2_of(__m512 x) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 part = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.326472708e-3f);
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.671512862e-3f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(5.550733746e-2f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(2.402224208e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(6.931469776e-1f));
+  y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1));
+  return _mm512_maskz_scalef_ps(normal, y, whole);
+}
+
+// log x for x > 0, finite: x = 2^e m with m in [0.75, 1.5), log m = 2 artanh((m - 1) / (m + 1)).
+inline __m512 log_of(__m512 x) {
+  const __m512 m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  const __m512 e = _mm512_getexp_ps(_mm512_div_ps(x, m));
+  const __m512 one = _mm512_set1_ps(1);
+  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one));
+  const __m512 square = _mm512_mul_ps(s, s);
+  __m512 y = _mm512_set1_ps(2.f / 9);
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(2.f / 7));
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(2.f / 5));
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(2.f / 3));
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(2));
+  return _mm512_fmadd_ps(y, s, _mm512_mul_ps(e, _mm512_set1_ps(0.69314718f)));
+}
+
+// The lanes from `first` on, which may lie before or beyond all of them.
+inline __mmask16 lanes_from(int64_t first) {
+  return first <= 0 ? 0xffff : first >= lanes ? 0 : static_cast<__mmask16>(0xffff << first);
+}
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(~lanes_from(count)); }
+
+// One tile of queries, and the keys [key_begin, key_end) that it looks at.
+struct Tile {
+  int64_t batch, head, row, rows;
+  int64_t position;  // of its first query among the keys
+  int64_t key_begin, key_end;
+};
+
+// Long and short tiles of a head by turns, so that threads that share them evenly share the work.
+inline Tile tile_of(const FlashArguments& a, int64_t item, int64_t tile_rows, int64_t key_step) {
+  const int64_t tiles = (a.queries + tile_rows - 1) / tile_rows;
+  const int64_t turn = item % tiles, index = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
+  Tile t;
+  t.head = item / tiles % a.heads;
+  t.batch = item / tiles / a.heads;
+  t.row = index * tile_rows;
+  t.rows = std::min(tile_rows, a.queries - t.row);
+  t.position = a.query_start[t.batch] + t.row;
+  t.key_end = rounded_up(t.position + t.rows, key_step);
+  const int64_t first = a.window ? std::max<int64_t>(t.position - a.window + 1, 0) : 0;
+  t.key_begin = first / key_step * key_step;
+  return t;
+}
+
+// Keys [first, end) of the packing item that begins at `first`, the last step of keys whole.
+inline int64_t pack_end(const FlashArguments& a, int64_t first, int64_t key_step) {
+  return std::min(first + pack_keys, rounded_up(a.keys, key_step));
+}
+
+// Whether queries see any of the keys [begin, begin + pack_keys) of the sample.
+inline bool in_sight(const FlashArguments& a, int64_t batch, int64_t begin) {
+  const int64_t start = a.query_start[batch];
+  return begin < start + a.queries && !(a.window && begin + pack_keys <= start - a.window + 1);
+}
+
+// Logits of the keys [begin, end): [end - begin][vectors * lanes], queries side by side. Adds
+// log_scale to those of scaled keys, and hides keys out of sight.
+template <int vectors>
+void look(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, float* logits) {
+  const auto row_of_key = [&](int64_t key) { return logits + (key - begin) * vectors * lanes; };
+  const int64_t* span = a.span + 2 * t.batch;
+  const float log_scale =
+      a.log_scale[t.batch * a.log_scale_batch_stride + t.head * a.log_scale_head_stride];
+  const __m512 bias = _mm512_set1_ps(log_scale / static_cast<float>(a.scale));
+  for (int64_t key = std::max(begin, span[0]); key < std::min(end, span[1]); ++key) {
+    float* row = row_of_key(key);
+    for (int v = 0; v < vectors; ++v) {
+      _mm512_store_ps(row + v * lanes, _mm512_add_ps(_mm512_load_ps(row + v * lanes), bias));
+    }
+  }
+  const __m512 hidden = _mm512_set1_ps(minus_infinity);
+  for (int64_t key = std::max(begin, t.position + 1); key < end; ++key) {
+    for (int v = 0; v < vectors; ++v) {
+      const __mmask16 seen = lanes_from(key - t.position - v * lanes);
+      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~seen), hidden);
+    }
+  }
+  const int64_t last_position = t.position + vectors * lanes - 1;
+  for (int64_t key = begin; a.window && key < std::min(end, last_position - a.window + 1); ++key) {
+    for (int v = 0; v < vectors; ++v) {
+      const __mmask16 seen = first_lanes(key + a.window - t.position - v * lanes);
+      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~seen), hidden);
+    }
+  }
+  if (!a.key_mask) return;
+  const bool* mask = a.key_mask + t.batch * a.keys;
+  const bool* stop = mask + std::min(end, a.keys);
+  for (const bool* key = std::find(mask + begin, stop, false); key != stop;
+       key = std::find(key + 1, stop, false)) {
+    for (int v = 0; v < vectors; ++v) _mm512_store_ps(row_of_key(key - mask) + v * lanes, hidden);
+  }
+}
+
+// The running softmax of a tile's queries: one lane each.
+template <int vectors>
+struct Softmax {
+  __m512 top[vectors];        // the largest logit so far, unscaled
+  __m512 total[vectors];      // of the weights so far
+  __m512 reference[vectors];  // what weights are relative to, base 2
+  __m512 scale_log2;
+
+  explicit Softmax(double scale) : scale_log2(_mm512_set1_ps(static_cast<float>(scale * M_LOG2E))) {
+    for (int v = 0; v < vectors; ++v) {
+      top[v] = _mm512_set1_ps(minus_infinity);
+      total[v] = reference[v] = _mm512_setzero_ps();
+    }
+  }
+
+  // Takes in a block's logits; returns whether earlier sums must be multiplied by `rescale`.
+  bool raise(const float* logits, int64_t rows, __m512 (&rescale)[vectors]) {
+    __mmask16 higher = 0;
+    for (int v = 0; v < vectors; ++v) {
+      __m512 largest = top[v];
+      for (int64_t i = 0; i < rows; ++i) {
+        largest = _mm512_max_ps(largest, _mm512_load_ps(logits + (i * vectors + v) * lanes));
+      }
+      higher |= _mm512_cmp_ps_mask(largest, top[v], _CMP_NEQ_UQ);
+      const __mmask16 sees =
+          _mm512_cmp_ps_mask(largest, _mm512_set1_ps(minus_infinity), _CMP_NEQ_UQ);
+      reference[v] = _mm512_maskz_mul_ps(sees, largest, scale_log2);
+      rescale[v] = exp2_of(_mm512_fmsub_ps(top[v], scale_log2, reference[v]));
+      top[v] = largest;
+      total[v] = _mm512_mul_ps(total[v], rescale[v]);
+    }
+    return higher != 0;
+  }
+
+  __m512 weight(int v, __m512 logit) {
+    const __m512 w = exp2_of(_mm512_fmsub_ps(logit, scale_log2, reference[v]));
+    total[v] = _mm512_add_ps(total[v], w);
+    return w;
+  }
+};
+
+// Divides the sums, [columns][vectors * lanes], and writes the tile's rows of output and logsumexp.
+// store(row, column, count, numbers): `count` numbers from `column` on.
+template <int vectors, typename Store>
+void finish(const FlashArguments& a, const Tile& t, const Softmax<vectors>& softmax,
+            const float* sums, const Store& store) {
+  for (int v = 0; v < vectors && v * lanes < t.rows; ++v) {
+    const int64_t rows = std::min<int64_t>(lanes, t.rows - v * lanes);
+    const __m512 total = softmax.total[v];
+    const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 factor = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
+    alignas(64) float logsumexp[lanes];
+    const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale));
+    _mm512_store_ps(logsumexp, _mm512_mask_fmadd_ps(softmax.top[v], sees, scale, log_of(total)));
+    float* to =
+        const_cast<float*>(flash_row<float>(a.logsumexp, t.batch, t.head, t.row + v * lanes));
+    for (int64_t i = 0; i < rows; ++i) to[i * a.logsumexp.row_stride] = logsumexp[i];
+    for (int64_t column = 0; column < a.value_head_size; column += lanes) {
+      __m512i m[lanes];
+      for (int i = 0; i < lanes; ++i) {
+        const __m512 x = _mm512_load_ps(sums + ((column + i) * vectors + v) * lanes);
+        m[i] = _mm512_castps_si512(_mm512_mul_ps(x, factor));
+      }
+      transpose(m);
+      const int64_t count = std::min<int64_t>(lanes, a.value_head_size - column);
+      for (int64_t i = 0; i < rows; ++i) {
+        store(t.row + v * lanes + i, column, count, _mm512_castsi512_ps(m[i]));
+      }
+    }
+  }
+}
+
+// Tiles [begin, end). Engine: tile sizes, its packed arrays, and the two products.
+template <typename Engine>
+void attend(const FlashArguments& a, int64_t begin, int64_t end) {
+  constexpr int vectors = Engine::vectors;
+  Engine engine(a);
+  alignas(64) float logits[block_keys * vectors * lanes];
+  alignas(64) float sums[flash_largest_head * vectors * lanes];
+  for (int64_t item = begin; item < end; ++item) {
+    const Tile t = tile_of(a, item, vectors * lanes, Engine::key_step);
+    engine.take_queries(t);
+    Softmax<vectors> softmax(a.scale);
+    bool first = true;
+    for (int64_t key = t.key_begin; key < t.key_end; key += block_keys) {
+      const int64_t key_end = std::min(key + block_keys, t.key_end);
+      engine.multiply_keys(key, key_end, logits);
+      look<vectors>(a, t, key, key_end, logits);
+      __m512 rescale[vectors];
+      if (softmax.raise(logits, key_end - key, rescale) && !first) {
+        for (int64_t i = 0; i < engine.value_columns * vectors; ++i) {
+          float* x = sums + i * lanes;
+          _mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), rescale[i % vectors]));
+        }
+      }
+      engine.weigh(key_end - key, softmax, logits);
+      engine.add_values(key, key_end, first, logits, sums);
+      first = false;
+    }
+    finish<vectors>(a, t, softmax, sums, [&](int64_t row, int64_t column, int64_t count, __m512 x) {
+      Engine::store(flash_row<typename Engine::Number>(a.output, t.batch, t.head, row) + column,
+                    count, x);
+    });
+  }
+}
+
+template <typename Engine>
+int64_t flash_items(const FlashArguments& a) {
+  constexpr int64_t rows = Engine::vectors * lanes;
+  return a.batch * a.heads * ((a.queries + rows - 1) / rows);
+}
+
+inline int64_t flash_pack_items(const FlashArguments& a) {
+  return a.batch * a.key_heads * ((a.keys + pack_keys - 1) / pack_keys);
+}
+
+// Where a key head's packed keys and values begin, in numbers of the engine's type.
+template <typename Engine>
+struct Packed {
+  int64_t rows, head_columns, value_columns;
+
+  explicit Packed(const FlashArguments& a)
+      : rows(rounded_up(a.keys, pack_keys)),
+        head_columns(rounded_up(a.head_size, Engine::head_step)),
+        value_columns(rounded_up(a.value_head_size, Engine::value_step)) {}
+  int64_t bytes(const FlashArguments& a) const {
+    return a.batch * a.key_heads * rows * (head_columns + value_columns) *
+           static_cast<int64_t>(sizeof(typename Engine::Number));
+  }
+  typename Engine::Number* keys(const FlashArguments& a, int64_t batch, int64_t key_head) const {
+    return static_cast<typename Engine::Number*>(a.packed) +
+           (batch * a.key_heads + key_head) * rows * (head_columns + value_columns);
+  }
+  typename Engine::Number* values(const FlashArguments& a, int64_t batch, int64_t key_head) const {
+    return keys(a, batch, key_head) + rows * head_columns;
+  }
+};
+
+template <typename Engine>
+void pack(const FlashArguments& a, int64_t begin, int64_t end) {
+  const int64_t chunks = (a.keys + pack_keys - 1) / pack_keys;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t key = item % chunks * pack_keys, key_head = item / chunks % a.key_heads;
+    const int64_t batch = item / chunks / a.key_heads;
+    if (in_sight(a, batch, key)) Engine::pack(a, batch, key_head, key);
+  }
+}
+
+template <typename Engine>
+constexpr FlashKernel kernel_of() {
+  return {[](const FlashArguments& a) { return Packed<Engine>(a).bytes(a); }, flash_pack_items,
+          pack<Engine>, flash_items<Engine>, attend<Engine>};
+}
+
+}  // namespace
+}  // namespace zerotuning::attention
