@@ -77,19 +77,22 @@ int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // by
 cudaError_t attention_backward_plain(const CudaAttention& arguments,
                                      const CudaAttentionGradients& gradients, cudaStream_t stream);
 
-// Adds the initial token's part (key 0) to gradients that a stock kernel made of the other keys:
-// with a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o):
-//   grad_query = part_query + scale ds k_0;  grad_key[0] = sum scale ds q;
+// Gradients by a stock kernel that had rows first_row, first_row + 1, ... of query and of key.
+struct StockGradients {
+  Array4 query, key, value;
+  int32_t first_row;
+};
+
+// The gradients of all keys, from those of the others and the initial token's part (key 0): with
+// a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o):
+//   grad_query = stock.query + scale ds k_0;  grad_key[0] = sum scale ds q;
 //   grad_value[0] = sum a do;  grad_log_scale = sum ds.                       (design.md section 4)
-// part_query holds rows first_row, first_row + 1, ... (rows before them have no part) and may be
-// grad_query itself. The scaled key is the only one of its sample's span; its rows of grad_key and
-// grad_value are overwritten, their other rows left alone. 16-bit dtypes. The sums are made in a
-// fixed order.
+// The scaled key is the only one of its sample's span; what the stock kernel says of it does not
+// count. 16-bit dtypes. The sums are made in a fixed order.
 int64_t initial_token_backward_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t initial_token_backward(const CudaAttention& arguments,
                                    const CudaAttentionGradients& gradients,
-                                   const Array4& part_query, int32_t first_row,
-                                   cudaStream_t stream);
+                                   const StockGradients& stock, cudaStream_t stream);
 
 // For a stock kernel that takes an additive bias [batch, 1, 1, keys] of the query's 16-bit dtype:
 // -inf for padding and for the first real key, else 0. Contiguous.

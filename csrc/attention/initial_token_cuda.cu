@@ -1,6 +1,8 @@
 // The initial token's part of attention whose other keys a stock kernel computed: one pass over the
 // rows, bound by memory. A row belongs to `lanes` neighbouring lanes of 16 bytes each; k_0 and v_0
 // stay in registers while a block goes through its rows.
+#include <algorithm>
+
 #include "attention/cuda_device.cuh"
 
 namespace zerotuning::attention {
@@ -218,19 +220,25 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// Adds the blocks' parts: one block for 32 columns of the rows of a sample's key head, a lane for
-// each column; the block's warps take the parts by turns.
+// What is left of the gradients, in one launch: its first blocks add the parts of the initial
+// token's rows, the next ones those of log_scale, all others copy the stock kernel's rows.
+struct LastStep {
+  Array4 part_key, part_value;  // of keys first_key, first_key + 1, ...
+  int first_key, row_blocks, row_sum_blocks, log_scale_blocks;
+};
+
 __host__ __device__ constexpr int column_blocks(int columns) { return (columns + 31) / 32; }
 
+// One block for 32 columns of the rows of a sample's key head, a lane for each column; the block's
+// warps take the parts by turns.
 template <typename T>
-__global__ void __launch_bounds__(threads)
-    write_rows(const CudaAttention c, const CudaAttentionGradients g, int row_blocks,
-               const float* parts) {
+__device__ void write_initial_rows(const CudaAttention& c, const CudaAttentionGradients& g,
+                                   int row_blocks, const float* parts, int block) {
   constexpr int warps = threads / 32;
   __shared__ float sums[warps][32];
   const int columns = c.head_size + c.value_head_size, blocks = column_blocks(columns);
-  const int sequence = blockIdx.x / blocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int i = static_cast<int>(blockIdx.x % blocks) * 32 + lane;
+  const int sequence = block / blocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int i = block % blocks * 32 + lane;
   const int sample = sequence / c.key_heads, key_head = sequence % c.key_heads;
   const int group = c.heads / c.key_heads;
   const Sight s = sight_of(c, sample);
@@ -254,19 +262,58 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// One warp for a head's log_scale.
-__global__ void __launch_bounds__(32)
-    write_log_scale(const CudaAttention c, int row_blocks, const float* parts, float* gradient) {
+// One warp for an entry of log_scale.
+__device__ __forceinline__ void write_log_scale(const CudaAttention& c,
+                                                const CudaAttentionGradients& g, int row_blocks,
+                                                const float* parts, int entry) {
   const bool per_sample = c.log_scale_batch_stride != 0;
+  const int lane = threadIdx.x % 32;
+  if (entry >= (per_sample ? c.batch : 1) * c.heads) return;
   double sum = 0;
   for (int sample = 0; sample < (per_sample ? 1 : c.batch); ++sample) {
-    const int64_t first = (static_cast<int64_t>(sample) * c.heads + blockIdx.x) * row_blocks;
-    for (int i = threadIdx.x; i < row_blocks; i += 32)
-      sum += parts[(first + i + 1) * part_size(c) - 1];
+    const int64_t first = (static_cast<int64_t>(sample) * c.heads + entry) * row_blocks;
+    for (int i = lane; i < row_blocks; i += 32) sum += parts[(first + i + 1) * part_size(c) - 1];
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (threadIdx.x == 0) gradient[blockIdx.x] = static_cast<float>(sum);
+  if (lane == 0) static_cast<float*>(g.grad_log_scale)[entry] = static_cast<float>(sum);
+}
+
+// A block's share of all rows but the initial token's, 16 bytes a thread.
+template <typename T>
+__device__ void copy_rows(const CudaAttention& c, const Array4& from, const Array4& to, int columns,
+                          int first_key, int block, int blocks) {
+  const int chunks = columns / chunk, rows = c.keys - first_key;
+  const int count = c.batch * rows * c.key_heads * chunks, step = blocks * threads;
+#pragma unroll 4
+  for (int i = block * threads + threadIdx.x; i < count; i += step) {
+    const int column = i % chunks * chunk, head = i / chunks % c.key_heads;
+    const int row = i / chunks / c.key_heads % rows, sample = i / chunks / c.key_heads / rows;
+    const Sight s = sight_of(c, sample);
+    if (row + first_key == s.span_begin && s.span_begin < s.span_end) continue;
+    *reinterpret_cast<uint4*>(written_row_of<T>(to, sample, head, row + first_key) + column) =
+        *reinterpret_cast<const uint4*>(row_of<T>(from, sample, head, row) + column);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(threads)
+    write_gradients(const CudaAttention c, const CudaAttentionGradients g, const LastStep last,
+                    const float* parts) {
+  int block = blockIdx.x;
+  if (block < last.row_sum_blocks) {
+    write_initial_rows<T>(c, g, last.row_blocks, parts, block);
+    return;
+  }
+  block -= last.row_sum_blocks;
+  if (block < last.log_scale_blocks) {
+    write_log_scale(c, g, last.row_blocks, parts, (block * threads + threadIdx.x) / 32);
+    return;
+  }
+  block -= last.log_scale_blocks;
+  const int blocks = gridDim.x - last.row_sum_blocks - last.log_scale_blocks;
+  copy_rows<T>(c, last.part_key, g.grad_key, c.head_size, last.first_key, block, blocks);
+  copy_rows<T>(c, last.part_value, g.grad_value, c.value_head_size, last.first_key, block, blocks);
 }
 
 int row_blocks_of(const CudaAttention& c) { return (c.queries + block_rows - 1) / block_rows; }
@@ -292,20 +339,29 @@ cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array
 
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                            const Array4& part_query, int first_row, cudaStream_t stream) {
+                            const StockGradients& stock, cudaStream_t stream) {
   const int row_blocks = row_blocks_of(c);
   float* parts = static_cast<float*>(g.scratch);
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
     backward<T, decltype(lanes)::value><<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(
-        c, g, part_query, first_row, row_blocks, parts);
+        c, g, stock.query, stock.first_row, row_blocks, parts);
     return cudaGetLastError();
   });
   if (error != cudaSuccess) return error;
-  const int blocks = column_blocks(c.head_size + c.value_head_size);
-  write_rows<T><<<c.batch * c.key_heads * blocks, threads, 0, stream>>>(c, g, row_blocks, parts);
-  const int heads = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
-  write_log_scale<<<heads, 32, 0, stream>>>(c, row_blocks, parts,
-                                            static_cast<float*>(g.grad_log_scale));
+  const int entries = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
+  const LastStep last{stock.key,
+                      stock.value,
+                      stock.first_row,
+                      row_blocks,
+                      c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size),
+                      (entries * 32 + threads - 1) / threads};
+  constexpr int thread_chunks = 4, most_copy_blocks = 4096;
+  const int64_t chunks = int64_t{c.batch} * c.key_heads * c.keys * c.head_size / chunk;
+  const int copy_blocks = static_cast<int>(
+      std::clamp<int64_t>(chunks / (threads * thread_chunks), 1, most_copy_blocks));
+  write_gradients<T>
+      <<<last.row_sum_blocks + last.log_scale_blocks + copy_blocks, threads, 0, stream>>>(
+          c, g, last, parts);
   return cudaGetLastError();
 }
 
@@ -327,11 +383,10 @@ int64_t initial_token_backward_scratch(const CudaAttention& c) {
 }
 
 cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                                   const Array4& part_query, int32_t first_row,
-                                   cudaStream_t stream) {
+                                   const StockGradients& stock, cudaStream_t stream) {
   return c.dtype == DType::float16
-             ? initial_token::launch_backward<__half>(c, g, part_query, first_row, stream)
-             : initial_token::launch_backward<__nv_bfloat16>(c, g, part_query, first_row, stream);
+             ? initial_token::launch_backward<__half>(c, g, stock, stream)
+             : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, stream);
 }
 
 }  // namespace zerotuning::attention

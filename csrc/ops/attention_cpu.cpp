@@ -344,9 +344,11 @@ std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& 
   const Tensor packed =
       torch::stable::new_empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
   a.packed = packed.mutable_data_ptr();
-  torch::stable::parallel_for(0, kernel.pack_items(a), 1,
+  // As many items a thread as outweigh its being woken.
+  constexpr int64_t pack_grain = 16, grain = 8;
+  torch::stable::parallel_for(0, kernel.pack_items(a), pack_grain,
                               [&](int64_t begin, int64_t end) { kernel.pack(a, begin, end); });
-  torch::stable::parallel_for(0, kernel.items(a), 1,
+  torch::stable::parallel_for(0, kernel.items(a), grain,
                               [&](int64_t begin, int64_t end) { kernel.attend(a, begin, end); });
   return {output, logsumexp};
 }

@@ -153,8 +153,8 @@ Route choose_forward(const Problem& p, const Call& call) {
   return Route::plain;
 }
 
-// Short sequences: the stock route's dozen launches take longer than the plain kernels.
-constexpr int64_t shortest_stock_backward = 64;
+// Of shorter sequences the plain kernels take no more time than the stock route's launches.
+constexpr int64_t shortest_stock_backward = 16;
 
 Route choose_backward(const Problem& p, const Call& call) {
   return p.queries >= shortest_stock_backward && stock_takes(p, call, 128) ? Route::stock
@@ -334,14 +334,12 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   require(stock_takes(p, call, 128), "the stock route does not take this call");
   const Gradients part =
       stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
-  const int64_t first = p.queries - part.query.size(2);
-  aten::copy_(rows_from(grad_key, first), part.key);
-  aten::copy_(rows_from(grad_value, first), part.value);
+  const attention::StockGradients stock{array_of(part.query), array_of(part.key),
+                                        array_of(part.value),
+                                        static_cast<int32_t>(p.queries - part.query.size(2))};
   const Tensor memory = scratch(p.query, attention::initial_token_backward_scratch(a));
   gradients.scratch = memory.mutable_data_ptr();
-  check(attention::initial_token_backward(a, gradients, array_of(part.query),
-                                          static_cast<int32_t>(first), call.stream),
-        "attention_backward");
+  check(attention::initial_token_backward(a, gradients, stock, call.stream), "attention_backward");
   return {grad_query, grad_key, grad_value, grad_log_scale};
 }
 

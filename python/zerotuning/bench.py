@@ -12,7 +12,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,20 @@ def run_bench(
         raise ZeroTuningError(f"output must end in .json or .csv, got {output}")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise ZeroTuningError(f"plot must end in .png or .svg, got {plot}")
+    runs: Mapping[str, Callable[[], Iterable[Row]]]
     if device == "cuda":
         from zerotuning import bench_cuda
 
-        where, rows = machine() | bench_cuda.card(), bench_cuda.ROWS[kind]()
+        where, runs = machine() | bench_cuda.card(), bench_cuda.ROWS
     else:
-        runs: dict[str, Callable[[], list[Row]]] = {
-            "attention": bench_attention,
-            "decode": bench_decode,
-            "calibration": bench_calibration,
-        }
-        where, rows = machine(), runs[kind]()
+        where = machine()
+        runs = {"attention": bench_attention, "decode": bench_decode, "calibration": bench_calibration}
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    rows = []
+    for row in runs[kind]():
+        rows.append(row)
+        print(as_line(row), flush=True)
     result = {"benchmark": kind, "machine": where, "rows": rows}
-    print_table(result)
     if output is not None and output.suffix.lower() == ".csv":
         write_text_atomically(output, as_csv(rows))
     elif output is not None:
@@ -236,10 +237,9 @@ def bench_attention(
     lengths: Sequence[int] = LENGTHS,
     seconds: float = 2.0,
     flex: bool = True,
-) -> list[Row]:
+) -> Iterator[Row]:
     """Forward, and forward + backward, of every peer; then our peak memory by length."""
     torch.manual_seed(0)
-    rows = []
     compiled = flex_attention_peer() if flex else None
     for heads in all_heads:
         for dtype in (torch.bfloat16, torch.float32):
@@ -251,9 +251,9 @@ def bench_attention(
                 forward = dict(peers)
                 if compiled is not None and length in FLEX_LENGTHS:
                     forward["FlexAttention"] = compiled
-                rows += _row("forward", heads, length, dtype, _forward_calls(forward, inputs), seconds)
-                rows += _row("forward + backward", heads, length, dtype, _backward_calls(peers, inputs), seconds)
-    return rows + memory_rows()
+                yield _row("forward", heads, length, dtype, _forward_calls(forward, inputs), seconds)
+                yield _row("forward + backward", heads, length, dtype, _backward_calls(peers, inputs), seconds)
+    yield from memory_rows()
 
 
 def _forward_calls(
@@ -291,15 +291,14 @@ def _row(
     dtype: torch.dtype,
     calls: dict[str, Callable[[], object]],
     seconds: float,
-) -> list[Row]:
+) -> Row:
     shape = f"{heads[0]}/{heads[1]}/{heads[2]} x {length}"
     figures = take_turns(calls, seconds)
-    return [{"what": what, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "peers": figures}]
+    return {"what": what, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "peers": figures}
 
 
-def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> list[Row]:
+def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> Iterator[Row]:
     """What one forward + backward of ours allocates in all, 4/2/64 float32: linear in the length."""
-    rows = []
     for length in lengths:
         call = _backward_calls({OURS: ours}, attention_inputs((4, 2, 64), length, torch.float32))[OURS]
         call()
@@ -307,14 +306,12 @@ def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> list[Row]:
             call()
         allocated = sum(event.cpu_memory_usage for event in profiler.events() if event.cpu_memory_usage > 0)
         figures = {OURS: {"MiB": allocated / 2**20, "KiB per token": allocated / 2**10 / length}}
-        rows.append({"what": "memory", "shape": f"4/2/64 x {length}", "dtype": "float32", "peers": figures})
-    return rows
+        yield {"what": "memory", "shape": f"4/2/64 x {length}", "dtype": "float32", "peers": figures}
 
 
-def bench_decode(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 2.0) -> list[Row]:
+def bench_decode(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 2.0) -> Iterator[Row]:
     """One query of 32/8/128 heads against a long cache, bfloat16."""
     torch.manual_seed(0)
-    rows = []
     for batch in (1, 4):
         for length in lengths:
             query, key, value, log_scale = attention_inputs((32, 8, 128), length, torch.bfloat16, batch)
@@ -328,8 +325,7 @@ def bench_decode(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 
 
             figures = take_turns({UNTUNED: untuned, OURS: tuned}, seconds)
             shape = f"{batch} x 32/8/128 x {length}"
-            rows.append({"what": "decode", "shape": shape, "dtype": "bfloat16", "peers": figures})
-    return rows
+            yield {"what": "decode", "shape": shape, "dtype": "bfloat16", "peers": figures}
 
 
 def bench_calibration(seconds: float = 10.0) -> list[Row]:
@@ -380,15 +376,13 @@ def _switching_turns(peers: Mapping[str, Callable[[], object]], seconds: float) 
     return _summary(times)
 
 
-def print_table(result: Mapping[str, Any]) -> None:
-    """One line a row: each peer's milliseconds and its ratio to the untuned attention."""
-    print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
-    for row in result["rows"]:
-        cells = []
-        for name, figures in row["peers"].items():
-            values = [_shown(unit, value) for unit, value in figures.items()]
-            cells.append(f"{name} {' '.join(values)}")
-        print(f"{row['what']:<19} {row['shape']:<22} {row['dtype']:<9} " + " | ".join(cells))
+def as_line(row: Row) -> str:
+    """Each peer's milliseconds and its ratio to the untuned attention."""
+    cells = []
+    for name, figures in row["peers"].items():
+        values = [_shown(unit, value) for unit, value in figures.items()]
+        cells.append(f"{name} {' '.join(values)}")
+    return f"{row['what']:<19} {row['shape']:<22} {row['dtype']:<9} " + " | ".join(cells)
 
 
 def _shown(unit: str, value: object) -> str:

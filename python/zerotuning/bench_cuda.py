@@ -31,6 +31,7 @@ from zerotuning.bench import (
     ours,
     paper_eager,
 )
+from zerotuning.scoring import GRADIENT_TOKENS
 
 CUDNN, FLASH = "untuned cuDNN", "untuned flash"
 HEADS = (32, 8, 128)
@@ -100,10 +101,9 @@ def _untuned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     return attend
 
 
-def attention_rows() -> list[Row]:
+def attention_rows() -> Iterator[Row]:
     """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them, and accuracy."""
     torch.manual_seed(0)
-    rows: list[Row] = []
     for heads, shapes in ((HEADS, SHAPES), ((9, 3, 64), ((16, 128), (4, 1024)))):
         for batch, length in shapes:
             torch.compiler.reset()  # FlexAttention is compiled for each shape; past a limit it would run dense
@@ -120,10 +120,9 @@ def attention_rows() -> list[Row]:
                 peers["FlexAttention"] = flex
             shape = f"{batch} x {length}, {'/'.join(map(str, heads))}"
             for what, calls in (("forward", _forward(peers, inputs)), ("forward + backward", _backward(peers, inputs))):
-                row = {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _replays(calls)}
-                rows.append(row)
+                yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _replays(calls)}
             _free()
-    return rows + accuracy_rows()
+    yield from accuracy_rows()
 
 
 def _forward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
@@ -154,10 +153,9 @@ def _backward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
     return {name: call(peer, fixed if name == "FlexAttention" else leaves) for name, peer in peers.items()}
 
 
-def accuracy_rows() -> list[Row]:
+def accuracy_rows() -> Iterator[Row]:
     """Relative error of output and gradients against the formula in float64, 1 x 1024, by γ and mean a_0; of torch's own
     attention with an additive mask as well: what cancels in a saturated sink's gradient, no 16-bit kernel can bring back."""
-    rows = []
     for sink in (0.05, 0.5, 0.9, 0.99):
         query, key, value = _inputs_with_sink(sink)
         for gamma in (0.02, 0.3, 3.0, 50.0):
@@ -176,8 +174,7 @@ def accuracy_rows() -> list[Row]:
                     for of, a, b in zip(("output", "query", "key", "value", "log_scale"), got, want, strict=True)
                     if a is not None
                 }
-            rows.append({"what": "accuracy", "shape": f"γ {gamma}, a_0 {sink}", "dtype": "bfloat16", "peers": errors})
-    return rows
+            yield {"what": "accuracy", "shape": f"γ {gamma}, a_0 {sink}", "dtype": "bfloat16", "peers": errors}
 
 
 def _inputs_with_sink(sink: float, length: int = 1024) -> list[Tensor]:
@@ -199,10 +196,9 @@ def _inputs_with_sink(sink: float, length: int = 1024) -> list[Tensor]:
     return [t.bfloat16() for t in (query, key, value)]
 
 
-def decode_rows() -> list[Row]:
+def decode_rows() -> Iterator[Row]:
     """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph."""
     torch.manual_seed(0)
-    rows: list[Row] = []
     copy_rate = card()["copy TB/s"]
     for batch, length in CACHES:
         query, key, value, log_scale = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
@@ -218,9 +214,8 @@ def decode_rows() -> list[Row]:
             figures = _replays(_forward(peers, inputs), calls, flush=calls == 1)
             for own in figures.values():
                 own["of copy"] = 4 * key.numel() / own["ms"] / 1e9 / copy_rate
-            rows.append({"what": what, "shape": f"{batch} x {length}", "dtype": "bfloat16", "peers": figures})
+            yield {"what": what, "shape": f"{batch} x {length}", "dtype": "bfloat16", "peers": figures}
         _free()
-    return rows
 
 
 def _repeated(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
@@ -233,18 +228,16 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> T
 # A whole model.
 
 
-def calibration_rows() -> list[Row]:
-    """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, generation, the objective and its gradient."""
-    rows: list[Row] = []
+def calibration_rows() -> Iterator[Row]:
+    """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, the objective and its gradient, generation."""
     model = _llama_8b()
     for part in (_prefill, _objective, _sensitivities, _generation):
         try:
-            rows += part(model)
+            yield from part(model)
         except Exception as error:  # one part's failure leaves the others' figures
-            row = {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16"}
-            rows.append(row | {"peers": {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}})
+            failure = {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}
+            yield {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16", "peers": failure}
         _free()
-    return rows
 
 
 def _llama_8b() -> Any:
@@ -291,7 +284,7 @@ def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def _prefill(model: Any) -> list[Row]:
+def _prefill(model: Any) -> Iterator[Row]:
     ids = torch.randint(0, 128000, (1, 4096), device="cuda")
 
     @torch.no_grad()
@@ -302,12 +295,11 @@ def _prefill(model: Any) -> list[Row]:
     with _tuned(model):
         own = _seconds(run)
     figures = {"sdpa": {"ms": 1e3 * plain, "ratio": 1.0}, OURS: {"ms": 1e3 * own, "ratio": own / plain}}
-    return [{"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}]
+    yield {"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}
 
 
-def _generation(model: Any, context: int = 8192, new: int = 24) -> list[Row]:
+def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]:
     """Seconds of `new` tokens: the difference of two generations, so that the prompt does not count."""
-    rows: list[Row] = []
     for batch in (1, 16):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
         for cache in ("dynamic", "static"):
@@ -329,8 +321,7 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> list[Row]:
                     torch.cuda.synchronize()
                     return time.perf_counter() - started
 
-                run(2 + new)
-                run(2)
+                run(2 + new)  # compiles, where the cache is static
                 return ids.shape[0] * new / (run(2 + new) - run(2))
 
             peers: dict[str, dict[str, Any]] = {}
@@ -346,21 +337,24 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> list[Row]:
                 torch.compiler.reset()
                 _free()
             shape = f"{batch} x {context}, {cache} cache"
-            rows.append({"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers})
-    return rows
+            yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
 
 
 def _loss_and_gradient(model: Any, ids: Tensor) -> Tensor:
+    """The mean loss' gradient of every head; prompts of more than GRADIENT_TOKENS together go in parts."""
     from zerotuning.patch import head_parameters
 
     with head_parameters(model) as parameters:
-        logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        loss = F.cross_entropy(logits[:, :2].float(), torch.zeros(len(ids), dtype=torch.long, device="cuda"))
-        return torch.stack(torch.autograd.grad(loss, parameters))
+        gradient = torch.zeros(len(parameters), parameters[0].numel(), device="cuda")
+        for part in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1])):
+            logits = model(part, use_cache=False, logits_to_keep=1).logits[:, -1]
+            labels = torch.zeros(len(part), dtype=torch.long, device="cuda")
+            loss = F.cross_entropy(logits[:, :2].float(), labels, reduction="sum") / len(ids)
+            gradient += torch.stack(torch.autograd.grad(loss, parameters))
+        return gradient
 
 
-def _objective(model: Any) -> list[Row]:
-    rows: list[Row] = []
+def _objective(model: Any) -> Iterator[Row]:
     for length in (64, 128, 512):
         ids = torch.randint(0, 128000, (16, length), device="cuda")
 
@@ -377,16 +371,15 @@ def _objective(model: Any) -> list[Row]:
             "forward": {"ms": 1e3 * plain, "ratio": 1.0},
             "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
         }
-        rows.append({"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures})
-    return rows
+        yield {"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
 
 
-def _sensitivities(model: Any) -> list[Row]:
+def _sensitivities(model: Any) -> Iterator[Row]:
     ids = torch.randint(0, 128000, (100, 128), device="cuda")
     with _tuned(model):
         seconds = _seconds(lambda: [_loss_and_gradient(model, part) for part in ids.split(20)], repeats=3)
     figures = {OURS: {"s": seconds}}
-    return [{"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": figures}]
+    yield {"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": figures}
 
 
 def _free() -> None:
@@ -394,7 +387,7 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-ROWS: dict[str, Callable[[], list[Row]]] = {
+ROWS: dict[str, Callable[[], Iterator[Row]]] = {
     "attention": attention_rows,
     "decode": decode_rows,
     "calibration": calibration_rows,

@@ -43,7 +43,7 @@ def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, 
 
 
 def test_attention_rows_cover_both_passes_and_memory_grows_linearly() -> None:
-    rows = bench.bench_attention([(2, 1, 16)], [32], seconds=0.0, flex=False)
+    rows = list(bench.bench_attention([(2, 1, 16)], [32], seconds=0.0, flex=False))
     passes = {(row["what"], row["dtype"]) for row in rows}
     assert {("forward", "bfloat16"), ("forward + backward", "float32")} <= passes
     per_token = [row["peers"][bench.OURS]["KiB per token"] for row in rows if row["what"] == "memory"]

@@ -106,8 +106,9 @@ def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Te
     yield torch.ops.zerotuning._attention_by_route(*arguments, 1)[0]
     try:
         yield torch.ops.zerotuning._attention_by_route(*arguments, 2)[0]
-    except (RuntimeError, ValueError) as error:
-        assert "does not take this call" in str(error)
+    except (RuntimeError, ValueError) as refusal:
+        if "does not take this call" not in str(refusal):
+            raise
 
 
 def check(inputs: list[Tensor], saturated: bool = False, **geometry: object) -> None:
