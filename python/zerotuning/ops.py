@@ -20,6 +20,11 @@ torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops.so"))
 if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so").exists():
     torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops_cuda.so"))
 
+# The overloads, which Python then need not look up at every call.
+_attention = torch.ops.zerotuning.attention.default
+_attention_backward = torch.ops.zerotuning.attention_backward.default
+_decode_attention = torch.ops.zerotuning.decode_attention.default
+
 
 def attention(
     query: Tensor,
@@ -61,7 +66,7 @@ def attention(
     """
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return torch.ops.zerotuning.attention(*arguments)
+        return _attention(*arguments)  # type: ignore[no-any-return]
     return _Attention.apply(*arguments)  # type: ignore[no-any-return]
 
 
@@ -85,9 +90,7 @@ def decode_attention(
         output (B, H, Tq, Dv).
     """
     factor = _softmax_scale(query, scale)
-    return torch.ops.zerotuning.decode_attention(
-        query, key, value, log_scale, key_mask, span, query_start, window, factor
-    )
+    return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
 
 
 def runs_on(device_type: str) -> bool:
@@ -143,7 +146,7 @@ def _backward(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def
     if grad_output is None:
         return (None,) * 9
     query, key, value, log_scale, output, logsumexp, *geometry = ctx.saved_tensors
-    gradients = torch.ops.zerotuning.attention_backward(
+    gradients = _attention_backward(
         grad_output, query, key, value, log_scale, output, logsumexp, *geometry, ctx.window, ctx.scale
     )
     return *gradients, None, None, None, None, None
@@ -157,7 +160,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]
-        return torch.ops.zerotuning.attention(*arguments)
+        return _attention(*arguments)
 
     setup_context = staticmethod(_keep_for_backward)
     backward = staticmethod(_backward)

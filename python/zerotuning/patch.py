@@ -115,12 +115,8 @@ def _attend(
     scale: float | None,
 ) -> Tensor:
     arguments: dict[str, Any] = {"window": window, "scale": scale}
-    if geometry is not None:  # views alone: on a GPU each kernel would cost as much as a short attention
-        words = geometry[:, 0, 0]
-        if words.shape[-1] > _words(key.shape[2]):
-            arguments["query_start"], arguments["span"] = words[:, 0], words[:, 1:HEADER]
-            words = words[:, HEADER:]
-        arguments["key_mask"] = words.view(torch.uint8)[:, : key.shape[2]]
+    if geometry is not None:
+        arguments |= _read_geometry(geometry, key.shape[2])
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
     tensors = (query, key, value, log_scale)
@@ -128,6 +124,28 @@ def _attend(
     if not needs_gradient and query.shape[2] <= DECODE_QUERIES and key.shape[2] > query.shape[2]:
         return ops.decode_attention(*tensors, **arguments)
     return ops.attention(*tensors, **arguments)[0]
+
+
+#: The geometry tensor read last, its number of keys and what it says: all layers of a forward pass get the same one, and
+#: generating a token takes longer to make its views than to use them.
+_latest: tuple[Tensor, int, dict[str, Tensor]] | None = None
+
+
+def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
+    """What `zerotuning_mask` packed, as the operators' arguments: views alone, which follow the tensor's contents."""
+    global _latest
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _latest is not None and _latest[0] is geometry and _latest[1] == keys:
+        return _latest[2]
+    arguments = {}
+    words = geometry[:, 0, 0]
+    if words.shape[-1] > _words(keys):
+        arguments["query_start"], arguments["span"] = words[:, 0], words[:, 1:HEADER]
+        words = words[:, HEADER:]
+    arguments["key_mask"] = words.view(torch.uint8)[:, :keys]
+    if not compiling:
+        _latest = (geometry, keys, arguments)
+    return arguments
 
 
 def _attend_densely(
