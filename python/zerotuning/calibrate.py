@@ -1,45 +1,51 @@
-"""Calibration: from a model, a task and some examples to head scales.
+"""Calibration: from a model, one or several tasks and some examples to head scales.
 
-The search itself is C++ (csrc/search) and knows numbers only; this module evaluates what it asks for: the objective on
-the fit part or on the held-out part of the examples and, for the gradient method, its gradient in every head's log γ by
-one backward pass (design.md section 1).
+The optimisers are C++ (csrc/search) and know numbers only. measurement.py gives them the objective and, for the
+gradient method, its gradient in every head's log γ by one backward pass (design.md section 1); folded_search.py and
+single_search.py say which examples drive them and which judge them. Here these are put together, and kept on disk.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from zerotuning import _search, objectives
+from zerotuning.calibration_options import METHODS, CalibrationOptions
+from zerotuning.calibration_report import METADATA_FIELDS, held_out_figures, versions
+from zerotuning.calibration_state import CalibrationState, identity
 from zerotuning.errors import ZeroTuningError
+from zerotuning.example_folds import draw_examples, make_folds
 from zerotuning.files import write_json_atomically
+from zerotuning.folded_search import FoldedSearch, Found, Split
+from zerotuning.free_scales import FreeScales
+from zerotuning.head_map import can_plot, plot_head_map
+from zerotuning.judgement import Judge
+from zerotuning.measurement import Measurement, Metric, TaskExamples
+from zerotuning.objectives import estimated_prior
+from zerotuning.output import PICTURE_FILE, REPORT_FILE, result_folder
 from zerotuning.patch import head_parameters, is_patched, patch, patched_shape, unpatch
+from zerotuning.processes import Processes
 from zerotuning.scales import HeadScales
-from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.scoring import LabelScorer
+from zerotuning.setbacks import Setbacks
+from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records, read_examples
 from zerotuning.version import __version__
 
-METHODS = ("gradient", "paper", "cma-es")
-STATE_FILE = "calibration_state.json"
-REPORT_FILE = "report.json"
-SCALES_FILE = "head_scales.safetensors"
-HELD_OUT_SHARE = 0.2
-#: Fit examples that one gradient step sees.
-STEP_EXAMPLES = 64
-DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
+__all__ = ["METHODS", "Calibration", "calibrate"]
+
+TaskLike = Union[Task, str, "Path"]
+Records = Union[Iterable[Mapping[str, Any]], str, "Path"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,9 @@ class Calibration:
     """What `calibrate` found.
 
     scales    the head scales; all 1 when nothing beat γ = 1 on the held-out examples
-    report    task, method, objective, numbers of examples and steps, seconds, `baseline` and `tuned` (loss and accuracy
-              on the held-out part), `improved`, `history` (fit and held-out loss by step), versions
+    report    task, options, numbers of examples and steps, seconds, `baseline` and `tuned` (loss, accuracy, entropy on
+              the held-out examples), `improved`, `chosen`, `reason` where nothing was found, `history` (losses by
+              step), `tasks` (confusion and entropies), `by_seed` and `spread`, `setbacks`, versions
     """
 
     scales: HeadScales
@@ -60,404 +67,336 @@ class Calibration:
         return bool(self.report["improved"])
 
 
-@dataclass(frozen=True)
-class Options:
-    """The choices that make a calibration reproducible; a resumed run must have the same."""
-
-    method: str
-    objective: str
-    examples: int | None
-    steps: int | None
-    seed: int
-    batch_size: int
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ZeroTuningError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
-        if self.objective not in objectives.OBJECTIVES:
-            known = ", ".join(objectives.OBJECTIVES)
-            raise ZeroTuningError(f"objective must be one of {known}, got {self.objective!r}")
-        for name, least in (("examples", 4), ("steps", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ZeroTuningError(f"{name} must be at least {least}, got {value}")
-
-
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
-    task: Task | str | os.PathLike[str],
+    task: TaskLike | Sequence[TaskLike],
     *,
-    records: Iterable[Mapping[str, Any]] | str | os.PathLike[str] | None = None,
-    method: str = "gradient",
-    objective: str = "task-loss",
-    examples: int | None = None,
-    steps: int | None = None,
-    seed: int = 0,
-    batch_size: int = 16,
-    output: str | os.PathLike[str] | None = None,
+    records: Records | Sequence[Records] | None = None,
+    start: HeadScales | None = None,
+    metric: Metric | None = None,
+    output: str | Path | None = None,
     overwrite: bool = False,
     model_name: str | None = None,
     progress: bool = False,
+    **options: Any,
 ) -> Calibration:
     """Search head scales for a task. The model is left as it was: apply the result with `apply_scales`.
 
     Args:
         model, tokenizer: a transformers causal language model and its tokenizer.
-        task: a Task, a built-in name or the path of a YAML file.
-        records: mappings, or the path of a JSON lines file; by default a built-in task's validation sample.
-        method: `gradient`, `paper` (arXiv 2505.11739) or `cma-es`.
-        objective: `task-loss` (nats, needs labels), `entropy` (the paper's label-free one) or `information`. The paper's
-            method with `task-loss` minimises 1 - accuracy, as the paper does.
-        examples: use only so many of the records, drawn by `seed`; a fifth of them is held out.
-        steps: gradient steps (default 60) or CMA-ES evaluations (default 300); the paper's method takes none.
-        seed: of the draw, the split, the order of batches and CMA-ES.
-        batch_size: prompts that go through the model together.
+        task: a Task, a built-in name or the path of a YAML file; or a list of such, tuned together: the objective is
+            their mean.
+        records: mappings, or the path of a JSON lines file, one such for each task of a list; by default a built-in
+            task's validation sample.
+        start: scales to begin with. Heads that are not free (`layers`, `heads`, `exclude_heads`) keep theirs.
+        metric: with method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at
+            most `max_new_tokens`) and their records, that returns a number, the higher the better. It takes the
+            objective's place.
         output: a folder. While the search runs it holds its state, and the same call resumes; at the end it holds the
-            scales (HeadScales.from_pretrained) and report.json.
+            scales (HeadScales.from_pretrained), report.json and, with matplotlib, report.png and head_map.png.
         overwrite: replace a finished result in `output`, or start an unfinished one anew.
         model_name: what the result's metadata call the model; by default its config's name.
         progress: draw a bar on stderr, if that is a terminal.
+        options: the fields of CalibrationOptions, by name: method, objective, examples, steps, seed …
 
     Raises:
         ZeroTuningError: bad input; an `output` that holds a result or the state of another calibration.
+
+    Under torch.distributed all processes call it with the same arguments and get the same result; the first writes.
     """
-    options = Options(method, objective, examples, steps, seed, batch_size)
-    task = task if isinstance(task, Task) else Task.load(task)
-    folder = _Folder(None if output is None else Path(output), overwrite)
-    fit, held_out = split_examples(_records(task, records), options)
-    was_patched = is_patched(model)
-    patch(model)
-    try:
-        layers, heads = patched_shape(model)
-        search = new_search(layers * heads, options)
-        run = _Run(search, options, folder, _fingerprint(model, task, fit, held_out, options))
-        require_labels = objective in objectives.SUPERVISED_OBJECTIVES
+    chosen = _checked_options(options)
+    named = _task_list(task)
+    examples = [draw_examples(part, chosen) for part in _records_of(named, task, records)]
+    _check_together(named, chosen, metric)
+    processes = Processes()
+    with _output_folder(output, overwrite, processes) as folder, _patched(model):
         with head_parameters(model) as parameters:
-            parts = {
-                name: _Part(model, tokenizer, task, part, options, parameters, require_labels)
-                for name, part in (("fit", fit), ("held_out", held_out))
-            }
-            run.until_finished(parts, progress)
-            point = search.best()
-            report = run.report(parts["held_out"], point, task, len(fit))
-    finally:
-        if not was_patched:
-            unpatch(model)
-    gamma = torch.from_numpy(np.exp(point)).reshape(layers, heads)
-    scales = HeadScales(gamma, metadata=_metadata(model, model_name, report))
-    folder.finish(scales, report)
+            tasks = [
+                _prepared(model, tokenizer, one, part, chosen, metric)
+                for one, part in zip(named, examples, strict=True)
+            ]
+            free = _free_scales(model, chosen, start)
+            setbacks = Setbacks()
+            measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
+            state = CalibrationState(
+                folder, identity(__version__, model, tasks, chosen, _name_of_start(start), _name_of(metric)), processes
+            )
+            if overwrite:
+                state.clear()
+            run = _Run(measurement, free, chosen, state)
+            run.until_finished(progress and processes.is_first)
+            log_scale, report = run.result()
+        layers, heads = patched_shape(model)
+        gamma = torch.from_numpy(np.exp(log_scale)).reshape(layers, heads)
+        scales = HeadScales(gamma, metadata=_metadata(model, model_name, report))
+        if folder is not None and processes.is_first:
+            _write(folder, scales, report)
+        state.clear()
     return Calibration(scales, report)
 
 
-def _records(task: Task, records: Iterable[Mapping[str, Any]] | str | os.PathLike[str] | None) -> list[Record]:
+# What is asked for.
+
+
+def _checked_options(options: Mapping[str, Any]) -> CalibrationOptions:
+    known = CalibrationOptions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(known)}")
+    return CalibrationOptions(**options)
+
+
+def _task_list(task: TaskLike | Sequence[TaskLike]) -> list[Task]:
+    several = task if isinstance(task, (list, tuple)) else [task]
+    if not several:
+        raise ZeroTuningError("task must be at least one")
+    return [one if isinstance(one, Task) else Task.load(one) for one in several]  # type: ignore[arg-type]
+
+
+def _records_of(
+    tasks: Sequence[Task], given: TaskLike | Sequence[TaskLike], records: Records | Sequence[Records] | None
+) -> list[list[Record]]:
     if records is None:
-        return task.examples("validation", None)
-    if isinstance(records, (str, os.PathLike)):
-        return read_examples(records)
-    return as_records(records)
+        return [task.examples("validation", None) for task in tasks]
+    if not isinstance(given, (list, tuple)):
+        return [_read(records)]
+    if not isinstance(records, (list, tuple)) or len(records) != len(tasks):
+        got = len(records) if isinstance(records, (list, tuple)) else 1
+        raise ZeroTuningError(f"records must be one for each of {len(tasks)} tasks, got {got}")
+    return [_read(part) for part in records]
 
 
-def split_examples(records: list[Record], options: Options) -> tuple[list[Record], list[Record]]:
-    """Draws `options.examples` of the records and holds a fifth of them out, the labels' shares kept in both parts."""
-    if options.examples is not None and len(records) < options.examples:
-        raise ZeroTuningError(f"examples must be at most {len(records)}, all there are, got {options.examples}")
-    if len(records) < 4:
-        raise ZeroTuningError(f"calibration needs at least 4 examples, got {len(records)}")
-    order = np.random.default_rng(options.seed).permutation(len(records))[: options.examples]
-    # Stable sort by label: every k-th example of the sorted list has the labels in their shares.
-    by_label = sorted(order, key=lambda i: str(records[i].get("label")))
-    stride = round(1 / HELD_OUT_SHARE)
-    held_out = set(by_label[stride // 2 :: stride])
-    return (
-        [records[i] for i in order if i not in held_out],
-        [records[i] for i in order if i in held_out],
+def _read(records: Any) -> list[Record]:
+    return read_examples(records) if isinstance(records, (str, Path)) else as_records(records)
+
+
+def _check_together(tasks: Sequence[Task], options: CalibrationOptions, metric: Metric | None) -> None:
+    if metric is not None and options.method != "cma-es":
+        raise ZeroTuningError(f"metric has no gradient: it needs the method cma-es, got {options.method}")
+    for task in tasks:
+        if task.continuation and options.objective != "task-loss":
+            raise ZeroTuningError(
+                f"objective {options.objective} needs labels to choose among, task {task.name!r} has none"
+            )
+        if not isinstance(options.prior, str) and len(options.prior) != len(task.labels):
+            raise ZeroTuningError(
+                f"prior must be one number for each of the {len(task.labels)} labels of task {task.name!r}, "
+                f"got {len(options.prior)}"
+            )
+
+
+def _prepared(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    records: list[Record],
+    options: CalibrationOptions,
+    metric: Metric | None,
+) -> TaskExamples:
+    need_labels = options.objective == "task-loss" and metric is None
+    scorer = LabelScorer(model, tokenizer, task, records, batch_size=options.batch_size, require_labels=need_labels)
+    prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
+    return TaskExamples(task, records, scorer, prior)
+
+
+def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:
+    layers, heads = patched_shape(model)
+    return FreeScales(
+        layers,
+        heads,
+        only_layers=options.layers,
+        only_heads=options.heads,
+        exclude_heads=options.exclude_heads,
+        tie=options.tie,
+        start=None if start is None else start.gamma.double().log().numpy(),
     )
 
 
-def new_search(dimension: int, options: Options) -> _search.Optimizer:
-    """The C++ search of `dimension` log scales that the options ask for."""
-    steps = options.steps or DEFAULT_STEPS[options.method]
+def _name_of_start(start: HeadScales | None) -> str:
+    return "" if start is None else start.gamma.numpy().tobytes().hex()
+
+
+def _name_of(metric: Metric | None) -> str:
+    return "" if metric is None else f"{getattr(metric, '__module__', '')}.{getattr(metric, '__qualname__', 'metric')}"
+
+
+@contextmanager
+def _patched(model: nn.Module) -> Iterator[None]:
+    """Within it the model is patched; one that was not is put back."""
+    was_patched = is_patched(model)
+    patch(model)
     try:
-        if options.method == "paper":
-            return _search.PaperOptimizer(dimension)
-        if options.method == "cma-es":
-            return _search.CmaEsOptimizer(dimension, seed=options.seed, evaluations=steps)
-        return _search.GradientOptimizer(dimension, steps=steps, **GRADIENT_SETTINGS)
-    except ValueError as error:  # too few evaluations for a generation of CMA-ES, say
-        raise ZeroTuningError(f"method {options.method} with steps = {steps}: {error}") from error
+        yield
+    finally:
+        if not was_patched:
+            unpatch(model)
 
 
-#: One setting for all tasks.
-GRADIENT_SETTINGS: dict[str, Any] = {
-    "learning_rate": 0.1,
-    "penalty": 1e-3,
-    "evaluate_every": 3,
-    "patience": 0,
-}
+def _output_folder(output: str | Path | None, overwrite: bool, processes: Processes) -> Any:
+    if output is None:
+        return nullcontext(None)
+    if not processes.is_first:
+        return nullcontext(Path(output))
+    return result_folder(output, overwrite=overwrite, resumable=True)
 
 
-class _Part:
-    """One part of the examples: the objective there, at any point, with or without its gradient."""
+# The search.
+
+
+class _Run:
+    """A search under way: its state on disk after every round, the seconds it took over all its starts."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        task: Task,
-        records: Sequence[Record],
-        options: Options,
-        parameters: Sequence[Tensor],
-        require_labels: bool,
+        self, measurement: Measurement, free: FreeScales, options: CalibrationOptions, state: CalibrationState
     ) -> None:
-        self.scorer = LabelScorer(
-            model, tokenizer, task, records, batch_size=options.batch_size, require_labels=require_labels
-        )
-        self.options = options
-        self.parameters = parameters
+        self.measurement, self.free, self.options, self.state = measurement, free, options, state
+        self.seconds = 0.0
+        self.everything = [list(range(len(task.records))) for task in measurement.tasks]
+        self.splits = _splits(measurement.tasks, options)
+        self.judge: Judge | None = None
+        if measurement.metric is None:
+            self._begin_judging()
+        self.search = self._new_search()
+        self._restore()
 
-    def set_point(self, point: np.ndarray) -> None:
-        """Writes log γ, [layers * heads], into the model."""
-        values = torch.from_numpy(np.asarray(point)).reshape(len(self.parameters), -1)
-        with torch.no_grad():
-            for parameter, row in zip(self.parameters, values, strict=True):
-                parameter.copy_(row)
+    def _begin_judging(self) -> None:
+        if self.options.prior == "estimate":
+            unjudged = self.measurement.scores(self.free.expanded(np.zeros(self.free.count)), self.everything)
+            for task, scores in zip(self.measurement.tasks, unjudged, strict=True):
+                task.prior = estimated_prior(scores)
+        self.judge = Judge(self.measurement, self.free, self.everything, self.splits)
+        if not np.isfinite(self.judge.baseline.loss):
+            raise ZeroTuningError("the model's scores are not finite at γ = 1")
 
-    @torch.no_grad()
-    def loss(self, point: np.ndarray) -> float:
-        """The objective on the whole part; for the paper's method with labels 1 - accuracy."""
-        scores, labels = self._all_scores(point)
-        if self.options.method == "paper" and self.options.objective == "task-loss":
-            return 1.0 - objectives.accuracy(scores, labels)
-        return float(self._objective(scores, labels))
+    def _new_search(self) -> FoldedSearch | SingleSearch:
+        if self.options.method != "gradient":
+            return SingleSearch(self.measurement, self.free, self.options, self.splits)
+        assert self.judge is not None
+        return FoldedSearch(self.measurement, self.free, self.options, self.splits, self.everything, self.judge)
 
-    @torch.no_grad()
-    def accuracy(self, point: np.ndarray) -> float | None:
-        """Fraction of right answers, None without labels."""
-        scores, labels = self._all_scores(point)
-        return None if int(labels.min()) < 0 else objectives.accuracy(scores, labels)
-
-    def loss_and_gradient(self, point: np.ndarray, step: int) -> tuple[float, np.ndarray]:
-        """The objective on the batches of this step and its gradient in log γ, [layers * heads]."""
-        self.set_point(point)
-        batches = self._batches_of_step(step)
-        labels = torch.cat([batch.labels for batch in batches])
-        total = sum(len(batch) for batch in batches)
-        if self.options.objective == "information":
-            return self._gradient_through_scores(batches, labels)
-        loss, gradient = 0.0, np.zeros(sum(p.numel() for p in self.parameters))
-        for batch in batches:
-            share = len(batch) / total
-            value = self._objective(self.scorer.scores(batch), batch.labels) * share
-            loss += float(value.detach())
-            gradient += self._gradient(value)
-        return loss, gradient
-
-    def _gradient_through_scores(self, batches: Sequence[Batch], labels: Tensor) -> tuple[float, np.ndarray]:
-        """For an objective that is no mean over examples: its gradient in all scores first, then batch by batch."""
-        with torch.no_grad():
-            parts = [self.scorer.scores(batch) for batch in batches]
-        scores = torch.cat(parts).requires_grad_()
-        value = self._objective(scores, labels)
-        (weights,) = torch.autograd.grad(value, scores)
-        gradient = np.zeros(sum(p.numel() for p in self.parameters))
-        for batch, weight in zip(batches, weights.split([len(part) for part in parts]), strict=True):
-            gradient += self._gradient((self.scorer.scores(batch).nan_to_num(neginf=0.0) * weight).sum())
-        return float(value.detach()), gradient
-
-    def _gradient(self, value: Tensor) -> np.ndarray:
-        gradients = torch.autograd.grad(value, list(self.parameters), allow_unused=True)
-        rows = [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for gradient, parameter in zip(gradients, self.parameters, strict=True)
-        ]
-        return torch.cat([row.detach().double().cpu().flatten() for row in rows]).numpy()
-
-    def _objective(self, scores: Tensor, labels: Tensor) -> Tensor:
-        return objectives.OBJECTIVES[self.options.objective](scores, labels.to(scores.device))
-
-    def _all_scores(self, point: np.ndarray) -> tuple[Tensor, Tensor]:
-        self.set_point(point)
-        scores = self.scorer.gather([self.scorer.scores(batch).cpu() for batch in self.scorer.batches])
-        return scores, self.scorer.labels
-
-    def _batches_of_step(self, step: int) -> list[Batch]:
-        """About STEP_EXAMPLES examples; each epoch goes through all batches in an order of its own."""
-        batches = self.scorer.batches
-        per_step = max(1, min(len(batches), round(STEP_EXAMPLES * len(batches) / max(1, len(self.scorer)))))
-        chosen = range(step * per_step, (step + 1) * per_step)
-        orders = {
-            epoch: np.random.default_rng((self.options.seed, epoch)).permutation(len(batches))
-            for epoch in {index // len(batches) for index in chosen}
-        }
-        return [batches[orders[index // len(batches)][index % len(batches)]] for index in chosen]
-
-
-@dataclass
-class _Run:
-    """A search under way: its state on disk after every answer, its history for the report."""
-
-    search: _search.Optimizer
-    options: Options
-    folder: _Folder
-    fingerprint: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        state = self.folder.read_state(self.fingerprint)
-        if state is not None:
-            try:
-                self.search.restore(state["search"])
-            except ValueError as error:
-                raise ZeroTuningError(f"{self.folder.path / STATE_FILE}: {error}") from error  # type: ignore[operator]
-            self.history, self.seconds = state["history"], state["seconds"]
-
-    def until_finished(self, parts: Mapping[str, _Part], progress: bool) -> None:
-        hidden = not (progress and sys.stderr.isatty())
-        total = self.search.steps_total()
-        with tqdm(total=total, initial=self.search.steps_done(), desc="calibrate", disable=hidden) as bar:
-            while not self.search.finished():
-                started = time.perf_counter()
-                self._answer(parts)
-                self.seconds += time.perf_counter() - started
-                self.folder.write_state(
-                    self.fingerprint,
-                    {"search": self.search.state(), "history": self.history, "seconds": self.seconds},
-                )
-                bar.n = self.search.steps_done()
-                bar.set_postfix_str(f"held-out loss {self.search.best_loss():.4f}", refresh=True)
-
-    def _answer(self, parts: Mapping[str, _Part]) -> None:
-        step = self.search.steps_done()
-        outcomes: list[tuple[float, np.ndarray | None]] = []
-        entry: dict[str, Any] = {"step": step}
-        for wanted in self.search.ask():
-            if wanted.gradient:
-                outcomes.append(parts[wanted.part].loss_and_gradient(wanted.point, step))
-            else:
-                outcomes.append((parts[wanted.part].loss(wanted.point), None))
-            entry[f"{wanted.part}_loss"] = outcomes[-1][0]
+    def _restore(self) -> None:
+        saved = self.state.read()
+        if saved is None:
+            return
         try:
-            self.search.tell(outcomes)
-        except ValueError as error:
-            raise ZeroTuningError(f"the model's loss cannot be used: {error}") from error
-        self.history.append(entry)
+            self.search.restore(saved["search"])
+            self.seconds = float(saved["seconds"])
+            setbacks = self.measurement.setbacks
+            setbacks.largest, setbacks.notes = saved["setbacks"]["largest"], list(saved["setbacks"]["notes"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.state.damaged(error) from error
 
-    def report(self, held_out: _Part, point: np.ndarray, task: Task, fit_examples: int) -> dict[str, Any]:
-        zero = np.zeros_like(point)
-        report: dict[str, Any] = {
-            "task": task.name,
-            "method": self.options.method,
-            "objective": self.options.objective,
-            "examples": fit_examples + len(held_out.scorer),
-            "fit_examples": fit_examples,
-            "held_out_examples": len(held_out.scorer),
-            "steps": self.search.steps_done(),
-            "seed": self.options.seed,
-            "seconds": round(self.seconds, 3),
-            "baseline": {"loss": self.search.baseline_loss(), "accuracy": held_out.accuracy(zero)},
-            "tuned": {"loss": self.search.best_loss(), "accuracy": held_out.accuracy(point)},
-            "improved": bool(np.any(point != 0)),
-            "history": self.history,
-            "versions": {
-                "zerotuning": __version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        if isinstance(self.search, _search.PaperOptimizer):
-            profile = [None if np.isnan(effect) else float(effect) for effect in self.search.profile()]
-            report["profile"] = {
-                "effect": profile,
-                "direction": self.search.direction(),
-                "group": self.search.group(),
+    def until_finished(self, progress: bool) -> None:
+        hidden = not (progress and sys.stderr.isatty())
+        if self.judge is not None and not self.judge.has_evidence:
+            return
+        with tqdm(
+            total=self.search.steps_total, initial=self.search.steps_done, desc="calibrate", disable=hidden
+        ) as bar:
+            while not self.search.finished:
+                if self._is_out_of_time():
+                    self.search.stop()
+                    continue
+                started = time.perf_counter()
+                self.search.advance()
+                self.seconds += time.perf_counter() - started
+                self._save()
+                bar.n = self.search.steps_done
+                bar.set_postfix_str(f"held-out loss {self.search.least_loss:.4f}", refresh=True)
+
+    def _is_out_of_time(self) -> bool:
+        if self.options.seconds is None:
+            return False
+        seconds = float(self.measurement.processes.from_first(repr(self.seconds)))
+        return seconds >= self.options.seconds * self.search.share_of_time
+
+    def _save(self) -> None:
+        setbacks = self.measurement.setbacks
+        self.state.write(
+            {
+                "seconds": self.seconds,
+                "setbacks": {"largest": setbacks.largest, "notes": setbacks.notes},
+                "search": self.search.state(),
             }
+        )
+
+    # The result.
+
+    def result(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """log γ [layers * heads] of what was found, and the report."""
+        found = self.search.found()
+        point = found.point
+        reason = None
+        if self.judge is not None and not self.judge.has_evidence:
+            reason = "the untuned predictions say too little about the input for a search without labels"
+        elif point is None:
+            reason = "nothing beat γ = 1 on the held-out examples"
+        elif self.judge is not None and not self.judge.approves(self.free.expanded(point)):
+            reason = "the scales chosen on the held-out examples were no better than γ = 1 on all"
+        if reason is not None:
+            point = None
+            zero = np.zeros(self.free.count)
+            found = replace(found, point=None, judged=[(split, zero) for split in self.splits])
+        log_scale = self.free.expanded(np.zeros(self.free.count) if point is None else point)
+        return log_scale, self._report(found, reason)
+
+    def _report(self, found: Found, reason: str | None) -> dict[str, Any]:
+        options, tasks = self.options, self.measurement.tasks
+        report: dict[str, Any] = {
+            "task": " + ".join(task.task.name for task in tasks),
+            "method": options.method,
+            "objective": options.objective if self.measurement.metric is None else "metric",
+            "examples": sum(len(task.records) for task in tasks),
+            "folds": len(self.splits) // options.seeds,
+            "fit_examples": sum(len(places) for places in self.splits[0].fit),
+            "steps": self.search.steps_done,
+            "seed": options.seed,
+            "seeds": options.seeds,
+            "free_heads": self.free.free_heads,
+            "numbers_searched": self.free.count,
+            "seconds": round(self.seconds, 3),
+            "improved": reason is None,
+            "reason": reason,
+            "chosen": found.chosen,
+            **self._held_out(found),
+            "evidence": None if self.judge is None else self.judge.evidence,
+            "setbacks": self.measurement.setbacks.notes,
+            "options": options.to_json(),
+            "history": self.search.history,
+            "versions": versions(),
+        }
+        if isinstance(self.search, SingleSearch) and self.search.profile is not None:
+            report["profile"] = self.search.profile
         return report
 
-
-@dataclass(frozen=True)
-class _Folder:
-    """The output folder: what is refused, resumed, written and cleared there. No folder: nothing is kept."""
-
-    path: Path | None
-    overwrite: bool
-
-    def __post_init__(self) -> None:
-        if self.path is None:
-            return
-        if self.path.exists() and not self.path.is_dir():
-            raise ZeroTuningError(f"output {self.path} is a file, not a folder")
-        state = self.path / STATE_FILE
-        if not self.overwrite and (self.path / SCALES_FILE).exists() and not state.exists():
-            raise ZeroTuningError(f"{self.path} already holds a result; choose another folder or overwrite it")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ZeroTuningError(f"cannot create {self.path}: {error.strerror or error}") from error
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise ZeroTuningError(f"{self.path} cannot be written")
-        if self.overwrite:
-            state.unlink(missing_ok=True)
-
-    def read_state(self, fingerprint: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The state of the same calibration, interrupted earlier."""
-        if self.path is None or not (self.path / STATE_FILE).exists():
-            return None
-        try:
-            content = json.loads((self.path / STATE_FILE).read_text("utf-8"))
-            saved, state = content["calibration"], content["state"]
-            known = {"search": str, "history": list, "seconds": float}
-            if any(not isinstance(state[name], kind) for name, kind in known.items()):
-                raise ValueError("a field has a wrong type")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ZeroTuningError(
-                f"{self.path / STATE_FILE} cannot be read ({error}); overwrite to start anew"
-            ) from error
-        for name, value in fingerprint.items():
-            if saved.get(name) != value:
-                raise ZeroTuningError(
-                    f"{self.path} holds an unfinished calibration with another {name}: {saved.get(name)!r}, "
-                    f"not {value!r}; run that one again, choose another folder or overwrite it"
-                )
-        return dict(state)
-
-    def write_state(self, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-        if self.path is not None:
-            write_json_atomically(self.path / STATE_FILE, {"calibration": dict(fingerprint), "state": dict(state)})
-
-    def finish(self, scales: HeadScales, report: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        scales.save_pretrained(self.path, overwrite=True)
-        write_json_atomically(self.path / REPORT_FILE, dict(report))
-        (self.path / STATE_FILE).unlink(missing_ok=True)
+    def _held_out(self, found: Found) -> dict[str, Any]:
+        if self.measurement.metric is None:
+            return held_out_figures(self.measurement, self.free, found)
+        assert isinstance(self.search, SingleSearch)
+        optimizer = self.search.optimizers[0]
+        return {
+            "held_out_examples": sum(len(places) for places in self.splits[0].held_out),
+            "baseline": {"loss": optimizer.baseline_loss(), "accuracy": None},
+            "tuned": {"loss": self.search.least_loss, "accuracy": None},
+        }
 
 
-def _fingerprint(
-    model: Any, task: Task, fit: Sequence[Record], held_out: Sequence[Record], options: Options
-) -> dict[str, Any]:
-    """What must be equal for a saved state to be continued."""
-    examples = json.dumps([list(fit), list(held_out)], sort_keys=True, default=str)
-    return {
-        "version": __version__,
-        "model_type": getattr(model.config, "model_type", ""),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "task": task.name,
-        "prompt": task.prompt,
-        "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
-        "method": options.method,
-        "objective": options.objective,
-        "examples": options.examples,
-        "steps": options.steps,
-        "seed": options.seed,
-        "batch_size": options.batch_size,
-        "data": hashlib.sha256(examples.encode()).hexdigest(),
-    }
+def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:
+    """Every fold of every seed, all tasks' folds beside each other."""
+    splits = []
+    for seed in range(options.seed, options.seed + options.seeds):
+        folds = [make_folds(task.records, options.fold_count, seed) for task in tasks]
+        for index in range(max(map(len, folds))):
+            parts = [one[index % len(one)] for one in folds]
+            splits.append(Split(seed, [part.fit for part in parts], [part.held_out for part in parts]))
+    return splits
+
+
+# The result's files.
 
 
 def _metadata(model: Any, model_name: str | None, report: Mapping[str, Any]) -> dict[str, Any]:
-    apart = ("history", "profile", "versions", "task", "method", "objective")
     return {
         "model_type": getattr(model.config, "model_type", ""),
         "model_name": model_name or getattr(model.config, "name_or_path", ""),
@@ -465,5 +404,12 @@ def _metadata(model: Any, model_name: str | None, report: Mapping[str, Any]) -> 
         "method": report["method"],
         "objective": report["objective"],
         "versions": report["versions"],
-        "calibration": {name: value for name, value in report.items() if name not in apart},
+        "calibration": {name: report[name] for name in METADATA_FIELDS},
     }
+
+
+def _write(folder: Path, scales: HeadScales, report: Mapping[str, Any]) -> None:
+    scales.save_pretrained(folder, overwrite=True)
+    write_json_atomically(folder / REPORT_FILE, dict(report))
+    if can_plot():
+        plot_head_map(scales, folder / PICTURE_FILE)

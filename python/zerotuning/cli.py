@@ -10,14 +10,22 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
+from zerotuning.calibration_options import (
+    COMBINATIONS,
+    DEFAULT_FOLDS,
+    METHODS,
+    OBJECTIVES,
+    PRIORS,
+    TIES,
+    CalibrationOptions,
+)
 from zerotuning.errors import ZeroTuningError
 from zerotuning.output import (
-    CONFIG_FILE,
-    PICTURE_FILE,
-    REPORT_FILE,
+    RESULT_FILES,
     SCALES_FILE,
     STATE_FILE,
     check_result_file,
@@ -25,9 +33,7 @@ from zerotuning.output import (
 )
 from zerotuning.version import __version__
 
-# As calibrate.py, objectives.py and bench.py have them; repeated here because importing those takes seconds.
-METHODS = ("gradient", "paper", "cma-es")
-OBJECTIVES = ("task-loss", "entropy", "information")
+# As bench.py has them; repeated here because importing that takes seconds.
 BENCHMARKS = ("attention", "decode", "calibration")
 
 EXIT_BAD_INPUT = 2
@@ -123,14 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     calibrate = command(
         "calibrate", _calibrate, "search head scales for a task; run again, an unfinished search resumes"
     )
-    _add_model_and_task(calibrate, "the task's own validation sample")
-    calibrate.add_argument("--method", choices=METHODS, default="gradient", help="how to search (default: %(default)s)")
-    calibrate.add_argument(
-        "--objective", choices=OBJECTIVES, default="task-loss", help="what to minimise (default: %(default)s)"
-    )
-    calibrate.add_argument("--examples", metavar="N", type=_positive, help="use N of the examples (default: all)")
-    calibrate.add_argument("--steps", metavar="N", type=_positive, help="gradient steps, or CMA-ES evaluations")
-    calibrate.add_argument("--seed", metavar="S", type=_seed, default=0, help="of every draw (default: %(default)s)")
+    _add_model_and_task(calibrate, "the task's own validation sample", several=True)
+    _add_search(calibrate)
+    _add_heads(calibrate)
     calibrate.add_argument("--overwrite", action="store_true", help="replace a result in DIR, or start it anew")
     calibrate.add_argument("--output", metavar="DIR", required=True, help="folder of the result")
 
@@ -154,15 +155,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str) -> None:
+def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str, several: bool = False) -> None:
     parser.add_argument(
         "--model",
         metavar="M",
         required=True,
         help="a folder, a hub name, a .gguf file, or demo for the embedded model",
     )
-    parser.add_argument("--task", metavar="T", required=True, help="a built-in task's name or a YAML file")
-    parser.add_argument("--data", metavar="FILE.jsonl", help=f"examples (default: {default_data})")
+    action = "append" if several else "store"
+    more = "; repeated: tasks tuned together, with one --data each or none" if several else ""
+    parser.add_argument(
+        "--task", metavar="T", required=True, action=action, help=f"a built-in task's name or a YAML file{more}"
+    )
+    parser.add_argument("--data", metavar="FILE.jsonl", action=action, help=f"examples (default: {default_data})")
     parser.add_argument(
         "--batch-size",
         metavar="N",
@@ -174,6 +179,61 @@ def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str) -> N
         "--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    defaults = CalibrationOptions()
+    add = parser.add_argument_group("search").add_argument
+    add("--method", choices=METHODS, default="gradient", help="how to search (default: %(default)s)")
+    add("--objective", choices=OBJECTIVES, default="task-loss", help="what to minimise (default: %(default)s)")
+    add("--examples", metavar="N", type=_positive, help="use N examples of each task (default: all)")
+    add("--steps", metavar="N", type=_positive, help="gradient steps (default 60), or CMA-ES evaluations (default 300)")
+    add(
+        "--seconds",
+        metavar="S",
+        type=_seconds,
+        help="stop stepping after S seconds, those before a resumption included",
+    )
+    add("--seed", metavar="S", type=_seed, default=0, help="of every draw (default: %(default)s)")
+    add(
+        "--seeds",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="searches from seed S on, averaged (default: %(default)s)",
+    )
+    add(
+        "--folds",
+        metavar="K",
+        type=_positive,
+        help=f"hold out each of K parts in turn; 1: a fifth, once (default: {DEFAULT_FOLDS}; gradient only)",
+    )
+    add("--combine", choices=COMBINATIONS, default=defaults.combine, help="the folds' scales (default: %(default)s)")
+    add(
+        "--penalty",
+        metavar="P[,P…]",
+        type=_numbers,
+        default=defaults.penalties,
+        help="toward γ = 1; of several the held-out loss chooses one (default: "
+        + ",".join(f"{penalty:g}" for penalty in defaults.penalties)
+        + ")",
+    )
+    add(
+        "--prior",
+        metavar="P",
+        type=_prior,
+        default=defaults.prior,
+        help=f"classes' shares for information: {', '.join(PRIORS)} or numbers such as 0.5,0.3,0.2 (default: %(default)s)",
+    )
+
+
+def _add_heads(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("heads").add_argument
+    add("--layers", metavar="L[,L-M…]", type=_layers, help="tune heads of these layers only, such as 0-7,12")
+    add("--heads", metavar="L:H[,L:H…]", type=_pairs, help="tune these heads only, as layer:head")
+    add("--exclude-heads", metavar="L:H[,L:H…]", type=_pairs, default=(), help="leave these heads as they are")
+    add("--tie", choices=TIES, default="none", help="one γ for the heads of a layer, or all (default: %(default)s)")
+    add("--start", metavar="DIR", help="begin with these scales; heads that are not tuned keep theirs")
 
 
 def _positive(text: str) -> int:
@@ -188,6 +248,53 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    return _number(text, "a positive number of seconds", lambda value: 0 < value < float("inf"))
+
+
+def _number(text: str, expected: str, is_good: Callable[[float], bool]) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not is_good(value):
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+    return value
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    expected = "numbers of at least 0 with commas between"
+    return tuple(_number(part, expected, lambda value: 0 <= value < float("inf")) for part in text.split(","))
+
+
+def _prior(text: str) -> str | tuple[float, ...]:
+    if text in PRIORS:
+        return text
+    expected = f"{' or '.join(PRIORS)}, or positive numbers with commas between"
+    return tuple(_number(part, expected, lambda value: 0 < value < float("inf")) for part in text.split(","))
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6):
+            raise argparse.ArgumentTypeError(f"must be layers such as 0-7,12, got {text!r}")
+        layers.extend(range(int(first), int(last) + 1))
+    return tuple(layers)
+
+
+def _pairs(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = []
+    for part in text.split(","):
+        layer, _, head = part.partition(":")
+        if not (layer.isdecimal() and head.isdecimal()):
+            raise argparse.ArgumentTypeError(f"must be layer:head pairs such as 3:0,12:8, got {text!r}")
+        pairs.append((int(layer), int(head)))
+    return tuple(pairs)
+
+
 # Commands.
 
 
@@ -198,39 +305,74 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    task, records = _task_and_records(arguments, "validation")
-    with result_folder(arguments.output, overwrite=arguments.overwrite, resumable=True) as folder:
-        from zerotuning.calibrate import Options, calibrate, split_examples
-        from zerotuning.head_map import can_plot, plot_head_map
-        from zerotuning.models import load_model
-        from zerotuning.objectives import SUPERVISED_OBJECTIVES
+    tasks, records = _tasks_and_records(arguments)
+    options = {
+        name: getattr(arguments, name) for name in CalibrationOptions.__dataclass_fields__ if hasattr(arguments, name)
+    } | {"penalties": arguments.penalty}
+    chosen = CalibrationOptions(**options)
+    start = None if arguments.start is None else _scales(arguments.start)
+    from zerotuning import processes
 
-        options = {
-            name: getattr(arguments, name)
-            for name in ("method", "objective", "examples", "steps", "seed", "batch_size")
-        }
-        split_examples(records, Options(**options))
-        _check_records(task, records, require_label=arguments.objective in SUPERVISED_OBJECTIVES)
-        model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
-        calibration = calibrate(
-            model,
-            tokenizer,
-            task,
-            records=records,
-            output=folder,
-            overwrite=arguments.overwrite,
-            model_name=arguments.model,
-            progress=True,
-            **options,
-        )
-        written = [SCALES_FILE, CONFIG_FILE, REPORT_FILE]
-        if can_plot():
-            plot_head_map(calibration.scales, folder / PICTURE_FILE)
-            written.append(PICTURE_FILE)
+    several = processes.is_one_of_several()
+    device = processes.join(arguments.device) if several else arguments.device
+    try:
+        with _calibration_folder(arguments) as folder:
+            calibration = _calibrated(arguments, tasks, records, options, chosen, start, device, folder)
+        if processes.Processes().is_first:
+            _print_calibration(calibration, folder)
+    finally:
+        processes.leave()
+
+
+def _calibrated(
+    arguments: argparse.Namespace,
+    tasks: list[Any],
+    records: list[Any],
+    options: dict[str, Any],
+    chosen: CalibrationOptions,
+    start: Any,
+    device: str | None,
+    folder: Path,
+) -> Any:
+    from zerotuning.calibrate import calibrate
+    from zerotuning.example_folds import draw_examples
+    from zerotuning.models import load_model
+
+    for task, part in zip(tasks, records, strict=True):
+        draw_examples(part, chosen)
+        _check_records(task, part, require_label=chosen.objective == "task-loss")
+    model, tokenizer = load_model(arguments.model, arguments.dtype, device)
+    return calibrate(
+        model,
+        tokenizer,
+        tasks,
+        records=records,
+        start=start,
+        output=folder,
+        overwrite=arguments.overwrite,
+        model_name=arguments.model,
+        progress=True,
+        **options,
+    )
+
+
+def _calibration_folder(arguments: argparse.Namespace) -> Any:
+    """The output folder, checked before the model is loaded; of several processes by the first."""
+    from zerotuning.processes import Processes
+
+    if not Processes().is_first:
+        return nullcontext(Path(arguments.output))
+    return result_folder(arguments.output, overwrite=arguments.overwrite, resumable=True)
+
+
+def _print_calibration(calibration: Any, folder: Path) -> None:
     print(_calibration_table(calibration.report))
+    for note in calibration.report["setbacks"]:
+        print(f"  survived: {note}")
     if not calibration.improved:
         print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
-    print(f"\nIn {folder}: {', '.join(written)}")
+        print(f"  ({calibration.report['reason']})")
+    print(f"\nIn {folder}: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -289,6 +431,18 @@ def _bench(arguments: argparse.Namespace) -> None:
 # What the commands share.
 
 
+def _tasks_and_records(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Of `--task` and `--data` given once or several times."""
+    files = arguments.data or [None] * len(arguments.task)
+    if len(files) != len(arguments.task):
+        raise ZeroTuningError(f"--data must come once for each --task ({len(arguments.task)}), got {len(files)}")
+    found = [
+        _task_and_records(argparse.Namespace(task=task, data=file), "validation")
+        for task, file in zip(arguments.task, files, strict=True)
+    ]
+    return [task for task, _ in found], [records for _, records in found]
+
+
 def _task_and_records(arguments: argparse.Namespace, split: str) -> tuple[Any, list[Any]]:
     from zerotuning.tasks import Task, read_examples
 
@@ -326,7 +480,7 @@ def _percent(fraction: float | None) -> str:
 
 def _calibration_table(report: dict[str, Any]) -> str:
     by_errors = report["method"] == "paper" and report["objective"] == "task-loss"
-    loss = "error rate" if by_errors else report["objective"]
+    loss = "error rate" if by_errors else {"metric": "minus metric"}.get(report["objective"], report["objective"])
     before, after = report["baseline"], report["tuned"]
     return "\n".join(
         (

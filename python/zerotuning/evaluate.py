@@ -27,9 +27,10 @@ class Evaluation:
 
     task        the task's name
     examples    how many examples were scored
-    accuracy    fraction, in [0, 1], whose gold label is the most likely of the labels
-    loss        mean cross entropy of the gold label among the labels, nats
-    entropy     mean entropy of the distribution over the labels, nats
+    accuracy    fraction, in [0, 1], whose gold label is the most likely of the labels; of a task with a continuation:
+                which greedy decoding would write token for token
+    loss        mean cross entropy of the gold label among the labels, nats; of a continuation: per token
+    entropy     mean entropy of the distribution over the labels, nats; of a continuation: of the next token
     seconds     wall time of the model's passes
     """
 
@@ -78,6 +79,8 @@ def evaluate(
         records = first_examples(as_records(examples), limit)
     scorer = LabelScorer(model, tokenizer, task, records, batch_size=batch_size)
     started = time.perf_counter()
+    if task.continuation:
+        return _continuation_figures(scorer, started, progress)
     scores = label_scores(scorer, progress=progress)
     seconds = time.perf_counter() - started
     if bool(scores.isnan().any()):
@@ -90,6 +93,26 @@ def evaluate(
         loss=float(objectives.task_loss(scores, scorer.labels)),
         entropy=float(objectives.entropy(scores)),
         seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def _continuation_figures(scorer: LabelScorer, started: float, progress: bool) -> Evaluation:
+    hidden = not (progress and sys.stderr.isatty())
+    batches = tqdm(scorer.batches, desc=scorer.task.name, unit=" batches", disable=hidden, leave=False)
+    found = [scorer.continuations(batch) for batch in batches]
+    log_probability, exact, entropy = (
+        torch.cat([column.double().cpu() for column in part]) for part in zip(*found, strict=True)
+    )
+    if bool(log_probability.isnan().any()):
+        raise ZeroTuningError(f"task {scorer.task.name!r}: the model's scores are NaN")
+    return Evaluation(
+        task=scorer.task.name,
+        examples=len(scorer),
+        accuracy=float(exact.mean()),
+        loss=-float(log_probability.mean()),
+        entropy=float(entropy.mean()),
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -82,6 +82,26 @@ def information(scores: Tensor, prior: Tensor | None = None, weight: float = 1.0
     return conditional + weight * (mean * (log_mean - prior.to(mean).log())).sum()
 
 
+def estimated_prior(scores: Tensor) -> Tensor:
+    """Shares of the classes as untuned predictions suggest them: halfway from their mean to equal shares, [C].
+
+    Halfway, because an untuned model's mean prediction shows its own preference for a label no less than the
+    classes' shares.
+    """
+    _check_scores(scores)
+    mean = _probabilities(scores).mean(dim=0)
+    return (mean + 1.0 / mean.shape[0]) / 2
+
+
+def continuation_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Minus the mean of `scores` [N, 1]: mean log-probability per token of gold continuations, nats.
+
+    `labels` is not read: it is there so that this can take the place of `task_loss`.
+    """
+    _check_scores(scores)
+    return -scores.mean()
+
+
 def accuracy(scores: Tensor, labels: Tensor) -> float:
     """Fraction, in [0, 1], of the examples whose gold label has the largest score (the first of equals)."""
     _check_labels(scores, labels)

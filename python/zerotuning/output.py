@@ -14,8 +14,9 @@ SCALES_FILE = "head_scales.safetensors"
 CONFIG_FILE = "zerotuning_config.json"
 REPORT_FILE = "report.json"
 PICTURE_FILE = "head_map.png"
+REPORT_PAGE_FILE = "report.png"
 STATE_FILE = "calibration_state.json"
-RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE)
+RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE, REPORT_PAGE_FILE)
 
 
 @contextmanager
@@ -31,10 +32,12 @@ def result_folder(path: str | os.PathLike[str], *, overwrite: bool, resumable: b
         raise ZeroTuningError(f"output {path} must be a folder, got a file")
     unfinished = (path / STATE_FILE).exists()
     if not overwrite and unfinished and not resumable:
-        raise ZeroTuningError(f"output {path} holds an unfinished calibration: choose another folder or --overwrite")
+        raise ZeroTuningError(f"output {path} holds an unfinished calibration: choose another folder or overwrite it")
     held = [name for name in RESULT_FILES if (path / name).exists()]
     if not overwrite and held and not unfinished:
-        raise ZeroTuningError(f"output {path} already holds a result ({held[0]}): choose another folder or --overwrite")
+        raise ZeroTuningError(
+            f"output {path} already holds a result ({held[0]}): choose another folder or overwrite it"
+        )
     made: list[Path] = []
     try:
         _make(path, made)

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +74,19 @@ class Batch:
         return len(self.examples)
 
 
+class Continuations(NamedTuple):
+    """How a model finds the gold continuations of n examples.
+
+    log_probability   float32 [n], mean over the continuation's tokens, nats
+    exact             bool [n], whether each of its tokens is the most likely one: greedy decoding writes it
+    entropy           float32 [n], of the next token, mean over the continuation's tokens, nats
+    """
+
+    log_probability: Tensor
+    exact: Tensor
+    entropy: Tensor
+
+
 class LabelScorer:
     """Tokenises the examples of a task once, batches them, and scores their labels.
 
@@ -117,17 +130,30 @@ class LabelScorer:
         self._forward_arguments = _forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
         self._single_tokens = all(len(tokens) == 1 for e in self.examples for tokens in e.labels)
-        self.batches: list[Batch] = [self._batch(indices) for indices in self._group(batch_size, batch_tokens)]
+        self._batch_size, self._batch_tokens = batch_size, batch_tokens
+        self.batches: list[Batch] = self.batches_of(range(len(self.examples)))
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def batches_of(self, places: Iterable[int], batch_size: int | None = None) -> list[Batch]:
+        """Some of the examples, batched like `batches`; `batch_size` in place of the scorer's own if given."""
+        groups = self._group(places, batch_size or self._batch_size, self._batch_tokens)
+        return [self._batch(indices) for indices in groups]
+
+    def prompt_batch(self, places: Sequence[int]) -> Batch:
+        """Some of the examples as one batch of their prompts alone: what generation starts from."""
+        return self._joined(list(places), [((),)] * len(places))
 
     def scores(self, batch: Batch) -> Tensor:
         """Log-probability of each label given that the answer is one of the example's labels: float32 [n, C].
 
         Each row is `log_probabilities` less a constant of that row: exp of it sums to 1 over the example's
-        labels. -inf beyond an example's own number of labels. Differentiable when gradients are enabled.
+        labels. -inf beyond an example's own number of labels. Of a task with a continuation: its mean
+        log-probability per token, [n, 1]. Differentiable when gradients are enabled.
         """
+        if self.task.continuation:
+            return self.continuations(batch).log_probability[:, None]
         if not self._single_tokens:
             return torch.log_softmax(self.log_probabilities(batch), dim=-1)
         with _output_layer_rows(self.model, self._label_ids) as restricted:
@@ -162,17 +188,32 @@ class LabelScorer:
         absent = torch.ones(sums.shape, dtype=torch.bool, device=device).index_fill(0, target, False)
         return sums.masked_fill(absent, -torch.inf).view(len(batch), self.num_labels)
 
+    def continuations(self, batch: Batch) -> Continuations:
+        """How the model finds the gold continuations: log-probability, exactness, entropy, each [n]."""
+        gold = [example.labels[0] for example in batch.examples]
+        longest = max(map(len, gold))
+        # Left padding: the last token read is the last but one of the continuation, in every row.
+        log_probabilities = torch.log_softmax(self._logits(batch, longest), dim=-1)
+        device = log_probabilities.device
+        ids = torch.tensor([[0] * (longest - len(one)) + list(one) for one in gold], device=device)
+        real = torch.tensor([[k >= longest - len(one) for k in range(longest)] for one in gold], device=device)
+        lengths = real.sum(dim=-1)
+        chosen = log_probabilities.gather(-1, ids[:, :, None]).squeeze(-1).masked_fill(~real, 0.0)
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=-1).masked_fill(~real, 0.0)
+        exact = ((log_probabilities.argmax(dim=-1) == ids) | ~real).all(dim=-1)
+        return Continuations(chosen.sum(dim=-1) / lengths, exact, entropy.sum(dim=-1) / lengths)
+
     def gather(self, per_batch: Sequence[Tensor]) -> Tensor:
         """One tensor [n, …] for each of `batches`, in their order -> one [N, …] in the examples' order."""
         indices = torch.cat([batch.indices for batch in self.batches])
         joined = torch.cat(list(per_batch))
         return joined[torch.argsort(indices).to(joined.device)]
 
-    def _group(self, batch_size: int, batch_tokens: int | None) -> Iterator[list[int]]:
+    def _group(self, places: Iterable[int], batch_size: int, batch_tokens: int | None) -> Iterator[list[int]]:
         """Places of the examples of each batch, in the examples' order of length."""
         group: list[int] = []
         sequences = 0
-        for index in sorted(range(len(self.examples)), key=lambda i: self.examples[i].longest):
+        for index in sorted(places, key=lambda i: self.examples[i].longest):
             added = len(self.examples[index].beginnings)
             # The longest comes last, so it sets the padded length.
             tokens = (sequences + added) * self.examples[index].longest
@@ -181,15 +222,20 @@ class LabelScorer:
                 group, sequences = [], 0
             group.append(index)
             sequences += added
-        yield group
+        if group:
+            yield group
 
     def _batch(self, indices: list[int]) -> Batch:
+        return self._joined(indices, [tuple(self.examples[index].beginnings) for index in indices])
+
+    def _joined(self, indices: list[int], followed_by: Sequence[tuple[Tokens, ...]]) -> Batch:
+        """One batch in which each example's prompt stands once before each of the token runs given for it."""
         examples = tuple(self.examples[index] for index in indices)
         sequences: list[Tokens] = []
         rows = []
-        for example in examples:
-            rows.append((len(sequences), tuple(example.beginnings)))
-            sequences.extend(example.prompt + beginning for beginning in example.beginnings)
+        for example, beginnings in zip(examples, followed_by, strict=True):
+            rows.append((len(sequences), beginnings))
+            sequences.extend(example.prompt + beginning for beginning in beginnings)
         length = max(map(len, sequences))
         ids = torch.tensor([(self._padding,) * (length - len(s)) + s for s in sequences])
         mask = torch.tensor([(0,) * (length - len(s)) + (1,) * len(s) for s in sequences])

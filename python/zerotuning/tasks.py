@@ -9,6 +9,8 @@ A task is a YAML file, a built-in one no less than a user's (design.md §7):
 `{field}` names a field of an example; `{{` and `}}` stand for braces. An example is one line of a JSON lines
 file with the fields of the prompt and `label`, a zero-based index into `labels`. With `labels: letters` each
 example brings its own `choices`, `{choices}` becomes "A. …\\nB. …" and the labels are " A", " B", ….
+
+With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ LETTERS = "letters"
 SPLITS = ("validation", "test")
 
 _DATA = Path(__file__).parent / "data"
-_KNOWN_KEYS = ("name", "prompt", "labels", "description", "source")
-_REQUIRED_KEYS = ("name", "prompt", "labels")
+_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source")
+_REQUIRED_KEYS = ("name", "prompt")
 _ALPHABET = string.ascii_uppercase
 
 
@@ -45,7 +47,10 @@ class Record(dict[str, Any]):
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example made ready for a model: its text, the labels that may follow, the index of the right one."""
+    """An example made ready for a model: its text, the labels that may follow, the index of the right one.
+
+    Of a task with a continuation that is the only label.
+    """
 
     text: str
     labels: tuple[str, ...]
@@ -55,28 +60,36 @@ class Prompt:
 @dataclass(frozen=True)
 class Task:
     """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
-    choices.
+    choices; empty where `continuation`, a template like the prompt, gives the text that should follow.
 
-    Errors: ZeroTuningError for a template that holds anything but plain fields, and for empty or repeated
-    labels.
+    Errors: ZeroTuningError for a template that holds anything but plain fields, for empty or repeated labels,
+    for labels and a continuation together or neither.
     """
 
     name: str
     prompt: str
-    labels: tuple[str, ...] | str
+    labels: tuple[str, ...] | str = ()
     description: str = ""
     source: str = ""
     builtin: bool = False
+    continuation: str = ""
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
+    _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for key in ("name", "prompt", "description", "source"):
+        for key in ("name", "prompt", "continuation", "description", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ZeroTuningError(f"{key} must be a string, got {_shown(getattr(self, key))}")
         if not self.name.strip():
             raise ZeroTuningError("name must not be empty")
-        object.__setattr__(self, "_pieces", _template_pieces(self.prompt))
-        if isinstance(self.labels, str):
+        object.__setattr__(self, "_pieces", _template_pieces("prompt", self.prompt))
+        object.__setattr__(self, "_continuation_pieces", ())
+        if self.continuation:
+            if self.labels:
+                raise ZeroTuningError("a task has labels or a continuation, not both")
+            pieces = _template_pieces("continuation", self.continuation)
+            object.__setattr__(self, "_continuation_pieces", pieces)
+        elif isinstance(self.labels, str):
             if self.labels != LETTERS:
                 raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {self.labels!r}')
             if "choices" not in self.fields:
@@ -114,18 +127,22 @@ class Task:
         origin = str(origin or getattr(record, "origin", "example"))
         values: dict[str, str] = {}
         labels: tuple[str, ...] | str = self.labels
+        if self.continuation:
+            return self._with_continuation(record, origin)
         if isinstance(labels, str):
             choices = _checked_choices(record, origin)
             values["choices"] = "\n".join(
                 f"{letter}. {choice}" for letter, choice in zip(_ALPHABET, choices, strict=False)
             )
             labels = tuple(f" {letter}" for letter in _ALPHABET[: len(choices)])
-        for name in self.fields:
-            if name not in values:
-                values[name] = _field_text(record, name, origin)
-        # The pieces are joined by hand: str.format, which can reach into objects, never sees the template.
-        text = "".join(literal + ("" if name is None else values[name]) for literal, name in self._pieces)
+        text = _filled(self._pieces, record, origin, values)
         return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+
+    def _with_continuation(self, record: Mapping[str, Any], origin: str) -> Prompt:
+        continuation = _filled(self._continuation_pieces, record, origin, {})
+        if not continuation.strip():
+            raise ZeroTuningError(f"{origin}: the continuation is empty")
+        return Prompt(_filled(self._pieces, record, origin, {}), (continuation,), 0)
 
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
         """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
@@ -207,7 +224,7 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
         raise ZeroTuningError(f"{place}: not YAML: {problem}") from error
     if not isinstance(description, dict):
         raise ZeroTuningError(
-            f"task file {path} must be a mapping with {', '.join(_REQUIRED_KEYS)}, got {_shown(description)}"
+            f"task file {path} must be a mapping with name, prompt, labels, got {_shown(description)}"
         )
     for key in description:
         if key not in _KNOWN_KEYS:
@@ -215,7 +232,9 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
     for key in _REQUIRED_KEYS:
         if key not in description:
             raise ZeroTuningError(f"task file {path}: field {key!r} is missing")
-    labels = description["labels"]
+    if "labels" not in description and "continuation" not in description:
+        raise ZeroTuningError(f"task file {path}: field 'labels' is missing, or 'continuation' in its place")
+    labels = description.get("labels", [])
     if not isinstance(labels, (list, str)):
         raise ZeroTuningError(
             f'task file {path}: labels must be a list of strings or "{LETTERS}", got {_shown(labels)}'
@@ -226,12 +245,26 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
         raise ZeroTuningError(f"task file {path}: {error}") from error
 
 
-def _template_pieces(template: str) -> tuple[tuple[str, str | None], ...]:
+def _filled(
+    pieces: Iterable[tuple[str, str | None]], record: Mapping[str, Any], origin: str, values: Mapping[str, str]
+) -> str:
+    """The template's text, its fields from `values` or else from the record.
+
+    The pieces are joined by hand: str.format, which can reach into objects, never sees the template.
+    """
+    texts = []
+    for literal, name in pieces:
+        field_text = "" if name is None else values[name] if name in values else _field_text(record, name, origin)
+        texts.append(literal + field_text)
+    return "".join(texts)
+
+
+def _template_pieces(key: str, template: str) -> tuple[tuple[str, str | None], ...]:
     """The template as (literal text, field name or None) pairs; anything but plain `{field}` is refused."""
     try:
         parsed = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ZeroTuningError(f"prompt: {error}; write {{{{ and }}}} for braces that are text") from error
+        raise ZeroTuningError(f"{key}: {error}; write {{{{ and }}}} for braces that are text") from error
     pieces = []
     for literal, name, format_spec, conversion in parsed:
         if name is not None:
@@ -239,17 +272,17 @@ def _template_pieces(template: str) -> tuple[tuple[str, str | None], ...]:
                 "{" + name + (f"!{conversion}" if conversion else "") + (f":{format_spec}" if format_spec else "") + "}"
             )
             if conversion or format_spec:
-                raise ZeroTuningError(f"prompt: {shown} must be a plain {{field}}, without conversion or format")
+                raise ZeroTuningError(f"{key}: {shown} must be a plain {{field}}, without conversion or format")
             if not name.isidentifier():
                 raise ZeroTuningError(
-                    f"prompt: {shown} must be a plain {{field}}: a name of letters, digits and underscores,"
+                    f"{key}: {shown} must be a plain {{field}}: a name of letters, digits and underscores,"
                     " without attributes, indices or positions"
                 )
-            if name == "label":
+            if name == "label" and key == "prompt":
                 raise ZeroTuningError("prompt: {label} would show the model the answer")
         pieces.append((literal, name))
     if all(name is None for _, name in pieces):
-        raise ZeroTuningError("prompt must hold at least one {field}, or every example would read the same")
+        raise ZeroTuningError(f"{key} must hold at least one {{field}}, or every example would read the same")
     return tuple(pieces)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import zerotuning
@@ -99,7 +98,7 @@ def test_calibrate_then_inspect_then_evaluate(place: Path, capsys: Any) -> None:
     assert main(calibrate()) == 0
     out = capsys.readouterr().out
     assert "films: gradient, 4 steps" in out
-    assert "4 held-out examples      γ = 1     tuned" in out
+    assert "20 held-out examples      γ = 1     tuned" in out
     assert sorted(path.name for path in (place / "scales").iterdir()) == [
         "head_map.png",
         "head_scales.safetensors",
@@ -115,7 +114,7 @@ def test_calibrate_then_inspect_then_evaluate(place: Path, capsys: Any) -> None:
     out = capsys.readouterr().out
     assert "model       llama · model" in out
     assert "shape       2 layers × 4 heads" in out
-    assert "held out    4 examples: accuracy" in out
+    assert "held out    20 examples: accuracy" in out
     assert "strongest heads" in out
     assert (place / "map.svg").read_bytes().startswith(b"<?xml")
 
@@ -152,12 +151,12 @@ def test_objectives_without_labels_take_data_without_labels(place: Path, capsys:
     assert main(command) == 0
     assert "accuracy                       –         –" in capsys.readouterr().out
     assert main(["inspect", "scales"]) == 0
-    assert "4 examples: loss" in capsys.readouterr().out
+    assert "20 examples: loss" in capsys.readouterr().out
 
 
 def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monkeypatch: Any) -> None:
-    search = importlib.import_module("zerotuning._search").GradientOptimizer
-    monkeypatch.setattr(search, "best", lambda self: np.zeros(self.dimension))
+    judge = importlib.import_module("zerotuning.judgement").Judge
+    monkeypatch.setattr(judge, "approves", lambda self, point: False)
     assert main(calibrate()) == 0
     assert "Nothing better than γ = 1 was found on the held-out examples" in capsys.readouterr().out
     assert torch.equal(gamma_of("scales"), torch.ones(2, 4))
@@ -183,19 +182,19 @@ def test_the_embedded_model_is_called_demo(tmp_path: Path, capsys: Any) -> None:
 
 
 def interrupt_after(monkeypatch: Any, answers: int) -> Callable[[], None]:
-    """Ctrl-C as the calibration gives its n-th answer; the function returned lets later ones pass."""
-    run = importlib.import_module("zerotuning.calibrate")._Run
-    answer = run._answer
+    """Ctrl-C in the n-th round of the search; the function returned lets later ones pass."""
+    search = importlib.import_module("zerotuning.folded_search").FoldedSearch
+    advance = search.advance
     left = [answers]
 
-    def interrupted(self: Any, parts: Any) -> None:
+    def interrupted(self: Any) -> None:
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        answer(self, parts)
+        advance(self)
 
-    monkeypatch.setattr(run, "_answer", interrupted)
-    return lambda: monkeypatch.setattr(run, "_answer", answer)
+    monkeypatch.setattr(search, "advance", interrupted)
+    return lambda: monkeypatch.setattr(search, "advance", advance)
 
 
 def test_an_interrupted_calibration_resumes_to_the_same_scales(place: Path, capsys: Any, monkeypatch: Any) -> None:
@@ -541,7 +540,6 @@ def test_a_terminal_without_greek_letters_gets_question_marks(place: Path, monke
 
 
 def test_choices_are_those_of_the_modules_behind_them() -> None:
-    assert importlib.import_module("zerotuning.calibrate").METHODS == cli.METHODS
     assert tuple(importlib.import_module("zerotuning.objectives").OBJECTIVES) == cli.OBJECTIVES
     assert importlib.import_module("zerotuning.bench").BENCHMARKS == cli.BENCHMARKS
 

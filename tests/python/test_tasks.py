@@ -98,7 +98,10 @@ def test_a_template_that_makes_no_sense_is_refused(prompt: str, problem: str) ->
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"shots": 4}, "unknown field 'shots'; known fields are name, prompt, labels, description, source"),
+        (
+            {"shots": 4},
+            "unknown field 'shots'; known fields are name, prompt, labels, continuation, description, source",
+        ),
         ({"builtin": True}, "unknown field 'builtin'"),
         ({"name": None}, "name must be a string, got NoneType None"),
         ({"name": " "}, "name must not be empty"),

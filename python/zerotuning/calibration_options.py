@@ -1,0 +1,171 @@
+"""The choices that make a calibration: what each means, its default, and what it must be."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from zerotuning.errors import ZeroTuningError
+
+METHODS = ("gradient", "paper", "cma-es")
+OBJECTIVES = ("task-loss", "entropy", "information")
+COMBINATIONS = ("average", "refit")
+TIES = ("none", "layer", "all")
+PRIORS = ("unknown", "estimate")
+
+DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
+DEFAULT_FOLDS = 4
+#: Chosen among by the held-out loss: gradients of a head's log γ are some 1e-3 to 1e-2 nats.
+DEFAULT_PENALTIES = (1e-3,)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What `calibrate` is asked to do; a resumed run must be asked the same.
+
+    method          `gradient`, `paper` (arXiv 2505.11739) or `cma-es`
+    objective       `task-loss` (nats, needs labels), `entropy` (the paper's label-free one) or `information`. The
+                    paper's method with `task-loss` minimises 1 - accuracy, as the paper does.
+    examples        use only so many records of each task, drawn by `seed`; default all
+    steps           gradient steps (default 60) or CMA-ES evaluations (default 300); the paper's method has its own number
+    seconds         stop stepping after so many seconds of search, those before an interruption included
+    seed            of the draw, the folds, the order of batches and CMA-ES
+    seeds           searches to make, with seeds of their own, on the same examples: the gradient method averages
+                    their log γ, the others keep the one with the best held-out loss
+    folds           parts of the examples that are held out in turn, by the gradient method: 1 holds one fifth out,
+                    once. Default 4; the other methods always hold one fifth out.
+    combine         what the gradient method makes of its folds: `average` of the folds' log γ at the chosen step, or
+                    `refit`, a search on all examples that stops at that step
+    penalties       strengths p of the penalty p/2 · |log γ|² toward γ = 1; the held-out loss chooses one
+    average         in [0, 1): decay of a moving average of each search's points, judged beside them; 0: none
+    learning_rate   the first gradient step moves each log γ by about so much
+    step_examples   fit examples that one gradient step sees; default 64, or 32 in each of several folds
+    patience        held-out evaluations without improvement after which the gradient method stops; 0: never
+    prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate` (from the
+                    untuned predictions, design.md §6) or one number a label
+    guard           without labels: refuse scales where the untuned predictions say too little, or the tuned ones
+                    resemble them too little (judgement.py)
+    layers          tune heads of these layers only
+    heads           tune these (layer, head) pairs only
+    exclude_heads   leave these (layer, head) pairs as they are
+    tie             `none`, `layer`: one γ for the heads of a layer, `all`: one γ for all
+    batch_size      prompts that go through the model together
+    max_new_tokens  of generated text, where a metric of it is the objective
+    Errors: ZeroTuningError that names the option.
+    """
+
+    method: str = "gradient"
+    objective: str = "task-loss"
+    examples: int | None = None
+    steps: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+    seeds: int = 1
+    folds: int | None = None
+    combine: str = "average"
+    penalties: Sequence[float] = DEFAULT_PENALTIES
+    average: float = 0.0
+    learning_rate: float = 0.1
+    step_examples: int | None = None
+    patience: int = 0
+    prior: str | Sequence[float] = "unknown"
+    guard: bool = True
+    layers: Sequence[int] | None = None
+    heads: Sequence[tuple[int, int]] | None = None
+    exclude_heads: Sequence[tuple[int, int]] = ()
+    tie: str = "none"
+    batch_size: int = 16
+    max_new_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("method", METHODS),
+            ("objective", OBJECTIVES),
+            ("combine", COMBINATIONS),
+            ("tie", TIES),
+        ):
+            if getattr(self, name) not in known:
+                raise ZeroTuningError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        self._check_counts()
+        self._check_numbers()
+        self._check_prior()
+        self._check_method()
+
+    def _check_counts(self) -> None:
+        for name, least in (
+            ("examples", 4),
+            ("steps", 1),
+            ("seed", 0),
+            ("seeds", 1),
+            ("folds", 1),
+            ("step_examples", 1),
+            ("patience", 0),
+            ("batch_size", 1),
+            ("max_new_tokens", 1),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("examples", "steps", "folds", "step_examples"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ZeroTuningError(f"{name} must be at least {least}, got {value!r}")
+
+    def _check_numbers(self) -> None:
+        if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
+            raise ZeroTuningError(f"seconds must be positive, got {self.seconds!r}")
+        if not (_is_number(self.average) and 0 <= self.average < 1):
+            raise ZeroTuningError(f"average must be in [0, 1), got {self.average!r}")
+        if not (_is_number(self.learning_rate) and self.learning_rate > 0):
+            raise ZeroTuningError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        good = isinstance(self.penalties, (list, tuple)) and len(self.penalties) > 0
+        if not good or not all(_is_number(penalty) and penalty >= 0 for penalty in self.penalties):
+            raise ZeroTuningError(f"penalties must be numbers of at least 0, got {self.penalties!r}")
+
+    def _check_prior(self) -> None:
+        if isinstance(self.prior, str):
+            if self.prior not in PRIORS:
+                raise ZeroTuningError(
+                    f"prior must be one of {', '.join(PRIORS)} or one number a label, got {self.prior!r}"
+                )
+        elif not (
+            len(self.prior) >= 2
+            and all(_is_number(share) and share > 0 for share in self.prior)
+            and abs(sum(self.prior) - 1) <= 1e-3
+        ):
+            raise ZeroTuningError(
+                f"prior must be positive numbers, one a label, that add up to 1, got {list(self.prior)}"
+            )
+        if self.prior != "unknown" and self.objective != "information":
+            raise ZeroTuningError(f"prior belongs to the objective information, got {self.objective}")
+
+    def _check_method(self) -> None:
+        if self.method != "gradient" and self.folds is not None and self.folds != 1:
+            raise ZeroTuningError(f"folds are for the method gradient, got {self.folds} with {self.method}")
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or DEFAULT_STEPS[self.method]
+
+    @property
+    def fold_count(self) -> int:
+        if self.method != "gradient":
+            return 1
+        return self.folds or DEFAULT_FOLDS
+
+    @property
+    def examples_per_step(self) -> int:
+        return self.step_examples or (64 if self.fold_count == 1 else 32)
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON holds them: tuples are lists."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,104 @@
+"""What an unfinished calibration leaves in its folder, so that the same call goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_json_atomically
+from zerotuning.measurement import TaskExamples
+from zerotuning.output import STATE_FILE
+from zerotuning.processes import Processes
+
+
+class CalibrationState:
+    """Reads and writes the state file; only the first of several processes touches the folder.
+
+    Args:
+        folder: where it is; None: nothing is kept.
+        identity: what must be equal for a saved state to be continued.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], processes: Processes) -> None:
+        self.path = None if folder is None else folder / STATE_FILE
+        self.identity = dict(identity)
+        self.processes = processes
+
+    def read(self) -> dict[str, Any] | None:
+        """The state of the same calibration, interrupted earlier; None where there is none.
+
+        Errors: ZeroTuningError for a file that is damaged or of another calibration.
+        """
+        if self.path is None:
+            return None
+        text = ""
+        if self.processes.is_first and self.path.exists():
+            try:
+                text = self.path.read_text("utf-8")
+            except (OSError, ValueError) as error:
+                raise self.damaged(error) from error
+        text = self.processes.from_first(text)
+        if not text:
+            return None
+        try:
+            content = json.loads(text)
+            saved, state = dict(content["calibration"]), dict(content["state"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise self.damaged(error) from error
+        # Through JSON, so that numbers compare as they were written.
+        for name, value in json.loads(json.dumps(self.identity)).items():
+            if saved.get(name) != value:
+                raise ZeroTuningError(
+                    f"{self.path.parent} holds an unfinished calibration with another {name}: {saved.get(name)!r}, "
+                    f"not {value!r}; run that one again, choose another folder or overwrite it"
+                )
+        return state
+
+    def damaged(self, error: Exception) -> ZeroTuningError:
+        return ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew")
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        if self.path is not None and self.processes.is_first:
+            write_json_atomically(self.path, {"calibration": self.identity, "state": dict(state)})
+
+    def clear(self) -> None:
+        if self.path is not None and self.processes.is_first:
+            self.path.unlink(missing_ok=True)
+
+
+def identity(
+    version: str,
+    model: nn.Module,
+    tasks: Sequence[TaskExamples],
+    options: CalibrationOptions,
+    start: str,
+    metric: str,
+) -> dict[str, Any]:
+    """What makes a calibration the same: model, tasks, data, options. `start` and `metric` name those."""
+    data = json.dumps([list(task.records) for task in tasks], sort_keys=True, default=str)
+    return {
+        "version": version,
+        "model_type": getattr(model.config, "model_type", ""),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype),
+        "tasks": [
+            {
+                "name": task.task.name,
+                "prompt": task.task.prompt,
+                "labels": task.task.labels if isinstance(task.task.labels, str) else list(task.task.labels),
+                "continuation": task.task.continuation,
+            }
+            for task in tasks
+        ],
+        **options.to_json(),
+        "start": start,
+        "metric": metric,
+        "data": hashlib.sha256(data.encode()).hexdigest(),
+    }

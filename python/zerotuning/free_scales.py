@@ -1,0 +1,109 @@
+"""Which heads a search may change: the linear map from its free numbers to the log γ of all heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from zerotuning.errors import ZeroTuningError
+
+#: As the optimisers in csrc/search have it: |log γ| of a free head stays within this.
+MAX_ABS_LOG_SCALE = 4.0
+
+
+class FreeScales:
+    """log γ = fixed + M x, with x [P] the free numbers and M [layers * heads, P] of zeros and ones.
+
+    Each free head follows one number, each number moves one head, the free heads of a layer or all of them. The other
+    heads stay at `start` (γ = 1 without it). x = 0 is γ = 1 in all free heads.
+
+    Args:
+        layers, heads: the model's.
+        only_layers, only_heads: free are heads of these layers, these (layer, head) pairs; None: any.
+        exclude_heads: (layer, head) pairs that are not free.
+        tie: `none`, `layer` or `all`: which free heads share one number.
+        start: log γ [layers, heads] to begin with; None: 0.
+
+    Raises:
+        ZeroTuningError: a layer or head that the model lacks, no free head at all, a start of another shape.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        heads: int,
+        *,
+        only_layers: Sequence[int] | None = None,
+        only_heads: Sequence[tuple[int, int]] | None = None,
+        exclude_heads: Sequence[tuple[int, int]] = (),
+        tie: str = "none",
+        start: np.ndarray | None = None,
+    ) -> None:
+        self.shape = (layers, heads)
+        free = np.ones(self.shape, dtype=bool)
+        if only_layers is not None:
+            chosen = np.zeros(self.shape, dtype=bool)
+            for layer in only_layers:
+                self._check("layers", layer, 0)
+                chosen[layer] = True
+            free &= chosen
+        if only_heads is not None:
+            free &= self._mask("heads", only_heads)
+        free &= ~self._mask("exclude_heads", exclude_heads)
+        if not free.any():
+            raise ZeroTuningError("layers, heads and exclude_heads leave no head to tune")
+        self._group = self._groups(free, tie)
+        self._free = free.reshape(-1)
+        self._members = np.bincount(self._group[self._free])
+        begin = np.zeros(self.shape) if start is None else np.asarray(start, dtype=np.float64)
+        if begin.shape != self.shape:
+            raise ZeroTuningError(
+                f"start must be {layers} layers x {heads} heads as the model has, got {list(begin.shape)}"
+            )
+        self._fixed = np.where(self._free, 0.0, begin.reshape(-1))
+        #: x to begin with: of tied heads the mean of their log γ.
+        self.start = np.clip(self.reduced(begin.reshape(-1)) / self._members, -MAX_ABS_LOG_SCALE, MAX_ABS_LOG_SCALE)
+
+    @property
+    def count(self) -> int:
+        """P, how many numbers are searched."""
+        return len(self._members)
+
+    @property
+    def free_heads(self) -> int:
+        return int(self._free.sum())
+
+    def expanded(self, point: np.ndarray) -> np.ndarray:
+        """x [P] -> log γ, float64 [layers * heads]."""
+        log_scale = self._fixed.copy()
+        log_scale[self._free] = np.asarray(point)[self._group[self._free]]
+        return log_scale
+
+    def reduced(self, gradient: np.ndarray) -> np.ndarray:
+        """dL/d log γ [layers * heads] -> dL/dx = Mᵀ dL/d log γ, float64 [P]."""
+        return np.bincount(self._group[self._free], weights=gradient[self._free], minlength=self.count)
+
+    def _groups(self, free: np.ndarray, tie: str) -> np.ndarray:
+        """The index into x of each head, [layers * heads]; of no meaning where a head is not free."""
+        layers, heads = self.shape
+        if tie == "all":
+            return np.zeros(layers * heads, dtype=np.int64)
+        if tie == "layer":
+            return np.repeat(np.cumsum(free.any(axis=1)) - 1, heads)
+        return np.cumsum(free.reshape(-1)) - 1
+
+    def _mask(self, name: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+        mask = np.zeros(self.shape, dtype=bool)
+        for pair in pairs:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ZeroTuningError(f"{name} must be (layer, head) pairs, got {pair!r}")
+            self._check(name, *pair)
+            mask[tuple(pair)] = True
+        return mask
+
+    def _check(self, name: str, layer: int, head: int) -> None:
+        layers, heads = self.shape
+        for what, value, count in (("layer", layer, layers), ("head", head, heads)):
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < count:
+                raise ZeroTuningError(f"{name}: the model's {what}s are 0 to {count - 1}, got {value!r}")

@@ -1,0 +1,259 @@
+"""What a search minimises, at any log γ: the objective of chosen examples, its gradient, and the scores behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zerotuning import objectives
+from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.errors import ZeroTuningError
+from zerotuning.processes import Processes
+from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.setbacks import Setbacks
+from zerotuning.tasks import Record, Task
+
+#: Texts that the model wrote and the examples they answer -> a number, the higher the better.
+Metric = Callable[[list[str], list[Record]], float]
+#: For each task, places in the list of its examples.
+Places = Sequence[Sequence[int]]
+
+
+@dataclass
+class TaskExamples:
+    """A task and the examples that its calibration may use."""
+
+    task: Task
+    records: list[Record]
+    scorer: LabelScorer
+    prior: Tensor | None = None  # [C], for the objective information
+
+    @property
+    def has_labels(self) -> bool:
+        return not self.task.continuation and int(self.scorer.labels.min()) >= 0
+
+
+class Measurement:
+    """The objective, as a mean over tasks, of chosen examples of each.
+
+    Points are log γ, float64 [layers * heads]. Several processes share every batch and all get the same numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[TaskExamples],
+        parameters: Sequence[Tensor],
+        options: CalibrationOptions,
+        setbacks: Setbacks,
+        processes: Processes,
+        metric: Metric | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.parameters = parameters
+        self.options = options
+        self.setbacks = setbacks
+        self.processes = processes
+        self.metric = metric
+
+    # Losses.
+
+    @torch.no_grad()
+    def scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
+        """For each task the label scores of the examples at `places`, float32 [n, C]; NaN where there are none."""
+        self.set_point(point)
+        return [self._task_scores(task, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
+
+    def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
+        """The objective, inf where an example has no finite score."""
+        values = []
+        for task, part, chosen in zip(self.tasks, scores, places, strict=True):
+            if bool(part.isnan().any()):
+                return math.inf
+            values.append(self._value(task, part, task.scorer.labels[list(chosen)]))
+        return math.fsum(values) / len(values)
+
+    def accuracy_of(self, scores: Sequence[Tensor], places: Places) -> float | None:
+        """Fraction of right answers, the mean over tasks; None where labels are missing."""
+        if not all(task.has_labels for task in self.tasks):
+            return None
+        labels = [task.scorer.labels[list(chosen)] for task, chosen in zip(self.tasks, places, strict=True)]
+        found = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
+        return math.fsum(found) / len(found)
+
+    def loss(self, point: np.ndarray, places: Places) -> float:
+        """The objective at a point; with a metric of generated text, minus that metric."""
+        if self.metric is not None:
+            return self._generated_loss(point, places)
+        return self.loss_of(self.scores(point, places), places)
+
+    def _value(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> float:
+        if self.options.method == "paper" and self.options.objective == "task-loss" and not task.task.continuation:
+            return 1.0 - objectives.accuracy(scores, labels)
+        return float(self._objective(task, scores, labels))
+
+    def _objective(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> Tensor:
+        if self.options.objective == "information":
+            return objectives.information(scores, None if task.prior is None else task.prior.to(scores.device))
+        if task.task.continuation:
+            return objectives.continuation_loss(scores, labels)
+        return objectives.OBJECTIVES[self.options.objective](scores, labels.to(scores.device))
+
+    def _task_scores(self, task: TaskExamples, places: Sequence[int]) -> Tensor:
+        columns = task.scorer.num_labels
+        table = np.zeros((len(places), columns + 1))  # the last column counts whether a row was found
+        row_of = {place: row for row, place in enumerate(places)}
+        for batch in self._batches(task, places):
+            for piece, scores in self.setbacks.in_pieces(
+                task.scorer, batch, lambda one: self._finite_scores(task, one)
+            ):
+                rows = [row_of[place] for place in piece.indices.tolist()]
+                table[rows, :columns], table[rows, columns] = scores.double().cpu().numpy(), 1.0
+        table = self.processes.sum(table)
+        table[table[:, columns] == 0, :columns] = np.nan
+        return torch.from_numpy(table[:, :columns].astype(np.float32))
+
+    @staticmethod
+    def _finite_scores(task: TaskExamples, batch: Batch) -> Tensor | None:
+        scores = task.scorer.scores(batch)
+        absent = scores == -torch.inf
+        good = torch.isfinite(scores.masked_fill(absent, 0.0)).all() and not absent.all(dim=-1).any()
+        return scores if bool(good) else None
+
+    def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
+        """This process's share of the examples, in batches: examples of one length are shared out evenly."""
+        size = self.setbacks.batch_size(self.options.batch_size)
+        shares = [self.processes.share(batch.indices.tolist()) for batch in task.scorer.batches_of(places, size)]
+        return [batch for share in shares for batch in task.scorer.batches_of(share, size)]
+
+    # Gradients.
+
+    def loss_and_gradient(self, point: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
+        """The objective and its gradient in log γ, float64 [layers * heads]. An example without a finite loss is
+        left out; errors: ZeroTuningError where none has one."""
+        self.set_point(point)
+        loss, gradient = 0.0, np.zeros(self._size)
+        for task, chosen in zip(self.tasks, places, strict=True):
+            through_scores = self.options.objective == "information"
+            find = self._gradient_through_scores if through_scores else self._gradient_of_mean
+            value, part = find(task, chosen)
+            loss += value / len(self.tasks)
+            gradient += part / len(self.tasks)
+        return loss, gradient
+
+    def _gradient_of_mean(self, task: TaskExamples, places: Sequence[int]) -> tuple[float, np.ndarray]:
+        """For an objective that is a mean over examples: batch by batch."""
+
+        def compute(batch: Batch) -> np.ndarray | None:
+            value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
+            return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
+
+        sums = self._summed(task, places, compute)
+        return float(sums[0] / sums[1]), sums[2:] / sums[1]
+
+    def _gradient_through_scores(self, task: TaskExamples, places: Sequence[int]) -> tuple[float, np.ndarray]:
+        """For an objective that is no mean over examples: its gradient in all scores first, then batch by batch."""
+        with torch.no_grad():
+            scores = self._task_scores(task, places)
+        kept = ~scores.isnan().any(dim=-1)
+        known = [place for place, good in zip(places, kept.tolist(), strict=True) if good]
+        if not known:
+            raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
+        leaf = scores[kept].requires_grad_()
+        value = self._objective(task, leaf, task.scorer.labels[known])
+        (weights,) = torch.autograd.grad(value, leaf)
+        weight_of = dict(zip(known, weights, strict=True))
+
+        def compute(batch: Batch) -> np.ndarray | None:
+            found = task.scorer.scores(batch)
+            weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
+            gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
+            return self._finite_sums(0.0, gradient, len(batch))
+
+        return float(value.detach()), self._summed(task, known, compute)[2:]
+
+    def _summed(
+        self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
+    ) -> np.ndarray:
+        """(loss, examples, gradient…) added up over batches and processes: float64 [2 + layers * heads]."""
+        sums = np.zeros(2 + self._size)
+        for batch in self._batches(task, places):
+            for _, part in self.setbacks.in_pieces(task.scorer, batch, compute):
+                sums += part
+        sums = self.processes.sum(sums)
+        if sums[1] == 0:
+            raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
+        return sums
+
+    @staticmethod
+    def _finite_sums(loss: float, gradient: np.ndarray, examples: int) -> np.ndarray | None:
+        if not (math.isfinite(loss) and np.isfinite(gradient).all()):
+            return None
+        return np.concatenate(([loss, float(examples)], gradient))
+
+    def _gradient(self, value: Tensor) -> np.ndarray:
+        gradients = torch.autograd.grad(value, list(self.parameters), allow_unused=True)
+        rows = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for gradient, parameter in zip(gradients, self.parameters, strict=True)
+        ]
+        return torch.cat([row.detach().double().cpu().flatten() for row in rows]).numpy()
+
+    # Points, text.
+
+    @property
+    def _size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def set_point(self, point: np.ndarray) -> None:
+        """Writes log γ, [layers * heads], into the model."""
+        values = torch.from_numpy(np.asarray(point)).reshape(len(self.parameters), -1)
+        with torch.no_grad():
+            for parameter, row in zip(self.parameters, values, strict=True):
+                parameter.copy_(row)
+
+    @torch.no_grad()
+    def _generated_loss(self, point: np.ndarray, places: Places) -> float:
+        assert self.metric is not None
+        self.set_point(point)
+        values = []
+        for task, chosen in zip(self.tasks, places, strict=True):
+            records = [task.records[place] for place in chosen]
+            value = self.metric(self._written(task, chosen), records)
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
+            values.append(-float(value))
+        return math.fsum(values) / len(values)
+
+    def _written(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
+        """What the model writes after each prompt, greedily, at the point that is set."""
+        texts: dict[int, str] = {}
+        size = self.setbacks.batch_size(self.options.batch_size)
+        for begin in range(0, len(places), size):
+            chosen = places[begin : begin + size]
+            for piece, written in self.setbacks.in_pieces(
+                task.scorer, task.scorer.prompt_batch(chosen), lambda batch: self._generate(task, batch)
+            ):
+                texts.update(zip(piece.indices.tolist(), written, strict=True))
+        return [texts[place] for place in places]
+
+    def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
+        prompts = task.scorer.prompt_batch(batch.indices.tolist())
+        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        ids = self.model.generate(  # type: ignore[operator]
+            input_ids=prompts.input_ids.to(device),
+            attention_mask=prompts.attention_mask.to(device),
+            max_new_tokens=self.options.max_new_tokens,
+            do_sample=False,
+            pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
+        )
+        return list(self.tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True))

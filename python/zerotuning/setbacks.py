@@ -1,0 +1,79 @@
+"""What went wrong on the way and was survived: batches too large for the memory, losses that are no number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.scoring import Batch, LabelScorer
+
+T = TypeVar("T")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch ran out of memory, on a GPU or on the CPU (there it says so in words only)."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+
+
+@dataclass
+class Setbacks:
+    """Retries batches in halves, and keeps note for the report.
+
+    largest    examples that a batch may have since memory ran out; None: it never did
+    notes      what happened, each once
+    """
+
+    largest: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def batch_size(self, wanted: int) -> int:
+        return wanted if self.largest is None else min(wanted, self.largest)
+
+    def in_pieces(
+        self, scorer: LabelScorer, batch: Batch, compute: Callable[[Batch], T | None]
+    ) -> list[tuple[Batch, T]]:
+        """`compute` of the batch or, where memory runs out or it gives None (no finite number), of its halves.
+
+        An example that gives None by itself is left out. Errors: ZeroTuningError for an example that is too
+        large for the memory by itself.
+        """
+        try:
+            value = compute(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            value = None
+            self._ran_out_of_memory(batch, error)
+        else:
+            if value is not None:
+                return [(batch, value)]
+            if len(batch) == 1:
+                self.note(f"{batch.examples[0].origin}: no finite loss at some scales, left out there")
+                return []
+            self.note(f"no finite loss in a batch of {len(batch)}, retried in halves")
+        # Outside the except block: the failed pass's tensors, held by its traceback, are free again.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        places = batch.indices.tolist()
+        halves = (places[: len(places) // 2], places[len(places) // 2 :])
+        pieces = [piece for half in halves for piece in scorer.batches_of(half)]
+        return [done for piece in pieces for done in self.in_pieces(scorer, piece, compute)]
+
+    def _ran_out_of_memory(self, batch: Batch, error: BaseException) -> None:
+        if len(batch) == 1:
+            text = " ".join(str(error).split())
+            raise ZeroTuningError(
+                f"{batch.examples[0].origin}: not enough memory for this example alone ({text})"
+            ) from None
+        self.largest = max(1, len(batch) // 2)
+        self.note(f"not enough memory for a batch of {len(batch)}, retried with at most {self.largest}")
