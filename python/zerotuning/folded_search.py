@@ -26,8 +26,10 @@ from zerotuning.free_scales import MAX_ABS_LOG_SCALE, FreeScales
 from zerotuning.judgement import Judge
 from zerotuning.measurement import Measurement, Places
 
-#: Judged so many times on the way to the last step.
+#: Judged so many times on the way to the last step, and at least every so many steps: a budget of seconds may end
+#: the search anywhere.
 JUDGEMENTS = 20
+LONGEST_UNJUDGED = 5
 #: Told to an optimiser, which takes finite numbers only, for a held-out loss that is none.
 FAILED = 1e30
 
@@ -304,7 +306,7 @@ class FoldedSearch:
             "learning_rate": self.options.learning_rate,
             "penalty": penalty,
             "max_abs_log_scale": MAX_ABS_LOG_SCALE,
-            "evaluate_every": max(1, round(self.steps / JUDGEMENTS)),
+            "evaluate_every": min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED),
             "patience": 0,  # judged here, over all folds
             "average": self.options.average,
             "start": self.free.start,

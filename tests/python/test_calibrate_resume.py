@@ -1,0 +1,150 @@
+"""A calibration that is killed goes on where it was, to the same bytes; several processes make one result."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zerotuning.scales import HeadScales
+
+TASK = """\
+name: films
+prompt: "Review: {text}\\nSentiment:"
+labels: [" negative", " positive"]
+"""
+RECORDS = [
+    {"text": f"the film is {first} and {second}", "label": 1}
+    for first in ("good", "bad", "a good story", "far too long")
+    for second in ("told", "long", "well told", "far too well told", "a story")
+]
+SAME_BYTES = ("head_scales.safetensors", "zerotuning_config.json")
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "task.yaml").write_text(TASK, encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
+    return tmp_path
+
+
+def command(output: str, *more: str) -> list[str]:
+    return [
+        *("calibrate", "--model", "model", "--task", "task.yaml", "--data", "data.jsonl", "--dtype", "float32"),
+        *("--device", "cpu", "--output", output, *more),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "zerotuning", *arguments],
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+
+
+def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, "ended before it wrote its state"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) -> None:
+    options = ("--steps", "120", "--penalty", "0.001,0.01", "--combine", "refit")
+    finish(start(place, *command("whole", *options)))
+    moments = random.Random(7)
+    state = place / "killed/calibration_state.json"
+    progress = []
+    for _ in range(5):
+        process = start(place, *command("killed", *options))
+        before = state.read_bytes() if state.exists() else None
+        # From its first new state on, up to a random moment; a search that is done by then has nothing left to kill.
+        while process.poll() is None and (not state.exists() or state.read_bytes() == before):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if not state.exists():
+            break
+        progress.append(json.loads(state.read_text("utf-8"))["state"]["seconds"])
+    assert len(progress) >= 3, "the search is too short for this test"
+    assert progress == sorted(progress)
+    if state.exists():
+        finish(start(place, *command("killed", *options)))
+    for name in SAME_BYTES:
+        assert (place / "killed" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in (place / "killed").iterdir() if not path.name.endswith(".part")) == sorted(
+        path.name for path in (place / "whole").iterdir()
+    )
+
+
+def test_a_damaged_state_is_refused(place: Path) -> None:
+    process = start(place, *command("out", "--steps", "5000"))
+    state = place / "out/calibration_state.json"
+    wait_for(state, process)
+    process.kill()
+    process.communicate()
+    content = json.loads(state.read_text("utf-8"))
+    for damage in ({}, {**content, "state": {"search": {}}}, [1]):
+        state.write_text(json.dumps(damage), encoding="utf-8")
+        ended = start(place, *command("out", "--steps", "5000"))
+        _, err = ended.communicate(timeout=120)
+        assert ended.returncode == 2
+        assert "calibration_state.json cannot be read" in err.decode()
+        assert len(err.decode().strip().splitlines()) == 1
+
+
+def torchrun(place: Path, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return subprocess.run(
+        [*launcher, "-m", "zerotuning", *arguments],
+        cwd=place,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("objective", ["task-loss", "information"])
+def test_two_processes_find_the_scales_of_one(place: Path, objective: str) -> None:
+    options = ("--steps", "12", "--objective", objective)
+    finish(start(place, *command("one", *options)))
+    together = torchrun(place, 2, *command("two", *options))
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("held-out examples") == 1
+    one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
+    if objective == "task-loss":
+        assert bool((one != 1).any())
+    assert torch.allclose(one, two, atol=1e-4, rtol=0)
+
+
+def test_bad_input_ends_all_processes(place: Path) -> None:
+    together = torchrun(place, 2, *command("two", "--layers", "9"))
+    assert together.returncode != 0
+    assert "layers: the model's layers are 0 to 1, got 9" in together.stderr
+    assert not (place / "two").exists()
