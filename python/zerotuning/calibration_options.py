@@ -18,6 +18,7 @@ PRIORS = ("unknown", "estimate")
 
 DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
 DEFAULT_FOLDS = 4
+LABEL_FREE_FOLDS = 2
 #: Chosen among by the held-out loss: gradients of a head's log γ are some 1e-3 to 1e-2 nats.
 DEFAULT_PENALTIES = (1e-3,)
 
@@ -36,7 +37,8 @@ class CalibrationOptions:
     seeds           searches to make, with seeds of their own, on the same examples: the gradient method averages
                     their log γ, the others keep the one with the best held-out loss
     folds           parts of the examples that are held out in turn, by the gradient method: 1 holds one fifth out,
-                    once. Default 4; the other methods always hold one fifth out.
+                    once. Default 4; without labels 2, whose searches share no example and so can confirm each other.
+                    The other methods always hold one fifth out.
     combine         what the gradient method makes of its folds: `average` of the folds' log γ at the chosen step, or
                     `refit`, a search on all examples that stops at that step
     penalties       strengths p of the penalty p/2 · |log γ|² toward γ = 1; the held-out loss chooses one
@@ -46,8 +48,8 @@ class CalibrationOptions:
     patience        held-out evaluations without improvement after which the gradient method stops; 0: never
     prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate` (from the
                     untuned predictions, design.md §6) or one number a label
-    guard           without labels: refuse scales where the untuned predictions say too little, or the tuned ones
-                    resemble them too little (judgement.py)
+    guard           without labels: refuse scales that are more likely chance than knowledge of the model's: three
+                    thresholds, in judgement.py
     layers          tune heads of these layers only
     heads           tune these (layer, head) pairs only
     exclude_heads   leave these (layer, head) pairs as they are
@@ -152,7 +154,7 @@ class CalibrationOptions:
     def fold_count(self) -> int:
         if self.method != "gradient":
             return 1
-        return self.folds or DEFAULT_FOLDS
+        return self.folds or (DEFAULT_FOLDS if self.objective == "task-loss" else LABEL_FREE_FOLDS)
 
     @property
     def examples_per_step(self) -> int:

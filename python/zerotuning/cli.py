@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from zerotuning.calibration_options import (
     COMBINATIONS,
     DEFAULT_FOLDS,
+    LABEL_FREE_FOLDS,
     METHODS,
     OBJECTIVES,
     PRIORS,
@@ -206,7 +207,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--folds",
         metavar="K",
         type=_positive,
-        help=f"hold out each of K parts in turn; 1: a fifth, once (default: {DEFAULT_FOLDS}; gradient only)",
+        help=f"hold out each of K parts in turn; 1: a fifth, once (default: {DEFAULT_FOLDS}, without labels {LABEL_FREE_FOLDS}; gradient only)",
     )
     add("--combine", choices=COMBINATIONS, default=defaults.combine, help="the folds' scales (default: %(default)s)")
     add(

@@ -159,8 +159,10 @@ class FoldedSearch:
                     answers.append(self._loss_and_gradient(evaluation.point, split.seed, index, split.fit, self.round))
                     fit_losses.append(answers[-1][0])
                 else:
-                    scores = self._held_out_scores(evaluation.point, split.held_out)
-                    loss = self.measurement.loss_of(scores, split.held_out)
+                    # Without labels the folds' predictions are compared, so that each needs those of all examples.
+                    places = self.everything if self.judge.label_free else split.held_out
+                    scores = self._scores(evaluation.point, places)
+                    loss = self.measurement.loss_of(scores, places)
                     answers.append((loss if math.isfinite(loss) else FAILED, None))
                     judged.setdefault(role, []).append((evaluation.point, scores))
             self._tell(optimizer, answers)
@@ -320,7 +322,7 @@ class FoldedSearch:
         loss, gradient = self.measurement.loss_and_gradient(self.free.expanded(point), chosen)
         return loss, self.free.reduced(gradient)
 
-    def _held_out_scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
+    def _scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
         if not point.any():
             return self.judge.baseline_scores(places)
         return self.measurement.scores(self.free.expanded(point), places)
