@@ -32,9 +32,10 @@ from zerotuning.head_map import can_plot, plot_head_map
 from zerotuning.judgement import Judge
 from zerotuning.measurement import Measurement, Metric, TaskExamples
 from zerotuning.objectives import estimated_prior
-from zerotuning.output import PICTURE_FILE, REPORT_FILE, result_folder
+from zerotuning.output import PICTURE_FILE, REPORT_FILE, REPORT_PAGE_FILE, result_folder
 from zerotuning.patch import head_parameters, is_patched, patch, patched_shape, unpatch
 from zerotuning.processes import Processes
+from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import LabelScorer
 from zerotuning.setbacks import Setbacks
@@ -413,3 +414,4 @@ def _write(folder: Path, scales: HeadScales, report: Mapping[str, Any]) -> None:
     write_json_atomically(folder / REPORT_FILE, dict(report))
     if can_plot():
         plot_head_map(scales, folder / PICTURE_FILE)
+        plot_report(scales, report, folder / REPORT_PAGE_FILE)

@@ -26,6 +26,7 @@ from zerotuning.calibration_options import (
 )
 from zerotuning.errors import ZeroTuningError
 from zerotuning.output import (
+    REPORT_PAGE_FILE,
     RESULT_FILES,
     SCALES_FILE,
     STATE_FILE,
@@ -374,6 +375,8 @@ def _print_calibration(calibration: Any, folder: Path) -> None:
         print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
         print(f"  ({calibration.report['reason']})")
     print(f"\nIn {folder}: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
+    if not (folder / REPORT_PAGE_FILE).exists():
+        print('No plots: matplotlib is missing (pip install "zerotuning[plot]")')
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

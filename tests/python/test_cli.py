@@ -103,6 +103,7 @@ def test_calibrate_then_inspect_then_evaluate(place: Path, capsys: Any) -> None:
         "head_map.png",
         "head_scales.safetensors",
         "report.json",
+        "report.png",
         "zerotuning_config.json",
     ]
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
