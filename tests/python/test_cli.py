@@ -163,6 +163,31 @@ def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monk
     assert torch.equal(gamma_of("scales"), torch.ones(2, 4))
 
 
+def test_the_command_takes_several_tasks_heads_and_a_start(place: Path, capsys: Any) -> None:
+    HeadScales(torch.full((2, 4), 1.5)).save_pretrained("start")
+    write_lines(place / "few.jsonl", RECORDS[:8])
+    (place / "short.yaml").write_text(TASK.replace("films", "short").replace("Review: ", ""), encoding="utf-8")
+    more = [
+        "--task",
+        "short.yaml",
+        "--data",
+        "few.jsonl",
+        "--layers",
+        "1",
+        "--exclude-heads",
+        "1:0",
+        "--start",
+        "start",
+    ]
+    assert main(calibrate(*more, "--seeds", "2", "--folds", "2", "--penalty", "0,0.01")) == 0
+    assert "films + short: gradient, 4 steps" in capsys.readouterr().out
+    report = json.loads((place / "scales/report.json").read_text("utf-8"))
+    assert (report["free_heads"], report["seeds"], report["folds"]) == (3, 2, 2)
+    gamma = gamma_of("scales")
+    assert gamma[0].tolist() == [1.5] * 4
+    assert gamma[1, 0] == 1.5
+
+
 def test_evaluate_replaces_its_file(place: Path, capsys: Any) -> None:
     (place / "figures.json").write_text("old", encoding="utf-8")
     assert main(evaluate("--output", "figures.json", "--limit", "2")) == 0
@@ -275,6 +300,21 @@ def test_a_finished_result_is_refused_without_overwrite(place: Path, capsys: Any
         (calibrate("--examples", "2"), "examples must be at least 4, got 2"),
         (calibrate("--method", "adam"), "argument --method: invalid choice: 'adam'"),
         (calibrate("--objective", "accuracy"), "argument --objective: invalid choice: 'accuracy'"),
+        (calibrate("--folds", "0"), "argument --folds: must be a positive integer, got '0'"),
+        (calibrate("--seconds", "-1"), "argument --seconds: must be a positive number of seconds, got '-1'"),
+        (
+            calibrate("--penalty", "1e-3,x"),
+            "argument --penalty: must be numbers of at least 0 with commas between, got 'x'",
+        ),
+        (calibrate("--prior", "half"), "argument --prior: must be unknown or estimate, or positive numbers"),
+        (calibrate("--prior", "0.5,0.5"), "prior belongs to the objective information, got task-loss"),
+        (calibrate("--layers", "3-1"), "argument --layers: must be layers such as 0-7,12, got '3-1'"),
+        (calibrate("--layers", "0-2"), "layers: the model's layers are 0 to 1, got 2"),
+        (calibrate("--heads", "3"), "argument --heads: must be layer:head pairs such as 3:0,12:8, got '3'"),
+        (calibrate("--exclude-heads", "0:4"), "exclude_heads: the model's heads are 0 to 3, got 4"),
+        (calibrate("--start", "nowhere"), "scales folder nowhere does not exist"),
+        (calibrate("--task", "sst2"), "--data must come once for each --task (2), got 1"),
+        (calibrate("--method", "cma-es", "--folds", "3"), "folds are for the method gradient, got 3 with cma-es"),
         (["bench", "coffee"], "argument kind: invalid choice: 'coffee'"),
     ],
 )

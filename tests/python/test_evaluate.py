@@ -116,3 +116,22 @@ def test_the_embedded_model_does_better_than_chance_on_sst2(demo_model: tuple[An
     result = evaluate(*demo_model, "sst2", limit=64)
     assert result.examples == 64
     assert 0.6 < result.accuracy < 0.95
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_continuation_is_scored_token_by_token(tiny_model: Any, tiny_tokenizer: Any, batch_size: int) -> None:
+    task = Task("answers", "Say: {text}\n", continuation=" {answer}")
+    records = [{"text": "x" * n, "answer": "the film is" + " good" * n} for n in (1, 3, 2, 4)]
+    losses, entropies, exact = [], [], 0
+    for record in records:
+        start = tiny_tokenizer(f"Say: {record['text']}\n")["input_ids"]
+        whole = tiny_tokenizer(f"Say: {record['text']}\n {record['answer']}")["input_ids"]
+        logits = tiny_model(torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        places = range(len(start) - 1, len(whole) - 1)
+        losses.append(-sum(float(logits[k, whole[k + 1]]) for k in places) / len(places))
+        entropies.append(-sum(float((logits[k].exp() * logits[k]).sum()) for k in places) / len(places))
+        exact += all(int(logits[k].argmax()) == whole[k + 1] for k in places)
+    found = evaluate(tiny_model, tiny_tokenizer, task, records, batch_size=batch_size)
+    assert found.loss == pytest.approx(sum(losses) / 4, abs=1e-4)
+    assert found.entropy == pytest.approx(sum(entropies) / 4, abs=1e-4)
+    assert found.accuracy == exact / 4

@@ -270,3 +270,17 @@ def test_a_record_is_a_dictionary_that_knows_its_line() -> None:
     record = Record({"text": "a"}, "data.jsonl:4")
     assert record == {"text": "a"}
     assert record.origin == "data.jsonl:4"
+
+
+def test_a_continuation_takes_the_place_of_labels(tmp_path: Path) -> None:
+    text = 'name: t\nprompt: "Q: {question}\\nA:"\ncontinuation: " {answer} ({year})"\n'
+    task = Task.load(task_file(tmp_path, text))
+    prompt = task.render({"question": "who?", "answer": "{me}", "year": 7}, require_label=True)
+    assert (prompt.text, prompt.labels, prompt.label) == ("Q: who?\nA:", (" {me} (7)",), 0)
+    assert "field 'answer' is missing" in one_line_error(task.render, {"question": "who?", "year": 7})
+    assert "labels or a continuation, not both" in one_line_error(
+        Task.load, task_file(tmp_path, text + 'labels: [" a", " b"]\n')
+    )
+    assert "continuation must hold at least one {field}" in one_line_error(
+        Task.load, task_file(tmp_path, text.replace("{answer} ({year})", "yes"))
+    )
