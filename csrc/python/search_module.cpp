@@ -115,21 +115,22 @@ void bind_gradient(py::module_& module) {
       "evaluations of the held-out loss without improvement.")
       .def(
           py::init([](int64_t dimension, int64_t steps, double learning_rate, double beta1,
-                      double beta2, double penalty, double max_abs_log_scale,
+                      double beta2, double epsilon, double penalty, double max_abs_log_scale,
                       const std::string& schedule, int64_t evaluate_every, int64_t patience,
                       bool held_out, double average, const std::optional<Vector>& start) {
             return std::make_unique<search::GradientOptimizer>(
                 dimension,
-                search::GradientOptions{steps, learning_rate, beta1, beta2, penalty,
+                search::GradientOptions{steps, learning_rate, beta1, beta2, epsilon, penalty,
                                         max_abs_log_scale, schedule_named(schedule), evaluate_every,
                                         patience, held_out, average, start_point(start)});
           }),
           "dimension"_a, py::kw_only(), "steps"_a = defaults.steps,
           "learning_rate"_a = defaults.learning_rate, "beta1"_a = defaults.beta1,
-          "beta2"_a = defaults.beta2, "penalty"_a = defaults.penalty,
-          "max_abs_log_scale"_a = defaults.max_abs_log_scale, "schedule"_a = "cosine",
-          "evaluate_every"_a = defaults.evaluate_every, "patience"_a = defaults.patience,
-          "held_out"_a = defaults.held_out, "average"_a = defaults.average, "start"_a = py::none(),
+          "beta2"_a = defaults.beta2, "epsilon"_a = defaults.epsilon,
+          "penalty"_a = defaults.penalty, "max_abs_log_scale"_a = defaults.max_abs_log_scale,
+          "schedule"_a = "cosine", "evaluate_every"_a = defaults.evaluate_every,
+          "patience"_a = defaults.patience, "held_out"_a = defaults.held_out,
+          "average"_a = defaults.average, "start"_a = py::none(),
           "schedule: 'cosine' (learning_rate falls to 0 over the steps) or 'constant'. patience = "
           "0: never stops "
           "early. held_out = False: the fit loss takes the held-out loss's place. average: decay "

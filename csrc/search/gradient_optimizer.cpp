@@ -9,7 +9,6 @@ namespace zerotuning::search {
 namespace {
 
 constexpr double kPi = 3.14159265358979323846;
-constexpr double kEpsilon = 1e-8;
 
 bool is_zero(const std::vector<double>& point) {
   return std::all_of(point.begin(), point.end(), [](double value) { return value == 0; });
@@ -22,6 +21,8 @@ void check(const GradientOptions& options) {
           "positive and finite", options.learning_rate);
   require(options.beta1 >= 0 && options.beta1 < 1, "beta1", "in [0, 1)", options.beta1);
   require(options.beta2 >= 0 && options.beta2 < 1, "beta2", "in [0, 1)", options.beta2);
+  require(options.epsilon > 0 && std::isfinite(options.epsilon), "epsilon", "positive and finite",
+          options.epsilon);
   require(options.penalty >= 0 && std::isfinite(options.penalty), "penalty",
           "finite and not negative", options.penalty);
   require(options.max_abs_log_scale > 0 && std::isfinite(options.max_abs_log_scale),
@@ -129,7 +130,8 @@ void GradientOptimizer::take_step(const std::vector<double>& gradient) {
     const double slope = gradient[i] + options_.penalty * x;
     mean = options_.beta1 * mean + (1 - options_.beta1) * slope;
     square = options_.beta2 * square + (1 - options_.beta2) * slope * slope;
-    const double direction = (mean / correction1) / (std::sqrt(square / correction2) + kEpsilon);
+    const double direction =
+        (mean / correction1) / (std::sqrt(square / correction2) + options_.epsilon);
     x = std::clamp(x - rate * direction, -bound, bound);
     state_.average[i] = options_.average * state_.average[i] + (1 - options_.average) * x;
   }
@@ -148,6 +150,7 @@ void GradientOptimizer::write_options(StateWriter& writer) const {
   writer.number("learning_rate", options_.learning_rate);
   writer.number("beta1", options_.beta1);
   writer.number("beta2", options_.beta2);
+  writer.number("epsilon", options_.epsilon);
   writer.number("penalty", options_.penalty);
   writer.number("max_abs_log_scale", options_.max_abs_log_scale);
   writer.word("schedule", options_.schedule == Schedule::cosine ? "cosine" : "constant");

@@ -23,6 +23,9 @@ struct GradientOptions {
   // Decay of the mean gradient and of the mean squared gradient, in [0, 1).
   double beta1 = 0.9;
   double beta2 = 0.999;
+  // > 0, in units of the gradient: a head whose gradients are smaller than this moves by less than
+  // learning_rate a step, so that noise in heads that do not matter is not scaled up to full steps.
+  double epsilon = 1e-8;
   // >= 0; penalty/2 * |x|^2 is added to the fit loss.
   double penalty = 1e-4;
   // > 0; every |x| stays within it: gamma from 0.018 to 55.
@@ -42,7 +45,7 @@ struct GradientOptions {
 
 // Adam (Kingma and Ba, arXiv 1412.6980, algorithm 1) on f(x) + penalty/2 |x|^2, clamped:
 //   g = df/dx + penalty x;   m = beta1 m + (1 - beta1) g;   v = beta2 v + (1 - beta2) g^2
-//   x = clamp(x - rate_k * (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + 1e-8))
+//   x = clamp(x - rate_k * (m / (1 - beta1^k)) / (sqrt(v / (1 - beta2^k)) + epsilon))
 //
 // Each step asks for the fit loss and gradient at x; every `evaluate_every` steps, and after the
 // last, also for the held-out loss there. The first ask includes the held-out loss of x = 0, the

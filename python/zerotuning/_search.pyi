@@ -70,6 +70,7 @@ class GradientOptimizer(Optimizer):
         learning_rate: float = 0.1,
         beta1: float = 0.9,
         beta2: float = 0.999,
+        epsilon: float = 1e-8,
         penalty: float = 1e-4,
         max_abs_log_scale: float = 4.0,
         schedule: str = "cosine",

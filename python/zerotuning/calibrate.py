@@ -372,8 +372,8 @@ class _Run:
         return report
 
     def _held_out(self, found: Found) -> dict[str, Any]:
-        if self.measurement.metric is None:
-            return held_out_figures(self.measurement, self.free, found)
+        if self.judge is not None:
+            return held_out_figures(self.measurement, self.free, found, self.judge)
         assert isinstance(self.search, SingleSearch)
         optimizer = self.search.optimizers[0]
         return {

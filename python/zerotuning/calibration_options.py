@@ -44,6 +44,8 @@ class CalibrationOptions:
     penalties       strengths p of the penalty p/2 · |log γ|² toward γ = 1; the held-out loss chooses one
     average         in [0, 1): decay of a moving average of each search's points, judged beside them; 0: none
     learning_rate   the first gradient step moves each log γ by about so much
+    epsilon         a head whose gradients are smaller than this (nats per unit of log γ) moves by less than
+                    learning_rate in a step
     step_examples   fit examples that one gradient step sees; default 64, or 32 in each of several folds
     patience        held-out evaluations without improvement after which the gradient method stops; 0: never
     prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate` (from the
@@ -71,6 +73,7 @@ class CalibrationOptions:
     penalties: Sequence[float] = DEFAULT_PENALTIES
     average: float = 0.0
     learning_rate: float = 0.1
+    epsilon: float = 1e-8
     step_examples: int | None = None
     patience: int = 0
     prior: str | Sequence[float] = "unknown"
@@ -119,8 +122,9 @@ class CalibrationOptions:
             raise ZeroTuningError(f"seconds must be positive, got {self.seconds!r}")
         if not (_is_number(self.average) and 0 <= self.average < 1):
             raise ZeroTuningError(f"average must be in [0, 1), got {self.average!r}")
-        if not (_is_number(self.learning_rate) and self.learning_rate > 0):
-            raise ZeroTuningError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        for name in ("learning_rate", "epsilon"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise ZeroTuningError(f"{name} must be positive, got {getattr(self, name)!r}")
         good = isinstance(self.penalties, (list, tuple)) and len(self.penalties) > 0
         if not good or not all(_is_number(penalty) and penalty >= 0 for penalty in self.penalties):
             raise ZeroTuningError(f"penalties must be numbers of at least 0, got {self.penalties!r}")

@@ -7,14 +7,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from zerotuning import objectives
 from zerotuning.folded_search import Found, Split
 from zerotuning.free_scales import FreeScales
-from zerotuning.judgement import pooled_places
+from zerotuning.judgement import Judge, pooled_places
 from zerotuning.measurement import Measurement, Places
 from zerotuning.version import __version__
 
@@ -33,13 +32,12 @@ METADATA_FIELDS = (
 )
 
 
-def held_out_figures(measurement: Measurement, free: FreeScales, found: Found) -> dict[str, Any]:
+def held_out_figures(measurement: Measurement, free: FreeScales, found: Found, judge: Judge) -> dict[str, Any]:
     """`baseline` and `tuned` (loss, accuracy, entropy) of the held-out examples of all splits, by the scales that
     never saw them; `tasks`, the same for each task with its confusion; `by_seed` and its `spread`."""
     before, after, by_seed = [], [], []
-    zero = np.zeros(free.count)
     for split, point in found.judged:
-        before.append(measurement.scores(free.expanded(zero), split.held_out))
+        before.append(judge.baseline_scores(split.held_out))
         after.append(measurement.scores(free.expanded(point), split.held_out) if point.any() else before[-1])
     splits = [split for split, _ in found.judged]
     for seed in dict.fromkeys(split.seed for split in splits):

@@ -306,6 +306,7 @@ class FoldedSearch:
         settings: dict[str, Any] = {
             "steps": self.steps,
             "learning_rate": self.options.learning_rate,
+            "epsilon": self.options.epsilon,
             "penalty": penalty,
             "max_abs_log_scale": MAX_ABS_LOG_SCALE,
             "evaluate_every": min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED),

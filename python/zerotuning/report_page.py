@@ -128,22 +128,16 @@ def _draw_heads(axes: Any, scales: HeadScales) -> None:
 
 
 def _draw_layers(axes: Any, scales: HeadScales) -> None:
-    gamma = scales.gamma.double().numpy()
-    layers = np.arange(gamma.shape[0])
-    axes.plot(
-        np.repeat(layers, gamma.shape[1]),
-        gamma.reshape(-1),
-        ".",
-        color=_HELD_OUT,
-        alpha=0.5,
-        markersize=4,
-        label="head",
-    )
-    axes.plot(layers, np.exp(np.log(gamma).mean(axis=1)), "-", color=_AFTER, linewidth=1.8, label="geometric mean")
-    axes.axhline(1, color=_BEFORE, linewidth=1, linestyle=":")
-    axes.set_yscale("log", base=2)
-    _label(axes, "γ by layer", "layer", "γ")
-    axes.legend(fontsize=8, frameon=False)
+    log2_gamma = np.log2(scales.gamma.double().numpy())
+    layers = np.arange(log2_gamma.shape[0])
+    spread = np.repeat(layers, log2_gamma.shape[1])
+    axes.plot(spread, log2_gamma.reshape(-1), ".", color=_HELD_OUT, alpha=0.5, markersize=4, label="head")
+    axes.plot(layers, log2_gamma.mean(axis=1), "-", color=_AFTER, linewidth=1.8, label="mean of the layer")
+    axes.axhline(0, color=_BEFORE, linewidth=1, linestyle=":", label="γ = 1")
+    _label(axes, "γ by layer", "layer", "log₂ γ")
+    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=3)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.15 * (high - low))
 
 
 def _draw_entropy(axes: Any, task: Mapping[str, Any]) -> None:

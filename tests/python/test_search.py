@@ -180,3 +180,12 @@ def test_other_threads_run_while_a_search_computes() -> None:
         time.sleep(0.0005)
     thread.join()
     assert turns > 5, turns
+
+
+def test_a_slope_below_epsilon_moves_its_number_by_less() -> None:
+    slopes = np.array([1.0, 1e-3, 1e-6])
+    optimizer = _search.GradientOptimizer(3, steps=2, learning_rate=0.1, epsilon=1e-3, penalty=0.0, held_out=False)
+    optimizer.tell([(0.0, slopes)])
+    np.testing.assert_allclose(optimizer.ask()[0].point, -0.1 * slopes / (slopes + 1e-3), rtol=1e-12)
+    with pytest.raises(ValueError, match="epsilon must be positive and finite, got 0"):
+        _search.GradientOptimizer(3, epsilon=0.0)
