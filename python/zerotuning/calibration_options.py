@@ -48,8 +48,8 @@ class CalibrationOptions:
                     learning_rate in a step
     step_examples   fit examples that one gradient step sees; default 64, or 32 in each of several folds
     patience        held-out evaluations without improvement after which the gradient method stops; 0: never
-    prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate` (from the
-                    untuned predictions, design.md §6) or one number a label
+    prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate`
+                    (objectives.estimated_prior of the untuned predictions) or one number a label
     guard           without labels: refuse scales that are more likely chance than knowledge of the model's: three
                     thresholds, in judgement.py
     layers          tune heads of these layers only

@@ -14,7 +14,7 @@ from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
 from zerotuning.measurement import TaskExamples
-from zerotuning.output import STATE_FILE
+from zerotuning.output import RESULT_FILES, STATE_FILE
 from zerotuning.processes import Processes
 
 
@@ -69,8 +69,13 @@ class CalibrationState:
             write_json_atomically(self.path, {"calibration": self.identity, "state": dict(state)})
 
     def clear(self) -> None:
-        if self.path is not None and self.processes.is_first:
-            self.path.unlink(missing_ok=True)
+        """Removes the state, and what a run killed in the middle of writing a file left beside it."""
+        if self.path is None or not self.processes.is_first:
+            return
+        for name in (*RESULT_FILES, STATE_FILE):
+            for unfinished in self.path.parent.glob(f".{name}.*.part"):
+                unfinished.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
 
 
 def identity(

@@ -124,7 +124,7 @@ class FoldedSearch:
 
     @property
     def least_loss(self) -> float:
-        return math.nan if self.best is None else self.best.loss
+        return self.judge.baseline.loss if self.best is None else self.best.loss
 
     @property
     def share_of_time(self) -> float:

@@ -14,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+import zerotuning as zt
+from zerotuning.errors import ZeroTuningError
+from zerotuning.folded_search import FoldedSearch
 from zerotuning.scales import HeadScales
+from zerotuning.tasks import Task
 
 TASK = """\
 name: films
@@ -64,14 +68,6 @@ def finish(process: subprocess.Popen[bytes]) -> None:
     assert process.returncode == 0, err.decode()
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None, "ended before it wrote its state"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) -> None:
     options = ("--steps", "120", "--penalty", "0.001,0.01", "--combine", "refit")
     finish(start(place, *command("whole", *options)))
@@ -96,25 +92,51 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) 
         finish(start(place, *command("killed", *options)))
     for name in SAME_BYTES:
         assert (place / "killed" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
-    assert sorted(path.name for path in (place / "killed").iterdir() if not path.name.endswith(".part")) == sorted(
+    assert sorted(path.name for path in (place / "killed").iterdir()) == sorted(
         path.name for path in (place / "whole").iterdir()
     )
 
 
-def test_a_damaged_state_is_refused(place: Path) -> None:
-    process = start(place, *command("out", "--steps", "5000"))
-    state = place / "out/calibration_state.json"
-    wait_for(state, process)
-    process.kill()
-    process.communicate()
+def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> None:
+    from zerotuning.calibration_state import CalibrationState
+    from zerotuning.processes import Processes
+
+    state = CalibrationState(tmp_path, {"seed": 0}, Processes())
+    state.write({"search": 1})
+    assert state.read() == {"search": 1}
+    (tmp_path / ".calibration_state.json.0f.part").write_text("half", encoding="utf-8")
+    (tmp_path / "notes.part").write_text("the user's", encoding="utf-8")
+    state.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.part"]
+    assert state.read() is None
+
+
+def test_a_damaged_state_is_refused(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
+    advance, left = FoldedSearch.advance, [3]
+
+    def interrupted(self: FoldedSearch) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        advance(self)
+
+    def run() -> None:
+        zt.calibrate(tiny_model, tiny_tokenizer, task, records=RECORDS, steps=9, output=tmp_path / "out")
+
+    monkeypatch.setattr(FoldedSearch, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    state = tmp_path / "out/calibration_state.json"
     content = json.loads(state.read_text("utf-8"))
     for damage in ({}, {**content, "state": {"search": {}}}, [1]):
         state.write_text(json.dumps(damage), encoding="utf-8")
-        ended = start(place, *command("out", "--steps", "5000"))
-        _, err = ended.communicate(timeout=120)
-        assert ended.returncode == 2
-        assert "calibration_state.json cannot be read" in err.decode()
-        assert len(err.decode().strip().splitlines()) == 1
+        with pytest.raises(
+            ZeroTuningError, match=r"calibration_state\.json cannot be read .*; overwrite to start anew$"
+        ):
+            run()
 
 
 def torchrun(place: Path, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
