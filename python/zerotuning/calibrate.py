@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Union
 
@@ -37,7 +37,7 @@ from zerotuning.patch import head_parameters, is_patched, patch, patched_shape, 
 from zerotuning.processes import Processes
 from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
-from zerotuning.scoring import LabelScorer
+from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records, read_examples
@@ -109,6 +109,7 @@ def calibrate(
     chosen = _checked_options(options)
     named = _task_list(task)
     examples = [draw_examples(part, chosen) for part in _records_of(named, task, records)]
+    chosen = chosen.resolved(min(map(len, examples)))
     _check_together(named, chosen, metric)
     processes = Processes()
     with _output_folder(output, overwrite, processes) as folder, _patched(model):
@@ -196,7 +197,15 @@ def _prepared(
     metric: Metric | None,
 ) -> TaskExamples:
     need_labels = options.objective == "task-loss" and metric is None
-    scorer = LabelScorer(model, tokenizer, task, records, batch_size=options.batch_size, require_labels=need_labels)
+    scorer = LabelScorer(
+        model,
+        tokenizer,
+        task,
+        records,
+        batch_size=options.batch_size,
+        batch_tokens=GRADIENT_TOKENS,
+        require_labels=need_labels,
+    )
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     return TaskExamples(task, records, scorer, prior)
 
@@ -284,7 +293,9 @@ class _Run:
             self.search.restore(saved["search"])
             self.seconds = float(saved["seconds"])
             setbacks = self.measurement.setbacks
-            setbacks.largest, setbacks.notes = saved["setbacks"]["largest"], list(saved["setbacks"]["notes"])
+            noted = saved["setbacks"]
+            setbacks.largest, setbacks.notes = noted["largest"], list(noted["notes"])
+            setbacks.checkpointed = bool(noted["checkpointed"])
         except (ValueError, KeyError, TypeError) as error:
             raise self.state.damaged(error) from error
 
@@ -317,7 +328,7 @@ class _Run:
         self.state.write(
             {
                 "seconds": self.seconds,
-                "setbacks": {"largest": setbacks.largest, "notes": setbacks.notes},
+                "setbacks": asdict(setbacks),
                 "search": self.search.state(),
             }
         )

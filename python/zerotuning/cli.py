@@ -189,7 +189,12 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     add("--method", choices=METHODS, default="gradient", help="how to search (default: %(default)s)")
     add("--objective", choices=OBJECTIVES, default="task-loss", help="what to minimise (default: %(default)s)")
     add("--examples", metavar="N", type=_positive, help="use N examples of each task (default: all)")
-    add("--steps", metavar="N", type=_positive, help="gradient steps (default 60), or CMA-ES evaluations (default 300)")
+    add(
+        "--steps",
+        metavar="N",
+        type=_positive,
+        help="gradient steps (default 60, 120 from 128 examples on), or CMA-ES evaluations (default 300)",
+    )
     add(
         "--seconds",
         metavar="S",

@@ -154,8 +154,9 @@ class Measurement:
         """For an objective that is a mean over examples: batch by batch."""
 
         def compute(batch: Batch) -> np.ndarray | None:
-            value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
-            return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
+            with self.setbacks.saving_memory(self.model):
+                value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
+                return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
 
         sums = self._summed(task, places, compute)
         return float(sums[0] / sums[1]), sums[2:] / sums[1]
@@ -174,9 +175,10 @@ class Measurement:
         weight_of = dict(zip(known, weights, strict=True))
 
         def compute(batch: Batch) -> np.ndarray | None:
-            found = task.scorer.scores(batch)
-            weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
-            gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
+            with self.setbacks.saving_memory(self.model):
+                found = task.scorer.scores(batch)
+                weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
+                gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
             return self._finite_sums(0.0, gradient, len(batch))
 
         return float(value.detach()), self._summed(task, known, compute)[2:]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
+from torch import nn
 
+from zerotuning.checkpointing import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scoring import Batch, LabelScorer
 
@@ -25,12 +28,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 class Setbacks:
     """Retries batches in halves, and keeps note for the report.
 
-    largest    examples that a batch may have since memory ran out; None: it never did
-    notes      what happened, each once
+    largest         examples that a batch may have since memory ran out; None: it never did
+    checkpointed    whether memory ran out for a single example: from then on no activations are kept for gradients
+    notes           what happened, each once
     """
 
     largest: int | None = None
+    checkpointed: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def saving_memory(self, model: nn.Module) -> AbstractContextManager[None]:
+        """What a pass with gradients goes on in."""
+        return checkpointed_layers(model) if self.checkpointed else nullcontext()
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -65,15 +74,19 @@ class Setbacks:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         places = batch.indices.tolist()
-        halves = (places[: len(places) // 2], places[len(places) // 2 :])
+        halves = (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else (places,)
         pieces = [piece for half in halves for piece in scorer.batches_of(half)]
         return [done for piece in pieces for done in self.in_pieces(scorer, piece, compute)]
 
     def _ran_out_of_memory(self, batch: Batch, error: BaseException) -> None:
-        if len(batch) == 1:
+        if len(batch) == 1 and self.checkpointed:
             text = " ".join(str(error).split())
             raise ZeroTuningError(
                 f"{batch.examples[0].origin}: not enough memory for this example alone ({text})"
             ) from None
+        if len(batch) == 1:
+            self.checkpointed = True
+            self.note("not enough memory for a single example, activations are computed twice instead of kept")
+            return
         self.largest = max(1, len(batch) // 2)
         self.note(f"not enough memory for a batch of {len(batch)}, retried with at most {self.largest}")

@@ -12,8 +12,10 @@ import pytest
 import torch
 import zerotuning as zt
 from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.checkpointing import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
 from zerotuning.example_folds import draw_examples, make_folds
+from zerotuning.patch import head_parameters, patch, unpatch
 from zerotuning.tasks import Task, as_records
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
@@ -88,7 +90,7 @@ def test_folds_end_in_scales_that_lower_the_loss(tiny: Any, combine: str) -> Non
 
 def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
     """Each fold's search, written out: its own examples alone, Adam as in csrc/search, judged on the rest."""
-    found = calibrate(tiny, steps=1, learning_rate=0.2, penalties=[0.0])
+    found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, penalties=[0.0])
     total = 0.0
     zt.patch(tiny[0])
     for fold in make_folds(as_records(RECORDS), 2, seed=0):
@@ -288,6 +290,49 @@ def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any, monkey
     found = calibrate(tiny)
     assert any("not enough memory for a batch of" in note for note in found.report["setbacks"])
     assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
+
+
+def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any, monkeypatch: Any) -> None:
+    whole = calibrate(tiny)
+    forward = type(tiny[0]).forward
+    block = tiny[0].model.layers[0]
+
+    def checkpointed_only(self: Any, *arguments: Any, **more: Any) -> Any:
+        if torch.is_grad_enabled() and "forward" not in vars(block):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments, **more)
+
+    checkpointed_only.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(tiny[0]), "forward", checkpointed_only)
+    found = calibrate(tiny)
+    assert any("activations are computed twice" in note for note in found.report["setbacks"])
+    assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
+    assert "forward" not in vars(block)
+
+
+def test_checkpointed_layers_keep_less_and_give_the_same_gradient(tiny: Any) -> None:
+    model = patch(tiny[0])
+    ids = torch.arange(24)[None]
+
+    def kept_and_gradient() -> tuple[int, torch.Tensor]:
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with head_parameters(model) as parameters:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = model(ids, use_cache=False).logits[0, -1].square().sum()
+            kept = sum(sizes)
+            return kept, torch.stack(torch.autograd.grad(loss, parameters))
+
+    plain, gradient = kept_and_gradient()
+    with checkpointed_layers(model):
+        less, again = kept_and_gradient()
+    unpatch(model)
+    assert less < plain / 2
+    assert torch.equal(gradient, again)
 
 
 def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tiny: Any, monkeypatch: Any) -> None:

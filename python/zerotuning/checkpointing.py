@@ -1,0 +1,39 @@
+"""Activations made again in the backward pass instead of kept: memory for time, when memory asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from zerotuning.patch import CHILD
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Within it a patched model's blocks with attention keep their inputs only and are computed twice, for a gradient.
+
+    Unlike transformers' gradient checkpointing it needs no training mode, so that dropout stays off.
+    """
+    blocks = [block for block in _blocks(model) if "forward" not in vars(block)]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own again
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of the model's stacks that hold an attention layer."""
+    return [
+        block
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        for block in stack
+        if any(hasattr(module, CHILD) for module in block.modules())
+    ]
