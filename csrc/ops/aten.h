@@ -1,6 +1,7 @@
 // The few aten operators that ours are composed of, called through LibTorch's stable ABI.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -35,23 +36,49 @@ Tensor tensor(const char* name, const char* overload, const Arguments&... argume
   return torch::stable::detail::to<Tensor>(call<1>(name, overload, arguments...)[0]);
 }
 
-inline Tensor narrow(const Tensor& self, int64_t dim, int64_t begin, int64_t end) {
-  return tensor("aten::narrow", "", self, dim, begin, end - begin);
+// Tensors and views through the C shim itself, not the dispatcher: short sequences are bound by the
+// number of dispatched calls.
+inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
+                            ScalarType type) {
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype, device_type,
+                                                  like.get_device_index(), &result));
+  return Tensor(result);
 }
+inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
+  Sizes strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  return empty_strided(like, sizes, strides, type);
+}
+// `offset` counts from self's own first element.
 inline Tensor as_strided(const Tensor& self, const Sizes& sizes, const Sizes& strides,
                          int64_t offset = 0) {
-  return tensor("aten::as_strided", "", self, sizes, strides,
-                std::optional<int64_t>(self.storage_offset() + offset));
+  AtenTensorHandle result;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(self.get(), static_cast<int64_t>(sizes.size()), sizes.data(),
+                                     strides.data(), offset, &result));
+  return Tensor(result);
+}
+inline Tensor narrow(const Tensor& self, int64_t dim, int64_t begin, int64_t end) {
+  Sizes sizes(self.sizes().begin(), self.sizes().end());
+  sizes[dim] = end - begin;
+  return as_strided(self, sizes, Sizes(self.strides().begin(), self.strides().end()),
+                    begin * self.stride(dim));
 }
 inline Tensor flip(const Tensor& self, const Sizes& dims) {
   return tensor("aten::flip", "", self, dims);
 }
-inline Tensor transpose(const Tensor& self, int64_t a, int64_t b) {
-  return tensor("aten::transpose", "int", self, a, b);
-}
 inline Tensor contiguous(const Tensor& self) {
   return tensor("aten::clone", "", self,
                 std::optional(torch::headeronly::MemoryFormat::Contiguous));
+}
+// Itself where it is contiguous.
+inline Tensor dense(const Tensor& self) {
+  return self.is_contiguous() ? self : aten::contiguous(self);
 }
 inline Tensor clone(const Tensor& self) { return torch::stable::clone(self); }
 inline Tensor zeros_like(const Tensor& self) {

@@ -183,8 +183,7 @@ Tensor backward_logsumexp(const Problem& p, const Tensor& logsumexp) {
 Tensor log_scale_gradient(const Problem& p, const Geometry& geometry, const Tensor& grad_output,
                           const Tensor& output, const Tensor& logsumexp) {
   const Tensor query = to_kernel(p.query, p.head_size), key = to_kernel(p.key, p.head_size),
-               value = to_kernel(p.value, p.value_head_size),
-               log_scale = aten::contiguous(p.log_scale);
+               value = to_kernel(p.value, p.value_head_size), log_scale = aten::dense(p.log_scale);
   const auto lse = whole_array(logsumexp);
   const int64_t chunks = attention::log_scale_gradient_chunks(p.queries);
   std::vector<double> partial(static_cast<size_t>(p.batch * p.heads * chunks));
@@ -341,8 +340,7 @@ std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& 
                               geometry.span.data(),
                               geometry.query_start.data(),
                               nullptr};
-  const Tensor packed =
-      torch::stable::new_empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
+  const Tensor packed = aten::empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
   a.packed = packed.mutable_data_ptr();
   // As many items a thread as outweigh its being woken.
   constexpr int64_t pack_grain = 16, grain = 8;

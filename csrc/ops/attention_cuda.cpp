@@ -77,7 +77,7 @@ Call begin(const Problem& p) {
             unit_stride(p.key),
             unit_stride(p.value),
             // A batch stride of 0 is the kernels' word for one vector.
-            p.log_scale.is_contiguous() ? p.log_scale : aten::contiguous(p.log_scale),
+            aten::dense(p.log_scale),
             p.key_mask,
             std::nullopt,
             {}};
@@ -118,7 +118,7 @@ void read_key_mask(const Problem& p, Call& call, bool find = true) {
   g.key_mask = static_cast<const bool*>(call.key_mask->const_data_ptr());
   g.key_mask_batch_stride = call.key_mask->stride(0);
   if (!find) return;
-  call.real_keys = torch::stable::new_empty(p.query, Sizes{2, p.batch}, ScalarType::Int);
+  call.real_keys = aten::empty(p.query, Sizes{2, p.batch}, ScalarType::Int);
   int32_t* first_key = call.real_keys->mutable_data_ptr<int32_t>();
   g.first_key = first_key;
   g.end_key = first_key + p.batch;
@@ -162,7 +162,7 @@ Route choose_backward(const Problem& p, const Call& call) {
 }
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, Sizes{std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+  return aten::empty(like, Sizes{std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
 }
 
 Tensor undefined() {
@@ -205,8 +205,7 @@ struct Gradients {
 
 // cuDNN's bias of keys that are not its business: padding and the initial token. [B, 1, 1, T]
 Tensor exclusion_bias(const Problem& p, const Call& call) {
-  const Tensor bias =
-      torch::stable::new_empty(p.query, Sizes{p.batch, 1, 1, p.keys}, p.query.scalar_type());
+  const Tensor bias = aten::empty(p.query, Sizes{p.batch, 1, 1, p.keys}, p.query.scalar_type());
   check(attention::exclusion_bias(call.arguments, bias.mutable_data_ptr(), call.stream), "bias");
   return bias;
 }
@@ -217,7 +216,7 @@ Tensor exclusion_bias(const Problem& p, const Call& call) {
 Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_output,
                          const Tensor& output, const Tensor& logsumexp) {
   const int64_t first = p.key_mask ? 0 : 1;
-  const Tensor seed = torch::stable::new_empty(p.query, Sizes{}, ScalarType::Long);
+  const Tensor seed = aten::empty(p.query, Sizes{}, ScalarType::Long);
   const Tensor query = rows_from(call.query, first), key = rows_from(call.key, first),
                value = rows_from(call.value, first);
   const int64_t rows = p.queries - first;
@@ -271,8 +270,8 @@ Tensor gradient_like(const Tensor& t) {
 std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
   Call call = begin(p);
   const Tensor output = new_output(p);
-  const Tensor logsumexp = torch::stable::new_empty(p.query, Sizes{p.batch, p.heads, p.queries},
-                                                    p.log_scale.scalar_type());
+  const Tensor logsumexp =
+      aten::empty(p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
   if (empty(p)) return {output, logsumexp};
   CudaAttention& a = call.arguments;
   a.output = array_of(output);
@@ -313,7 +312,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     return {grad_query, grad_key, grad_value, grad_log_scale};
   }
   const Tensor grad_rows = aligned_rows(grad_output), output_rows = aligned_rows(output),
-               sums = logsumexp.is_contiguous() ? logsumexp : aten::contiguous(logsumexp);
+               sums = aten::dense(logsumexp);
   CudaAttention& a = call.arguments;
   a.output = array_of(output_rows);
   a.logsumexp = array_of(sums);

@@ -8,14 +8,10 @@
 namespace zerotuning::ops {
 namespace {
 
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : aten::contiguous(tensor);
-}
-
 void read_query_start(const Problem& p, Geometry& geometry) {
   geometry.query_start.assign(p.batch, p.keys - p.queries);
   if (!p.query_start) return;
-  const Tensor start = dense(*p.query_start);
+  const Tensor start = aten::dense(*p.query_start);
   const int64_t* data = start.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < p.batch; ++b) {
     require(data[b] >= 0 && data[b] + p.queries <= p.keys, "query_start[", b,
@@ -27,7 +23,7 @@ void read_query_start(const Problem& p, Geometry& geometry) {
 void read_span(const Problem& p, Geometry& geometry) {
   geometry.span.assign(2 * p.batch, 0);
   if (p.span) {
-    const Tensor span = dense(*p.span);
+    const Tensor span = aten::dense(*p.span);
     const int64_t* data = span.const_data_ptr<int64_t>();
     for (int64_t b = 0; b < p.batch; ++b) {
       require(0 <= data[2 * b] && data[2 * b] <= data[2 * b + 1] && data[2 * b + 1] <= p.keys,
@@ -48,7 +44,7 @@ void read_span(const Problem& p, Geometry& geometry) {
 
 template <typename Real>
 void check_not_nan(const Tensor& log_scale) {
-  const Tensor values = dense(log_scale);
+  const Tensor values = aten::dense(log_scale);
   const Real* data = values.const_data_ptr<Real>();
   for (int64_t i = 0; i < values.numel(); ++i) {
     require(std::isfinite(data[i]), "log_scale must be finite, got ", data[i], " at index ", i);
@@ -86,7 +82,7 @@ bool Geometry::same_query_start() const {
 Geometry read_geometry(const Problem& p) {
   Geometry geometry;
   if (p.key_mask) {
-    geometry.key_mask_owner = dense(*p.key_mask);
+    geometry.key_mask_owner = aten::dense(*p.key_mask);
     geometry.key_mask = static_cast<const bool*>(geometry.key_mask_owner.const_data_ptr());
   }
   read_query_start(p, geometry);
@@ -104,8 +100,8 @@ Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int6
   const bool shared = !p.log_scale_per_sample() && !p.key_mask && !p.span;
   const int64_t samples = shared ? 1 : end - begin;
   const bool wide = p.dtype == attention::DType::float64;
-  Tensor bias = torch::stable::new_empty(p.log_scale, Sizes{samples, p.heads, 1, keys},
-                                         wide ? ScalarType::Double : ScalarType::Float);
+  Tensor bias = aten::empty(p.log_scale, Sizes{samples, p.heads, 1, keys},
+                            wide ? ScalarType::Double : ScalarType::Float);
   if (wide) {
     write_bias<double>(p, geometry, begin, samples, keys, bias);
   } else {

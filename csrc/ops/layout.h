@@ -12,11 +12,10 @@ inline Tensor unit_stride(const Tensor& t) {
 }
 
 inline Tensor new_rows(const Tensor& like, const Sizes& sizes, ScalarType type) {
-  const Tensor storage =
-      sizes.size() == 4
-          ? torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1], sizes[3]}, type)
-          : torch::stable::new_empty(like, Sizes{sizes[0], sizes[2], sizes[1]}, type);
-  return aten::transpose(storage, 1, 2);
+  const int64_t columns = sizes.size() == 4 ? sizes[3] : 1, row = sizes[1] * columns;
+  Sizes strides{sizes[2] * row, columns, row, 1};
+  strides.resize(sizes.size());
+  return aten::empty_strided(like, sizes, strides, type);
 }
 
 inline bool has_row_layout(const Tensor& t) {

@@ -55,14 +55,22 @@ std::string device_of(const Tensor& tensor) {
   return name;
 }
 
+bool same_device(const Tensor& a, const Tensor& b) {
+  int32_t type_a, type_b;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(a.get(), &type_a));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(b.get(), &type_b));
+  return type_a == type_b && a.get_device_index() == b.get_device_index();
+}
+
 void check_device(const char* name, const Tensor& tensor, const Tensor& query) {
-  require(device_of(tensor) == device_of(query), name, " must be on query's device, ",
-          device_of(query), ", got ", device_of(tensor));
+  if (same_device(tensor, query)) return;
+  fail(name, " must be on query's device, ", device_of(query), ", got ", device_of(tensor));
 }
 
 void check_dtype(const char* name, const Tensor& tensor, ScalarType expected) {
-  require(tensor.scalar_type() == expected, name, " must be ", name_of(expected), ", got ",
-          name_of(tensor.scalar_type()));
+  const ScalarType type = tensor.scalar_type();
+  if (type == expected) return;
+  fail(name, " must be ", name_of(expected), ", got ", name_of(type));
 }
 
 void check_shape(const char* name, const Tensor& tensor, const Sizes& expected,
@@ -73,7 +81,7 @@ void check_shape(const char* name, const Tensor& tensor, const Sizes& expected,
   if (same) return;
   std::ostringstream text;
   for (size_t i = 0; i < expected.size(); ++i) text << (i ? ", " : "") << expected[i];
-  fail(name, " must be ", symbols, " = [", text.str(), "], got ", shape_of(tensor));
+  fail(name, " must be ", symbols, " = [", text.str(), "], got ", Shape{tensor});
 }
 
 void check_log_scale(const Problem& p) {
@@ -81,7 +89,7 @@ void check_log_scale(const Problem& p) {
   const bool per_sample = t.dim() == 2 && t.size(0) == p.batch && t.size(1) == p.heads;
   require((t.dim() == 1 && t.size(0) == p.heads) || per_sample,
           "log_scale must be [H] or [B, H] with B = ", p.batch, ", H = ", p.heads, ", got ",
-          shape_of(t));
+          Shape{t});
   check_dtype("log_scale", t,
               p.dtype == attention::DType::float64 ? ScalarType::Double : ScalarType::Float);
   check_device("log_scale", t, p.query);
@@ -109,21 +117,20 @@ void check_optional(const Problem& p) {
 
 }  // namespace
 
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << "]";
-  return text.str();
+std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
+  stream << "[";
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i)
+    stream << (i ? ", " : "") << shape.tensor.size(i);
+  return stream << "]";
 }
 
 Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value,
                       const Tensor& log_scale, const std::optional<Tensor>& key_mask,
                       const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
                       int64_t window, double scale) {
-  require(query.dim() == 4, "query must be [B, H, Tq, D], got ", shape_of(query));
-  require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", shape_of(key));
-  require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", shape_of(value));
+  require(query.dim() == 4, "query must be [B, H, Tq, D], got ", Shape{query});
+  require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", Shape{key});
+  require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", Shape{value});
   Problem p{query,       key,           value,       log_scale,       key_mask,      span,
             query_start, window,        scale,       dtype_of(query), query.size(0), query.size(1),
             key.size(1), query.size(2), key.size(2), query.size(3),   value.size(3)};

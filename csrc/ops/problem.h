@@ -11,6 +11,12 @@
 
 namespace zerotuning::ops {
 
+// Streamed as "[2, 3]", and only where a message is made of it.
+struct Shape {
+  const Tensor& tensor;
+};
+std::ostream& operator<<(std::ostream& stream, const Shape& shape);
+
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
@@ -43,7 +49,5 @@ Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& valu
                       const Tensor& log_scale, const std::optional<Tensor>& key_mask,
                       const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
                       int64_t window, double scale);
-
-std::string shape_of(const Tensor& tensor);  // "[2, 3]"
 
 }  // namespace zerotuning::ops

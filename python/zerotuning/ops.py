@@ -22,6 +22,9 @@ if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so")
 
 # The overloads, which Python then need not look up at every call.
 _attention = torch.ops.zerotuning.attention.default
+# The same kernels without the Python that torch.library runs for a gradient even where none is asked for.
+_attention_by_route = torch.ops.zerotuning._attention_by_route.default
+_AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
 
@@ -65,9 +68,13 @@ def attention(
             it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
     """
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling():
         return _attention(*arguments)  # type: ignore[no-any-return]
-    return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    if torch._C._are_functorch_transforms_active():
+        return _TransformedAttention.apply(*arguments)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
+    return _attention_by_route(*arguments, _AUTOMATIC)  # type: ignore[no-any-return]
 
 
 def decode_attention(
@@ -109,8 +116,9 @@ def _empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -
     return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
+@torch.library.register_fake("zerotuning::_attention_by_route")
 @torch.library.register_fake("zerotuning::attention")
-def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, log_scale, key_mask, span, query_start, window, scale, route=0):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     output = _empty_rows(query, batch, heads, rows, value.shape[-1])
     if query.is_cuda:
@@ -157,6 +165,18 @@ torch.library.register_autograd("zerotuning::attention", _backward, setup_contex
 
 class _Attention(torch.autograd.Function):
     """The same gradient without what torch.library does around it in Python, which takes longer than a short attention."""
+
+    @staticmethod
+    def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
+        results = _attention_by_route(*arguments, _AUTOMATIC)
+        _keep_for_backward(ctx, arguments, results)
+        return results
+
+    backward = staticmethod(_backward)
+
+
+class _TransformedAttention(torch.autograd.Function):
+    """The same in the form that torch.func's transforms take, which costs more at each call."""
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]

@@ -47,6 +47,7 @@ class HeadScaling(nn.Module):
         self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
         self.register_buffer("rows", None, persistent=False)  # [B] int64: the setting of each sample
         self.parameter: Tensor | None = None  # [heads], in place of the settings while a search is on
+        self._only: tuple[Tensor, Tensor] | None = None  # log_scale and its row 0, not looked up anew for each token
 
     def _apply(self, fn: Any, recurse: bool = True) -> HeadScaling:
         exact = self.log_scale
@@ -62,12 +63,21 @@ class HeadScaling(nn.Module):
         if self.parameter is not None:
             return self.parameter
         if self.rows is None:
-            return self.log_scale[0]
+            return self._first_setting()
         samples = self.rows.shape[0]
         if batch % samples:
             raise ZeroTuningError(f"rows names the scales of {samples} samples, the batch has {batch}")
         rows = self.rows if batch == samples else self.rows.repeat_interleave(batch // samples)  # beam search
         return self.log_scale[rows]
+
+    def _first_setting(self) -> Tensor:
+        settings = self.log_scale
+        if torch.compiler.is_compiling():
+            return settings[0]
+        if self._only is None or self._only[0] is not settings:
+            with torch.inference_mode(False):  # a view that training may use as well
+                self._only = settings, settings[0]
+        return self._only[1]
 
 
 # The attention function.
@@ -89,7 +99,7 @@ def zerotuning_attention(
     if _probe.active:
         _probe.record(module, query, sliding_window)
     _refuse_unsupported(module, dropout, is_causal, kwargs)
-    scaling_of_layer = getattr(module, CHILD, None)
+    scaling_of_layer: Any = module._modules.get(CHILD)
     if scaling_of_layer is None:
         if not _probe.active:
             raise ZeroTuningError(
@@ -166,15 +176,19 @@ def _attend_densely(
     return output.to(query.dtype)
 
 
+_UNSUPPORTED = {
+    "softcap": "soft-caps its logits",
+    "s_aux": "has learned sinks",
+    "position_bias": "has a position bias",
+}
+
+
 def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
-    reasons = {
-        "softcap": "soft-caps its logits",
-        "s_aux": "has learned sinks",
-        "position_bias": "has a position bias",
-    }
-    for name, reason in reasons.items():
-        if kwargs.get(name) is not None:
-            raise ZeroTuningError(f"{_describe(module)} {reason} ({name}), which zerotuning does not support")
+    for name in _UNSUPPORTED.keys() & kwargs.keys():
+        if kwargs[name] is not None:
+            raise ZeroTuningError(
+                f"{_describe(module)} {_UNSUPPORTED[name]} ({name}), which zerotuning does not support"
+            )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
         raise ZeroTuningError(f"{_describe(module)} is not causal: it has no initial token to scale")

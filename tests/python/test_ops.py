@@ -273,9 +273,23 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
     torch.library.opcheck(torch.ops.zerotuning.attention.default, (*inputs, *options))
     plain = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.zerotuning.decode_attention.default, (*plain, *options))
+    torch.library.opcheck(torch.ops.zerotuning._attention_by_route.default, (*plain, *options, 0))
     output, logsumexp = torch.ops.zerotuning.attention(*plain, *options)
     arguments = (torch.randn_like(output), *plain, output, logsumexp, *options)
     torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)
+
+
+def test_torch_func_grad_gives_the_gradients_of_autograd() -> None:
+    torch.manual_seed(10)
+    inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32)]
+
+    def loss(*tensors: Tensor) -> Tensor:
+        return ops.attention(*tensors)[0].square().sum()
+
+    wanted = torch.autograd.grad(loss(*inputs), inputs)
+    found = torch.func.grad(loss, argnums=(0, 1, 2, 3))(*(t.detach() for t in inputs))
+    for got, want in zip(found, wanted, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_compiled_without_graph_breaks_gives_the_same_output_and_gradients() -> None:
