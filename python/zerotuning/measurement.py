@@ -15,6 +15,7 @@ from zerotuning import objectives
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.processes import Processes
+from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.setbacks import Setbacks
 from zerotuning.tasks import Record, Task
@@ -64,6 +65,10 @@ class Measurement:
         self.setbacks = setbacks
         self.processes = processes
         self.metric = metric
+        if RecordedPasses.possible(model):
+            recorded = RecordedPasses(model, parameters, setbacks.note)
+            for task in tasks:
+                task.scorer.recorded = recorded
 
     # Losses.
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.tasks import Prompt, Record, Task, as_records
 
 Tokens = tuple[int, ...]
@@ -126,6 +127,8 @@ class LabelScorer:
         self.num_labels = max(len(example.labels) for example in self.examples)
         #: Gold labels of all examples in their given order: int64 [N], -1 where an example has none.
         self.labels = torch.tensor([example.label for example in self.examples])
+        #: Replays short passes on a GPU, for who makes them many times over.
+        self.recorded: RecordedPasses | None = None
         self._padding = getattr(tokenizer, "pad_token_id", None) or 0
         self._forward_arguments = _forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
@@ -253,18 +256,24 @@ class LabelScorer:
         """Logits at the last `positions` positions of each sequence: float32 (float64 of a float64 model)
         [S, positions, rows of the output layer]."""
         device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        arguments: dict[str, Any] = {
-            "input_ids": batch.input_ids.to(device),
-            "attention_mask": batch.attention_mask.to(device),
-        }
+        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
         if "position_ids" in self._forward_arguments:
-            arguments["position_ids"] = batch.position_ids.to(device)
+            inputs["position_ids"] = batch.position_ids.to(device)
+        options: dict[str, Any] = {}
         if "use_cache" in self._forward_arguments:
-            arguments["use_cache"] = False
+            options["use_cache"] = False
         if "logits_to_keep" in self._forward_arguments:
-            arguments["logits_to_keep"] = positions
-        logits = self.model(**arguments).logits[:, -positions:]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+            options["logits_to_keep"] = positions
+
+        def forward(tensors: dict[str, Tensor]) -> Tensor:
+            logits: Tensor = self.model(**tensors, **options).logits[:, -positions:]
+            return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+        if self.recorded is not None and self.recorded.takes(inputs["input_ids"]):
+            replayed = self.recorded.logits(inputs, forward, (id(self), positions))
+            if replayed is not None:
+                return replayed
+        return forward(inputs)
 
 
 class _LabelRows(nn.Module):

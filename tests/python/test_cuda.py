@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_scale
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 from zerotuning import ops
 from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
+from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scales import HeadScales
+from zerotuning.scoring import LabelScorer
+from zerotuning.tasks import Task
 
 pytestmark = [
     pytest.mark.gpu,
@@ -271,3 +275,47 @@ def test_scales_expanded_over_the_batch_get_a_gradient_for_each_sample() -> None
         whole = [query, key, value, log_scale.repeat(3, 1)]
         for a, b in zip(by_route(expanded, grad_output, 0, 0), by_route(whole, grad_output, 0, 0), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def _loss_and_gradient(model: Any, tokenizer: Any, recorded: bool) -> tuple[list[float], list[Tensor], list[str]]:
+    """Of 21 examples of two lengths, in batches, at three points; replayed or not."""
+    task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative"])
+    records = [{"text": "good " * (1 + n % 3), "label": n % 2} for n in range(21)]
+    losses, gradients, notes = [], [], []
+    with torch.device("cpu"), head_parameters(model) as parameters:
+        scorer = LabelScorer(model, tokenizer, task, records, batch_size=8)
+        if recorded:
+            assert RecordedPasses.possible(model)
+            scorer.recorded = RecordedPasses(model, parameters, notes.append)
+        for value in (0.0, -0.7, 0.4):
+            with torch.no_grad():
+                for leaf in parameters:
+                    leaf.fill_(value)
+            for batch in scorer.batches:
+                loss = F.cross_entropy(scorer.scores(batch), batch.labels.cuda())
+                gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
+                with torch.no_grad():
+                    losses.append(float(F.cross_entropy(scorer.scores(batch), batch.labels.cuda())))
+    return losses, gradients, notes
+
+
+def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(tiny_tokenizer) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    plain, recorded = (_loss_and_gradient(model, tiny_tokenizer, way) for way in (False, True))
+    assert recorded[2] == []
+    torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(recorded[1]), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(tiny_tokenizer) -> None:
+    model = tiny_llama(vocab_size=len(tiny_tokenizer)).float()
+    inner = model.model.layers[0].mlp.forward
+    # The host waits for the GPU, as models with experts do.
+    model.model.layers[0].mlp.forward = lambda hidden: inner(hidden) * float(hidden.abs().max() > 0)
+    patch(model)
+    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, True)
+    assert len(notes) == 1
+    assert "not recorded" in notes[0]
+    plain = _loss_and_gradient(model, tiny_tokenizer, False)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,98 @@
+"""Short batches on a GPU: the model's pass, forward and backward, recorded once a shape as CUDA graphs and replayed.
+
+A pass over few tokens takes longer to launch than to compute; a search makes the same passes many times over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+#: Sequences x tokens beyond which the GPU is busy all the time, and recording only takes memory.
+MOST_TOKENS = 4096
+#: Lengths are rounded up to a multiple, sequences to a power of two, so that few shapes are recorded.
+LENGTH_STEP = 8
+#: What the tensors of a pass are padded with, on the left and for sequences that nobody reads.
+PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
+#: input_ids, attention_mask (and position_ids), each [S, T] -> logits
+Forward = Callable[[dict[str, Tensor]], Tensor]
+
+
+class RecordedPasses:
+    """Replays passes of one model at whatever log γ its leaves hold; differentiable in those leaves alone.
+
+    model           a patched model in evaluation mode, all of it on one GPU
+    log_scales      its leaves, from `patch.head_parameters`; the recordings are of no use when that context is closed
+    note            is told, once, why nothing is recorded any more
+    """
+
+    def __init__(self, model: nn.Module, log_scales: Sequence[Tensor], note: Callable[[str], None]) -> None:
+        self.model = model
+        self.log_scales = [leaf for leaf in log_scales if leaf.is_cuda]
+        self._note = note
+        self._recorded: dict[tuple[object, ...], tuple[Callable[..., Tensor], object]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.log_scales else None
+
+    @staticmethod
+    def possible(model: nn.Module) -> bool:
+        """Whether the model is on one GPU as a whole, with nothing that moves its weights about."""
+        tensors = [*model.parameters(), *model.buffers()]
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        return not hooked and not model.training and len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
+
+    def takes(self, input_ids: Tensor) -> bool:
+        """Whether a batch is short enough."""
+        return self._pool is not None and _rounded(input_ids)[0] * _rounded(input_ids)[1] <= MOST_TOKENS
+
+    def logits(self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...]) -> Tensor | None:
+        """forward(inputs), [S, positions, rows], replayed; recorded first if no batch of the shape and kind came before.
+
+        inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T]. None where recording failed: the model
+        does what cannot be recorded, or memory ran out.
+        """
+        sequences, length = _rounded(inputs["input_ids"])
+        padded = {name: _padded(tensor, sequences, length, PADDING[name]) for name, tensor in inputs.items()}
+        key = (sequences, length, *kind)
+        if key not in self._recorded:
+            try:
+                self._recorded[key] = self._record(padded, forward), self.model.get_output_embeddings()  # type: ignore[operator]
+            except RuntimeError as error:
+                self._give_up(error)
+                return None
+        replay, _ = self._recorded[key]
+        return replay(*padded.values(), *self.log_scales)[: len(inputs["input_ids"])]
+
+    def _record(self, inputs: Mapping[str, Tensor], forward: Forward) -> Callable[..., Tensor]:
+        names = list(inputs)
+
+        def run(*tensors: Tensor) -> Tensor:
+            return forward(dict(zip(names, tensors, strict=False)))
+
+        samples = [tensor.clone() for tensor in inputs.values()]
+        with torch.enable_grad():
+            # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
+            return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return,return-value]
+                run, (*samples, *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
+            )
+
+    def _give_up(self, error: RuntimeError) -> None:
+        self._recorded.clear()
+        self._pool = None
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        self._note(f"passes are not recorded as CUDA graphs: {' '.join(str(error).split())[:200]}")
+
+
+def _rounded(input_ids: Tensor) -> tuple[int, int]:
+    """Sequences and length of the recording that a batch [S, T] is run by; it has padding, whatever the batch has."""
+    sequences, length = input_ids.shape
+    return 1 << (sequences - 1).bit_length(), (length // LENGTH_STEP + 1) * LENGTH_STEP
+
+
+def _padded(tensor: Tensor, sequences: int, length: int, value: int) -> Tensor:
+    """[S, T] -> [sequences, length]: padded on the left, then the first sequence again."""
+    wide = F.pad(tensor, (length - tensor.shape[1], 0), value=value)
+    return torch.cat((wide, wide[:1].expand(sequences - len(wide), -1)))
