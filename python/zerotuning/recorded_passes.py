@@ -5,6 +5,7 @@ A pass over few tokens takes longer to launch than to compute; a search makes th
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -72,7 +73,9 @@ class RecordedPasses:
             return forward(dict(zip(names, tensors, strict=False)))
 
         samples = [tensor.clone() for tensor in inputs.values()]
-        with torch.enable_grad():
+        with torch.enable_grad(), warnings.catch_warnings():
+            # Earlier recordings keep the leaves' nodes, made on another stream; nothing accumulates through them.
+            warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
             # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
             return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return,return-value]
                 run, (*samples, *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
