@@ -26,7 +26,7 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically, write_json_atomically, write_text_atomically
 from zerotuning.head_map import can_plot
 
-BENCHMARKS = ("attention", "decode", "calibration")
+BENCHMARKS = ("attention", "decode", "calibration", "search", "sensitivity")
 UNTUNED = "untuned sdpa"
 OURS = "zerotuning"
 #: Query heads, key heads, head size: SmolLM2-135M's and Llama-3.1-8B's.
@@ -42,11 +42,17 @@ Row = dict[str, Any]
 
 
 def run_bench(
-    kind: str, output: Path | None = None, device: str | None = None, plot: Path | None = None
+    kind: str,
+    output: Path | None = None,
+    device: str | None = None,
+    plot: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Runs one of BENCHMARKS, prints its table and writes it.
 
     Args:
+        options: of `search`, the fields of bench_search.SearchBench. Its rows are written one by one, and those that a
+            .json `output` holds already are not made again.
         output: a .json file, or a .csv file with a line for each peer's figure.
         device: "cpu" or "cuda"; by default the GPU if there is one that the operators run on.
         plot: a picture of the ratios, .png or .svg.
@@ -59,27 +65,56 @@ def run_bench(
         raise ZeroTuningError(f"output must end in .json or .csv, got {output}")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise ZeroTuningError(f"plot must end in .png or .svg, got {plot}")
-    runs: Mapping[str, Callable[[], Iterable[Row]]]
+    where, rows_of = _measurements(kind, device, output, options)
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    rows: list[Row] = []
+    for row in rows_of():
+        rows.append(row)
+        print(as_line(row), flush=True)
+        if kind == "search" and output is not None:
+            _write(output, {"benchmark": kind, "machine": where, "rows": rows})
+    result = {"benchmark": kind, "machine": where, "rows": rows}
+    if output is not None:
+        _write(output, result)
+    if plot is not None:
+        (plot_accuracies if kind == "search" else plot_ratios)(result, plot)
+    return result
+
+
+def _measurements(
+    kind: str, device: str, output: Path | None, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], Callable[[], Iterable[Row]]]:
+    """What the figures depend on, and what makes the rows."""
+    where = machine()
     if device == "cuda":
         from zerotuning import bench_cuda
 
-        where, runs = machine() | bench_cuda.card(), bench_cuda.ROWS
+        where |= bench_cuda.card()
+    if kind == "search":
+        from zerotuning.bench_search import SearchBench, read_rows
+
+        search = SearchBench(device=device, **options)
+        done = read_rows(output) if output is not None and output.suffix.lower() == ".json" else []
+        return where, lambda: search.rows(done)
+    if kind == "sensitivity":
+        from zerotuning.bench_sensitivity import sensitivity_rows
+
+        return where, lambda: sensitivity_rows(device=device)
+    if device == "cuda":
+        return where, bench_cuda.ROWS[kind]
+    on_cpu: dict[str, Callable[[], Iterable[Row]]] = {
+        "attention": bench_attention,
+        "decode": bench_decode,
+        "calibration": bench_calibration,
+    }
+    return where, on_cpu[kind]
+
+
+def _write(output: Path, result: Mapping[str, Any]) -> None:
+    if output.suffix.lower() == ".csv":
+        write_text_atomically(output, as_csv(result["rows"]))
     else:
-        where = machine()
-        runs = {"attention": bench_attention, "decode": bench_decode, "calibration": bench_calibration}
-    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
-    rows = []
-    for row in runs[kind]():
-        rows.append(row)
-        print(as_line(row), flush=True)
-    result = {"benchmark": kind, "machine": where, "rows": rows}
-    if output is not None and output.suffix.lower() == ".csv":
-        write_text_atomically(output, as_csv(rows))
-    elif output is not None:
         write_json_atomically(output, result)
-    if plot is not None:
-        plot_ratios(result, plot)
-    return result
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -96,13 +131,10 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 def plot_ratios(result: Mapping[str, Any], path: Path) -> None:
     """Ratios to the first peer, one panel for each `what`, bars grouped by shape."""
-    if not can_plot():
-        raise ZeroTuningError('plot needs matplotlib: pip install "zerotuning[plot]"')
-    from matplotlib.figure import Figure
-
+    figure_class = _figure_class()
     rows = [row for row in result["rows"] if any("ratio" in figures for figures in row["peers"].values())]
     kinds = list(dict.fromkeys(row["what"] for row in rows))
-    figure = Figure(figsize=(9, 3 * max(len(kinds), 1)), layout="constrained")
+    figure = figure_class(figsize=(9, 3 * max(len(kinds), 1)), layout="constrained")
     for number, kind in enumerate(kinds):
         axes = figure.add_subplot(len(kinds), 1, number + 1)
         own = [row for row in rows if row["what"] == kind]
@@ -120,6 +152,34 @@ def plot_ratios(result: Mapping[str, Any], path: Path) -> None:
         axes.set_ylabel("time / untuned")
         axes.set_title(kind)
     figure.legend(loc="outside upper center", fontsize=8, ncols=6)
+    _save(figure, path)
+
+
+def plot_accuracies(result: Mapping[str, Any], path: Path) -> None:
+    """Mean accuracy over tasks of each method of `bench search`, with its 95 % interval."""
+    figure_class = _figure_class()
+    means = [(row["shape"], *item) for row in result["rows"] if row["what"] == "mean" for item in row["peers"].items()]
+    figure = figure_class(figsize=(7, 0.35 * len(means) + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (_, _, one) in enumerate(means):
+        axes.plot([one["low"], one["high"]], [place, place], color=OKABE_ITO[0], linewidth=1.5)
+        axes.plot(one["accuracy"], place, "o", color=OKABE_ITO[1])
+    names = [f"{name}, {shape.split(', ')[1]}" for shape, name, _ in means]
+    axes.set_yticks(range(len(means)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"accuracy, mean of {means[0][0].split(',')[0]}, and 95 % interval" if means else "accuracy")
+    _save(figure, path)
+
+
+def _figure_class() -> Any:
+    if not can_plot():
+        raise ZeroTuningError('plot needs matplotlib: pip install "zerotuning[plot]"')
+    from matplotlib.figure import Figure
+
+    return Figure
+
+
+def _save(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150)
     write_bytes_atomically(path, picture.getvalue())

@@ -36,7 +36,7 @@ from zerotuning.output import (
 from zerotuning.version import __version__
 
 # As bench.py has them; repeated here because importing that takes seconds.
-BENCHMARKS = ("attention", "decode", "calibration")
+BENCHMARKS = ("attention", "decode", "calibration", "search", "sensitivity")
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -154,6 +154,16 @@ def _parser() -> argparse.ArgumentParser:
         "--output", metavar="FILE", help="write the figures there, .json or .csv; an existing file is replaced"
     )
     bench.add_argument("--plot", metavar="FILE", help="draw the ratios there, .png or .svg")
+    search = bench.add_argument_group("search alone")
+    search.add_argument("--model", metavar="M", help="as elsewhere (default: demo)")
+    search.add_argument(
+        "--task", metavar="T", action="append", dest="tasks", help="repeated: these instead of all five"
+    )
+    search.add_argument("--method", metavar="M", action="append", dest="methods", help="repeated: these instead of all")
+    search.add_argument("--examples", type=_counts, metavar="N,N,…", help="labelled examples (default: 16,64,200)")
+    search.add_argument("--limit", type=_positive, metavar="N", help="test examples of each task (default: 400)")
+    search.add_argument("--seeds", type=_positive, metavar="N", help="draws of the examples (default: 1)")
+    search.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at once (default: 64)")
     return parser
 
 
@@ -267,6 +277,11 @@ def _number(text: str, expected: str, is_good: Callable[[float], bool]) -> float
     if not is_good(value):
         raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
     return value
+
+
+def _counts(text: str) -> list[int]:
+    """16,64,200 -> whole numbers."""
+    return [_positive(part) for part in text.split(",")]
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -434,7 +449,11 @@ def _bench(arguments: argparse.Namespace) -> None:
     output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench import run_bench
 
-    run_bench(arguments.kind, output, arguments.device, plot)
+    names = ("model", "tasks", "methods", "examples", "limit", "seeds", "batch_size")
+    options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if options and arguments.kind != "search":
+        raise ZeroTuningError(f"{', '.join(options)}: for bench search alone, got bench {arguments.kind}")
+    run_bench(arguments.kind, output, arguments.device, plot, **options)
 
 
 # What the commands share.

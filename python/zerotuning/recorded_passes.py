@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 #: Sequences x tokens beyond which the GPU is busy all the time, and recording only takes memory.
-MOST_TOKENS = 4096
-#: Lengths are rounded up to a multiple, sequences to a power of two, so that few shapes are recorded.
-LENGTH_STEP = 8
+MOST_TOKENS = 6144
+#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded.
+STEP = 8
 #: What the tensors of a pass are padded with, on the left and for sequences that nobody reads.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
 #: input_ids, attention_mask (and position_ids), each [S, T] -> logits
@@ -46,7 +46,8 @@ class RecordedPasses:
 
     def takes(self, input_ids: Tensor) -> bool:
         """Whether a batch is short enough."""
-        return self._pool is not None and _rounded(input_ids)[0] * _rounded(input_ids)[1] <= MOST_TOKENS
+        sequences, length = _rounded(input_ids)
+        return self._pool is not None and sequences * length <= MOST_TOKENS
 
     def logits(self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...]) -> Tensor | None:
         """forward(inputs), [S, positions, rows], replayed; recorded first if no batch of the shape and kind came before.
@@ -92,7 +93,8 @@ class RecordedPasses:
 def _rounded(input_ids: Tensor) -> tuple[int, int]:
     """Sequences and length of the recording that a batch [S, T] is run by; it has padding, whatever the batch has."""
     sequences, length = input_ids.shape
-    return 1 << (sequences - 1).bit_length(), (length // LENGTH_STEP + 1) * LENGTH_STEP
+    few = 1 << (sequences - 1).bit_length()
+    return few if few <= STEP else -(-sequences // STEP) * STEP, (length // STEP + 1) * STEP
 
 
 def _padded(tensor: Tensor, sequences: int, length: int, value: int) -> Tensor:

@@ -1,0 +1,115 @@
+"""`zerotuning bench search`: its statistics, its methods on a tiny model, and going on where it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from zerotuning import bench, bench_search, bench_sensitivity
+from zerotuning.bench_search import SearchBench, fit_label_bias, mean_rows, read_rows, wilson
+from zerotuning.errors import ZeroTuningError
+from zerotuning.scoring import LabelScorer
+from zerotuning.tasks import Task
+
+
+@pytest.fixture
+def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+    """The tiny model, and a task of two labels that its text tells apart."""
+    task = tmp_path / "reviews.yaml"
+    task.write_text('name: reviews\nprompt: "Review: {text} Sentiment:"\nlabels: [" positive", " negative"]\n')
+    words = ("good", "bad")
+    records = [{"text": f"the film is {words[n % 2]} {n}", "label": n % 2} for n in range(40)]
+    monkeypatch.setattr(bench_search, "load_model", lambda name, device=None: (tiny_model, tiny_tokenizer))
+    monkeypatch.setattr(
+        Task,
+        "examples",
+        lambda self, split="test", limit=None: records[20:][:limit] if split == "test" else records[:20],
+    )
+    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8)
+
+
+def test_the_interval_is_wilson_s() -> None:
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20.
+    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+
+
+def test_label_biases_are_where_the_penalised_loss_has_no_slope() -> None:
+    torch.manual_seed(0)
+    scores, labels = torch.randn(60, 3).log_softmax(dim=-1), torch.randint(0, 2, (60,))  # label 2 never occurs
+    bias = fit_label_bias(scores, labels).double()
+    predicted = (scores.double() + bias).softmax(dim=-1).mean(dim=0)
+    shares = torch.bincount(labels, minlength=3) / 60
+    torch.testing.assert_close(
+        predicted - shares + bench_search.BIAS_RIDGE * bias, torch.zeros(3).double(), atol=1e-5, rtol=0
+    )
+
+
+def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
+    def row(task: str, method: str, accuracy: float) -> bench_search.Row:
+        figures = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "numbers": 2, "s": 1.0}
+        return {"what": "search", "task": task, "method": method, "examples": 16, "seed": 0, "peers": {method: figures}}
+
+    rows = [row("a", "x", 0.5), row("b", "x", 0.7), row("a", "y", 0.9)]
+    (mean,) = mean_rows(rows)
+    figures = mean["peers"]["x"]
+    assert figures["accuracy"] == pytest.approx(0.6)
+    assert figures["high"] - figures["low"] == pytest.approx(0.2 / 2**0.5)
+
+
+def test_every_method_gives_a_row_and_leaves_the_model_as_it_was(tiny_bench, tiny_model, tiny_tokenizer) -> None:
+    pytest.importorskip("peft")
+    ids = tiny_tokenizer("Review: the film is good", return_tensors="pt").input_ids
+    before = tiny_model(ids).logits
+    tiny_bench.methods = tuple(name for name in bench_search.METHODS if not name.startswith("paper"))
+    rows = list(tiny_bench.rows())
+    torch.testing.assert_close(tiny_model(ids).logits, before, rtol=0, atol=0)
+    made = [(row["method"], row["examples"]) for row in rows if row["what"] == "search"]
+    assert made == [
+        ("untuned", 0), ("label-bias", 16), ("shared", 16), ("gradient", 8), ("gradient", 16), ("information", 16),
+        ("ia3", 16), ("lora", 16),
+    ]  # fmt: skip
+    for row in rows:
+        for figures in row["peers"].values():
+            assert 0 <= figures["low"] <= figures["accuracy"] <= figures["high"] <= 1 or row["what"] == "mean"
+    numbers = {row["method"]: row["peers"][row["method"]]["numbers"] for row in rows if row["what"] == "search"}
+    assert (numbers["untuned"], numbers["label-bias"], numbers["shared"], numbers["gradient"]) == (0, 1, 1, 8)
+    assert numbers["lora"] > numbers["ia3"] > 8
+
+
+def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkeypatch, capsys) -> None:
+    output = tmp_path / "search.json"
+    monkeypatch.setattr(bench_search, "SearchBench", lambda device, **options: tiny_bench)
+    tiny_bench.methods = ("untuned", "label-bias")
+    bench.run_bench("search", output, "cpu")
+    first = json.loads(output.read_text())["rows"]
+    tiny_bench.methods = ("untuned", "label-bias", "shared")
+    monkeypatch.setitem(bench_search.METHODS, "untuned", None)
+    monkeypatch.setitem(bench_search.METHODS, "label-bias", None)
+    bench.run_bench("search", output, "cpu")
+    second = json.loads(output.read_text())["rows"]
+    assert second[:2] == first[:2]
+    assert [row["method"] for row in second if row["what"] == "search"] == ["untuned", "label-bias", "shared"]
+
+
+def test_bad_options_and_files_are_named(tmp_path) -> None:
+    with pytest.raises(ZeroTuningError, match=r"methods must be of untuned, .*, got 'magic'"):
+        SearchBench(methods=("magic",))
+    with pytest.raises(ZeroTuningError, match=r"examples must be numbers of at least 4, got \[2\]"):
+        SearchBench(examples=(2,))
+    path = tmp_path / "other.json"
+    path.write_text('{"benchmark": "decode", "rows": []}')
+    with pytest.raises(ZeroTuningError, match="holds no figures of bench search"):
+        read_rows(path)
+
+
+def test_measured_and_derived_sensitivities_rank_the_heads_alike(tiny_model, tiny_tokenizer, monkeypatch) -> None:
+    task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative"])
+    records = [{"text": f"the film is good {n}", "label": n % 2} for n in range(8)]
+    monkeypatch.setattr(bench_sensitivity, "load_model", lambda *arguments: (tiny_model, tiny_tokenizer))
+    monkeypatch.setattr(bench_sensitivity.Task, "load", lambda name: task)
+    monkeypatch.setattr(Task, "examples", lambda self, split, limit: records)
+    (row,) = bench_sensitivity.sensitivity_rows()
+    assert row["peers"]["two evaluations a head"]["rank correlation"] > 0.97
+    assert LabelScorer(tiny_model, tiny_tokenizer, task, records).examples  # unpatched, still usable
