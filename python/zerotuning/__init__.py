@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from zerotuning.calibrate import calibrate
     from zerotuning.evaluate import evaluate
     from zerotuning.models import load_model
-    from zerotuning.patch import apply_scales, patch, rows, unpatch, untuned
+    from zerotuning.patch import apply_scales, patch, rows, scaled_keys, unpatch, untuned
     from zerotuning.scales import HeadScales
     from zerotuning.tasks import Task
 
@@ -39,6 +39,7 @@ __all__ = [
     "ops",
     "patch",
     "rows",
+    "scaled_keys",
     "unpatch",
     "untuned",
 ]
@@ -53,6 +54,7 @@ _HOME = {
     "load_model": "models",
     "patch": "patch",
     "rows": "patch",
+    "scaled_keys": "patch",
     "unpatch": "patch",
     "untuned": "patch",
 }

@@ -47,6 +47,7 @@ class HeadScaling(nn.Module):
         self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
         self.register_buffer("rows", None, persistent=False)  # [B] int64: the setting of each sample
         self.parameter: Tensor | None = None  # [heads], in place of the settings while a search is on
+        self.span: Tensor | None = None  # [B, 2] int64: keys that are scaled in place of the initial token
         self._only: tuple[Tensor, Tensor] | None = None  # log_scale and its row 0, not looked up anew for each token
 
     def _apply(self, fn: Any, recurse: bool = True) -> HeadScaling:
@@ -64,11 +65,7 @@ class HeadScaling(nn.Module):
             return self.parameter
         if self.rows is None:
             return self._first_setting()
-        samples = self.rows.shape[0]
-        if batch % samples:
-            raise ZeroTuningError(f"rows names the scales of {samples} samples, the batch has {batch}")
-        rows = self.rows if batch == samples else self.rows.repeat_interleave(batch // samples)  # beam search
-        return self.log_scale[rows]
+        return self.log_scale[_for_batch(self.rows, batch, "rows names the scales")]
 
     def _first_setting(self) -> Tensor:
         settings = self.log_scale
@@ -105,14 +102,34 @@ def zerotuning_attention(
             raise ZeroTuningError(
                 f"{_describe(module)} was not reached when the model was patched; unpatch and patch it again"
             )
-        log_scale = torch.zeros(query.shape[1], device=query.device)
+        log_scale, span = torch.zeros(query.shape[1], device=query.device), None
     else:
         log_scale = scaling_of_layer.current(query.shape[0])
+        span = _span_of(scaling_of_layer, query, key, sliding_window)
     if attention_mask is not None and not _is_geometry(attention_mask, key):
-        output = _attend_densely(query, key, value, log_scale, attention_mask, scaling)
+        output = _attend_densely(query, key, value, log_scale, attention_mask, span, scaling)
     else:
-        output = _attend(query, key, value, log_scale, attention_mask, sliding_window or 0, scaling)
+        output = _attend(query, key, value, log_scale, attention_mask, span, sliding_window or 0, scaling)
     return output.transpose(1, 2), None
+
+
+def _span_of(layer: HeadScaling, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
+    """The keys that `scaled_keys` chose, [B, 2]; None: the initial token."""
+    if layer.span is None:
+        return None
+    if window is not None and key.shape[2] != query.shape[2]:
+        raise ZeroTuningError(
+            f"{layer.layer_name} has a sliding-window cache, whose keys move: scaled_keys is for passes without one"
+        )
+    return _for_batch(layer.span, query.shape[0], "scaled_keys names the keys")
+
+
+def _for_batch(chosen: Tensor, batch: int, what: str) -> Tensor:
+    """One row a sample, repeated for the beams of a beam search."""
+    samples = chosen.shape[0]
+    if batch % samples:
+        raise ZeroTuningError(f"{what} of {samples} samples, the batch has {batch}")
+    return chosen if batch == samples else chosen.repeat_interleave(batch // samples, dim=0)
 
 
 def _attend(
@@ -121,12 +138,15 @@ def _attend(
     value: Tensor,
     log_scale: Tensor,
     geometry: Tensor | None,
+    span: Tensor | None,
     window: int,
     scale: float | None,
 ) -> Tensor:
     arguments: dict[str, Any] = {"window": window, "scale": scale}
     if geometry is not None:
         arguments |= _read_geometry(geometry, key.shape[2])
+    if span is not None:
+        arguments["span"] = span
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
     tensors = (query, key, value, log_scale)
@@ -159,7 +179,13 @@ def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
 
 
 def _attend_densely(
-    query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, mask: Tensor, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    mask: Tensor,
+    span: Tensor | None,
+    scale: float | None,
 ) -> Tensor:
     """A mask that is no causal, padded or windowed one: the formula itself, as dense as the mask, in float32."""
     if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
@@ -169,6 +195,8 @@ def _attend_densely(
     else:  # the caller's own 4-D mask: the initial token is the first key that a query sees
         visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         scaled = torch.zeros_like(visible).scatter(-1, visible.int().argmax(-1, keepdim=True), True)
+    if span is not None:
+        scaled = visible & reference.scaled_keys(query, key, span=span)
     wide = torch.promote_types(query.dtype, torch.float32)
     output, _ = reference.scaled_attention(
         query.to(wide), key.to(wide), value.to(wide), log_scale, visible=visible, scaled=scaled, scale=scale
@@ -619,6 +647,27 @@ def rows(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     finally:
         for layer, chosen in zip(layers, before, strict=True):
             layer.rows = chosen
+
+
+@contextmanager
+def scaled_keys(model: nn.Module, spans: Tensor) -> Iterator[nn.Module]:
+    """Within it γ scales other keys than the initial token: of sample i the keys [first, end) = spans[i].
+
+    spans    int64 [B, 2], places in the batch as it is padded; first == end: none. Beam search repeats each.
+    Raises: ZeroTuningError for spans of another shape or type; in a forward pass, for another number of samples and in
+        layers with a sliding-window cache.
+    """
+    if spans.dim() != 2 or spans.shape[1] != 2 or spans.dtype != torch.int64 or spans.shape[0] == 0:
+        raise ZeroTuningError(f"spans must be int64 [B, 2], got {spans.dtype} {list(spans.shape)}")
+    layers = [layer for layer in _patched(model).layers if layer is not None]
+    before = [layer.span for layer in layers]
+    try:
+        for layer in layers:
+            layer.span = spans.to(layer.log_scale.device)
+        yield model
+    finally:
+        for layer, span in zip(layers, before, strict=True):
+            layer.span = span
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from zerotuning.patch import (
     patch,
     patched_shape,
     rows,
+    scaled_keys,
     unpatch,
     untuned,
 )
@@ -86,7 +87,7 @@ def random_scales(model: nn.Module, seed: int = 0) -> HeadScales:
 
 
 _eager_gamma: dict[int, Tensor] = {}
-_eager_initial: list[Tensor] = []
+_eager_spans: list[Tensor] = []
 
 
 def eager_attention(
@@ -98,15 +99,16 @@ def eager_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """softmax in float64 with the model's own dense mask, scale the initial token's column, renormalise."""
+    """softmax in float64 with the model's own dense mask, scale the spans' columns, renormalise."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1).double(), value.repeat_interleave(groups, 1).double()
     logits = query.double() @ key.transpose(-1, -2) * scaling
     assert attention_mask is not None
     weights = torch.softmax(logits + attention_mask.double(), dim=-1)
-    column = torch.arange(key.shape[2]) == _eager_initial[0][:, None]
+    column, spans = torch.arange(key.shape[2]), _eager_spans[0]
+    scaled = (column >= spans[:, :1]) & (column < spans[:, 1:])
     gamma = _eager_gamma[module.layer_idx].double()[None, :, None, None]
-    weights = weights * torch.where(column[:, None, None], gamma, torch.ones_like(gamma))
+    weights = weights * torch.where(scaled[:, None, None], gamma, torch.ones_like(gamma))
     weights = weights / weights.sum(-1, keepdim=True)
     return (weights @ value).to(query.dtype).transpose(1, 2), None
 
@@ -116,13 +118,16 @@ AttentionMaskInterface.register("eager_formula", eager_mask)
 
 
 @torch.no_grad()
-def formula_logits(model: Any, scales: HeadScales, ids: Tensor, mask: Tensor, **arguments: Any) -> Tensor:
+def formula_logits(
+    model: Any, scales: HeadScales, ids: Tensor, mask: Tensor, spans: Tensor | None = None, **arguments: Any
+) -> Tensor:
+    first = mask.int().argmax(-1)
     copied = copy.deepcopy(model)
     if is_patched(copied):
         unpatch(copied)
     copied.set_attn_implementation("eager_formula")
     _eager_gamma.update(dict(enumerate(scales.gamma)))
-    _eager_initial[:] = [mask.int().argmax(-1)]
+    _eager_spans[:] = [torch.stack((first, first + 1), dim=1) if spans is None else spans]
     return copied(input_ids=ids, attention_mask=mask, **arguments).logits
 
 
@@ -322,6 +327,65 @@ def test_named_scales_serve_different_rows_of_one_batch() -> None:
         pass
     with pytest.raises(ZeroTuningError, match="2 samples, the batch has 3"), rows(model, ["a", "b"]):
         model(**arguments)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_scaled_keys_in_place_of_the_initial_token_equal_the_formula(kind) -> None:
+    model = patch(small_model(kind))
+    scales = random_scales(model)
+    apply_scales(model, scales)
+    ids, mask, positions = left_padded([20, 13, 5])
+    spans = torch.tensor([[3, 4], [9, 14], [17, 17]])  # one key, several, none
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+    with torch.no_grad():
+        initial = model(**arguments).logits
+        with scaled_keys(model, spans):
+            logits = model(**arguments).logits
+        assert torch.equal(model(**arguments).logits, initial)
+    want = formula_logits(model, scales, ids, mask, spans, position_ids=positions)
+    torch.testing.assert_close(logits[mask.bool()], want[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+def test_generation_with_scaled_keys_equals_the_formula_on_the_whole_text() -> None:
+    model = patch(small_model("llama"))
+    scales = random_scales(model)
+    apply_scales(model, scales)
+    ids, mask, _ = left_padded([9, 4], 9)
+    spans = torch.tensor([[2, 4], [6, 7]])
+    with scaled_keys(model, spans):
+        result = model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    mask = torch.cat((mask, torch.ones(2, 6, dtype=torch.long)), 1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    want = formula_logits(model, scales, result.sequences, mask, spans, position_ids=positions)
+    for step, logits in enumerate(result.logits):
+        torch.testing.assert_close(logits, want[:, 8 + step], rtol=1e-4, atol=1e-4)
+
+
+def test_scaled_keys_apply_under_a_mask_of_the_callers_own() -> None:
+    model = patch(small_model("llama"))
+    apply_scales(model, random_scales(model))
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(6))
+    visible = torch.ones(9, 9, dtype=torch.bool).tril()[None, None]
+    with torch.no_grad(), scaled_keys(model, torch.tensor([[2, 5]])):
+        want = model(input_ids=ids).logits
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=visible).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_scaled_keys_of_another_shape_or_in_a_sliding_cache_are_refused() -> None:
+    model = patch(small_model("mistral"))
+    with (
+        pytest.raises(ZeroTuningError, match=r"spans must be int64 \[B, 2\], got torch.float32 \[2\]"),
+        scaled_keys(model, torch.zeros(2)),
+    ):
+        pass
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(6))
+    with scaled_keys(model, torch.tensor([[1, 2]] * 3)), pytest.raises(ZeroTuningError, match="names the keys of 3"):
+        model(input_ids=ids)
+    with scaled_keys(model, torch.tensor([[1, 2]] * 2)), pytest.raises(ZeroTuningError, match="sliding-window cache"):
+        model.generate(ids, max_new_tokens=4, eos_token_id=None)
 
 
 def test_gradients_of_head_parameters_equal_finite_differences() -> None:
