@@ -33,6 +33,7 @@ from zerotuning.output import (
     check_result_file,
     result_folder,
 )
+from zerotuning.study.names import STUDIES
 from zerotuning.version import __version__
 
 # As bench.py has them; repeated here because importing that takes seconds.
@@ -147,6 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("scales", metavar="DIR", help="folder of the head scales")
     inspect.add_argument("--plot", metavar="FILE.png", help="draw the map of γ; an existing file is replaced")
 
+    study = command("study", _study, "measure one of the paper's findings; run again, an unfinished study goes on")
+    _add_study(study)
+
     bench = command("bench", _bench, "measure speed against other implementations, side by side")
     bench.add_argument("kind", choices=BENCHMARKS, help="what to measure")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
@@ -165,6 +169,23 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seeds", type=_positive, metavar="N", help="draws of the examples (default: 1)")
     search.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at once (default: 64)")
     return parser
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("name", choices=STUDIES, metavar="NAME", help=", ".join(STUDIES))
+    add("--size", choices=("small", "full"), default="full", help="how much is measured (default: %(default)s)")
+    add("--part", metavar="P", action="append", dest="parts", default=[], help="repeated: these parts of it only")
+    add("--model", metavar="M", default="demo", help="as elsewhere (default: %(default)s)")
+    add("--task", metavar="T", action="append", dest="tasks", help="repeated: these tasks instead of the study's own")
+    add("--seeds", type=_positive, metavar="N", help="draws of the examples (default: by size)")
+    add("--examples", type=_positive, metavar="N", help="validation examples to choose on (default: by size)")
+    add("--limit", type=_positive, metavar="N", help="test examples of each task (default: by size)")
+    add("--batch-size", type=_positive, metavar="N", default=16, help="prompts at once (default: %(default)s)")
+    add("--dtype", metavar="TYPE", help="of the weights (default: what suits the device)")
+    add("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    add("--overwrite", action="store_true", help="measure everything anew")
+    add("--output", metavar="DIR", required=True, help="folder of the figures, pictures and table")
 
 
 def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str, several: bool = False) -> None:
@@ -443,6 +464,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
         plot_head_map(scales, arguments.plot)
     print("\n".join(_metadata_lines(arguments.scales, scales)) + "\n")
     print(head_table(scales))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from zerotuning.study.runner import run_study
+    from zerotuning.study.setting import Setting
+
+    names = ("model", "dtype", "device", "size", "tasks", "seeds", "examples", "limit", "parts", "batch_size")
+    setting = Setting(**{name: getattr(arguments, name) for name in names})
+    result = run_study(arguments.name, setting, arguments.output, overwrite=arguments.overwrite, progress=True)
+    print(result.table)
+    print(f"\nIn {arguments.output}: {', '.join(path.name for path in result.files)}")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

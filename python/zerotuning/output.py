@@ -63,6 +63,15 @@ def _make(path: Path, made: list[Path]) -> None:
         raise ZeroTuningError(f"output {path} cannot be written: {error.strerror or error}") from error
 
 
+def made_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder, made if it was missing, once it takes files. Errors: ZeroTuningError where it does not."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ZeroTuningError(f"output {path} must be a folder, got a file")
+    _make(path, [])
+    return path
+
+
 def check_result_file(path: str | os.PathLike[str], *, suffixes: tuple[str, ...] = ()) -> Path:
     """The path of a file to be written, once its folder takes files and its name ends as it must.
 

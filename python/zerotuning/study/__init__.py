@@ -1,0 +1,24 @@
+"""`zerotuning study NAME`: the paper's findings measured on a model at hand, each study one module of this package.
+
+from zerotuning.study import Setting, run_study
+result = run_study("gamma", Setting(size="small"), output="results")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zerotuning.study.runner import StudyResult, run_study
+    from zerotuning.study.setting import Setting
+
+__all__ = ["Setting", "StudyResult", "run_study"]
+
+_HOME = {"Setting": "setting", "StudyResult": "runner", "run_study": "runner"}
+
+
+def __getattr__(name: str) -> Any:  # loaded on first use: the command line reads the studies' names alone
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"zerotuning.study.{_HOME[name]}"), name)

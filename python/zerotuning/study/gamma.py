@@ -1,0 +1,89 @@
+"""`zerotuning study gamma`: accuracy, loss and output entropy when all heads share one γ.
+
+The label-free mode of the paper (section 4) takes the γ with the least entropy: here one sees what that γ is worth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from zerotuning.study import pictures
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.statistics import mean_and_half_width
+
+GAMMAS = (0.1, 0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0, 10.0)
+SMALL_GAMMAS = (0.5, 1.0, 2.0)
+
+
+def cells(setting: Setting) -> Iterator[Cell]:
+    """One for each task, seed and γ, on test examples drawn by the seed."""
+    numbers = setting.numbers
+    for name in numbers.tasks:
+        for seed in range(numbers.seeds):
+            for gamma in SMALL_GAMMAS if setting.size == "small" else GAMMAS:
+                key = {"task": name, "seed": seed, "limit": numbers.limit, "gamma": gamma}
+                yield Cell(key, partial(_measure, setting, name, seed, gamma))
+
+
+def _measure(setting: Setting, name: str, seed: int, gamma: float) -> dict[str, Any]:
+    scorer = setting.scorer(setting.task(name), setting.tests(name, seed))
+    return figures_of(setting.scores(scorer, math.log(gamma)), scorer.labels)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Three panels, a curve a task: accuracy, loss, entropy against γ."""
+    figure, panels = pictures.new_figure(columns=3)
+    for axes, (what, unit, factor) in zip(panels, _FIGURES, strict=True):
+        for place, task in enumerate(pictures.distinct(row["key"]["task"] for row in rows)):
+            gammas = sorted({row["key"]["gamma"] for row in rows})
+            found = [mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas]
+            means, halves = zip(*found, strict=True)
+            pictures.line_with_band(axes, place, gammas, means, halves, task)
+        axes.set_xscale("log")
+        axes.axvline(1, color=pictures.QUIET, linewidth=0.8)
+        pictures.label(axes, what, "γ of all heads", unit)
+    pictures.legend(panels[0])
+    return {"": figure}
+
+
+_FIGURES = (("accuracy", "accuracy (%)", 100.0), ("loss", "loss (nats)", 1.0), ("entropy", "entropy (nats)", 1.0))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a task: accuracy at γ = 1, the best γ by accuracy, and what the γ of least entropy would have given."""
+    lines = ["| task | γ = 1 | best γ, accuracy | γ of least loss, accuracy | γ of least entropy, accuracy |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for task in pictures.distinct(row["key"]["task"] for row in rows):
+        by_gamma = {
+            gamma: {what: mean_and_half_width(_values(rows, task, gamma, what))[0] for what, _, _ in _FIGURES}
+            for gamma in sorted({row["key"]["gamma"] for row in rows})
+        }
+        chosen = (
+            max(by_gamma, key=lambda gamma: by_gamma[gamma]["accuracy"]),
+            min(by_gamma, key=lambda gamma: by_gamma[gamma]["loss"]),
+            min(by_gamma, key=lambda gamma: by_gamma[gamma]["entropy"]),
+        )
+        shown = " | ".join(f"{gamma:g}: {100 * by_gamma[gamma]['accuracy']:.1f} %" for gamma in chosen)
+        lines.append(f"| {task} | {100 * by_gamma[1.0]['accuracy']:.1f} % | {shown} |")
+    return "\n".join(lines)
+
+
+def _values(rows: Sequence[Row], task: str, gamma: float, what: str) -> list[float]:
+    return [row[what] for row in rows if row["key"]["task"] == task and row["key"]["gamma"] == gamma]
+
+
+STUDY = Experiment(
+    name="gamma",
+    question="How do accuracy, loss and output entropy follow one γ shared by all heads?",
+    numbers={
+        "small": Numbers(("sst2",), seeds=1, examples=8, limit=16),
+        "full": Numbers(("sst2", "mr", "sst5", "trec", "cb", "openbookqa"), seeds=3, examples=8, limit=64),
+    },
+    cells=cells,
+    figures=figures,
+    table=table,
+)

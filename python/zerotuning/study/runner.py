@@ -1,0 +1,127 @@
+"""Runs a study: measures what its file does not hold yet, then writes its pictures and its table."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_text_atomically
+from zerotuning.head_map import can_plot
+from zerotuning.output import made_folder
+from zerotuning.study import pictures
+from zerotuning.study.experiment import Cell, Experiment, Row
+from zerotuning.study.names import STUDIES
+from zerotuning.study.rows_file import RowsFile
+from zerotuning.study.setting import Setting
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """rows       as the study's file holds them: {"key": …, figures …, "seconds": …}
+    table      the findings as a Markdown table
+    figures    matplotlib figures by name; none without matplotlib
+    files      what was written
+    """
+
+    rows: list[Row]
+    table: str
+    figures: dict[str, Any]
+    files: list[Path]
+
+
+def study(name: str) -> Experiment:
+    """The study of that name. Errors: ZeroTuningError that lists the known ones."""
+    if name not in STUDIES:
+        nearest = difflib.get_close_matches(name, STUDIES, n=1)
+        hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+        raise ZeroTuningError(f"unknown study {name!r}{hint} (known studies: {', '.join(STUDIES)})")
+    found: Experiment = importlib.import_module(f"zerotuning.study.{name}").STUDY
+    return found
+
+
+def run_study(
+    name: str,
+    setting: Setting | None = None,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> StudyResult:
+    """Measures the cells of a study that `output`/NAME.json does not hold, and makes pictures and table of all.
+
+    Args:
+        name: one of `STUDIES`.
+        setting: model, size, tasks …; default: the full size on the embedded model.
+        output: a folder for NAME.json, NAME*.png, NAME*.svg and NAME.md; None: nothing is written.
+        overwrite: measure everything anew.
+        progress: draw a bar on stderr, if that is a terminal.
+
+    Raises:
+        ZeroTuningError: an unknown study, task or part; a file in `output` with rows of another model.
+    """
+    experiment = study(name)
+    complete = (setting or Setting()).with_defaults(experiment.numbers)
+    _check_parts(experiment, complete.parts)
+    for task in complete.numbers.tasks:
+        complete.task(task)
+    folder = None if output is None else made_folder(output)
+    cells = list(experiment.cells(complete))
+    path = None if folder is None else folder / f"{name}.json"
+    file = RowsFile(path, _header(experiment, complete), overwrite)
+    rows = [_row(cell, file) for cell in _shown(cells, progress)]
+    return _written(experiment, rows, folder)
+
+
+def _row(cell: Cell, file: RowsFile) -> Row:
+    row = file.find(cell.key)
+    if row is None:
+        started = time.perf_counter()
+        figures = dict(cell.measure())
+        row = {"key": dict(cell.key), **figures, "seconds": round(time.perf_counter() - started, 3)}
+        file.add(row)
+    return row
+
+
+def _shown(cells: Sequence[Cell], progress: bool) -> Any:
+    return tqdm(cells, unit=" cells", disable=not (progress and sys.stderr.isatty()))
+
+
+def _check_parts(experiment: Experiment, parts: Sequence[str]) -> None:
+    for part in parts:
+        if part not in experiment.parts:
+            known = ", ".join(experiment.parts) or "none"
+            raise ZeroTuningError(f"part must be one of {known} in the study {experiment.name}, got {part!r}")
+
+
+def _header(experiment: Experiment, setting: Setting) -> dict[str, Any]:
+    from zerotuning.bench import machine
+
+    return {
+        "study": experiment.name,
+        "question": experiment.question,
+        "model": setting.model,
+        "dtype": setting.dtype,
+        "machine": machine(),
+    }
+
+
+def _written(experiment: Experiment, rows: list[Row], folder: Path | None) -> StudyResult:
+    table = experiment.table(rows)
+    figures = dict(experiment.figures(rows)) if can_plot() else {}
+    files: list[Path] = []
+    if folder is not None:
+        files.append(folder / f"{experiment.name}.json")
+        files.append(write_text_atomically(folder / f"{experiment.name}.md", table + "\n"))
+        for part, figure in figures.items():
+            files.extend(pictures.save(figure, folder, f"{experiment.name}{'_' * bool(part)}{part}"))
+    return StudyResult(rows, table, figures, files)

@@ -1,0 +1,170 @@
+"""On which model, tasks and examples a study runs; the passes through the model that studies share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zerotuning import objectives
+from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.errors import ZeroTuningError
+from zerotuning.example_folds import draw_examples
+from zerotuning.models import load_model
+from zerotuning.patch import head_parameters, patch, patched_shape, scaled_keys
+from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.study.experiment import SIZES, Numbers
+from zerotuning.tasks import Record, Task
+
+#: Keys [first, end) of each example's prompt, in tokens from its first.
+Spans = Sequence[tuple[int, int]]
+
+
+@dataclass
+class Setting:
+    """What the rows of a study depend on, and the model they are measured with, loaded when first asked for.
+
+    model, dtype, device   as `load_model` takes them
+    size                   small (a minute or less, for tests) or full
+    tasks, seeds, examples, limit
+                           see `Numbers`; None: the study's own for the size
+    parts                  of a study of several parts; empty: all
+    """
+
+    model: str = "demo"
+    dtype: str | None = None
+    device: str | None = None
+    size: str = "full"
+    tasks: Sequence[str] | None = None
+    seeds: int | None = None
+    examples: int | None = None
+    limit: int | None = None
+    parts: Sequence[str] = ()
+    batch_size: int = 16
+    _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
+    _scorers: dict[tuple[Any, ...], LabelScorer] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ZeroTuningError(f"size must be one of {', '.join(SIZES)}, got {self.size!r}")
+        for name in ("seeds", "examples", "limit", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
+
+    def with_defaults(self, numbers: Mapping[str, Numbers]) -> Setting:
+        """The same with what was not said taken from the study's own numbers."""
+        own = numbers[self.size]
+        return replace(
+            self,
+            tasks=tuple(self.tasks or own.tasks),
+            seeds=self.seeds or own.seeds,
+            examples=self.examples or own.examples,
+            limit=self.limit or own.limit,
+        )
+
+    @property
+    def numbers(self) -> Numbers:
+        """All of them; for a setting that `with_defaults` completed."""
+        assert self.tasks
+        assert self.seeds
+        assert self.examples
+        assert self.limit
+        return Numbers(tuple(self.tasks), self.seeds, self.examples, self.limit)
+
+    # The model and its examples.
+
+    def loaded(self) -> tuple[Any, Any]:
+        """(model, tokenizer); the model patched, every γ 1."""
+        if self._loaded is None:
+            model, tokenizer = load_model(self.model, self.dtype, self.device)
+            self._loaded = patch(model), tokenizer
+        return self._loaded
+
+    def shape(self) -> tuple[int, int]:
+        """(layers, heads)."""
+        return patched_shape(self.loaded()[0])
+
+    def task(self, name: str) -> Task:
+        return Task.load(name)
+
+    def drawn(self, name: str, seed: int, count: int | None = None) -> list[Record]:
+        """`count` (default: `examples`) of the task's validation examples, drawn by the seed as `calibrate` draws them."""
+        wanted = count or self.numbers.examples
+        records = self.task(name).examples("validation")
+        return draw_examples(records, CalibrationOptions(examples=min(wanted, len(records)), seed=seed))
+
+    def tests(self, name: str, seed: int = 0) -> list[Record]:
+        """`limit` of the task's test examples: the first for seed 0, drawn by the seed for others."""
+        records = self.task(name).examples("test")
+        if seed == 0:
+            return records[: self.numbers.limit]
+        order = np.random.default_rng((seed, 2)).permutation(len(records))
+        return [records[place] for place in order[: self.numbers.limit]]
+
+    def scorer(self, task: Task, records: Sequence[Record]) -> LabelScorer:
+        """The scorer of these records, made once."""
+        key = (task, *(record.origin for record in records))
+        if key not in self._scorers:
+            model, tokenizer = self.loaded()
+            self._scorers[key] = LabelScorer(model, tokenizer, task, records, batch_size=self.batch_size)
+        return self._scorers[key]
+
+    # Passes.
+
+    @torch.no_grad()
+    def scores(self, scorer: LabelScorer, log_scale: Any = 0.0, spans: Spans | None = None) -> Tensor:
+        """Label scores float32 [N, C] with log γ given for all heads, by layer [L, 1] or by head [L, H].
+
+        spans   keys that are scaled in place of the initial token: one pair an example.
+        """
+        model, _ = self.loaded()
+        values = torch.as_tensor(log_scale, dtype=torch.float32).expand(self.shape())
+        found = []
+        with head_parameters(model) as parameters:
+            for parameter, row in zip(parameters, values, strict=True):
+                parameter.copy_(row)
+            for batch in scorer.batches:
+                chosen = nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans))
+                with chosen:
+                    found.append(scorer.scores(batch).cpu())
+        return scorer.gather(found)
+
+    def slopes(self, scorer: LabelScorer, spans: Spans | None = None) -> np.ndarray:
+        """Of each head the derivative of the mean task loss in log γ at γ = 1 (nats), float64 [L, H]."""
+        model, _ = self.loaded()
+        total = np.zeros(self.shape())
+        with head_parameters(model) as parameters:
+            for batch in scorer.batches:
+                chosen = nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans))
+                with chosen:
+                    scores = scorer.scores(batch)
+                    loss = objectives.task_loss(scores, batch.labels.to(scores.device)) * len(batch)
+                    gradients = torch.autograd.grad(loss, parameters)
+                total += torch.stack(gradients).double().cpu().numpy()
+        return total / len(scorer)
+
+
+def figures_of(scores: Tensor, labels: Tensor) -> dict[str, float]:
+    """accuracy in [0, 1], loss and entropy in nats, of scores [N, C] and gold labels int64 [N]."""
+    return {
+        "accuracy": objectives.accuracy(scores, labels),
+        "loss": float(objectives.task_loss(scores, labels)),
+        "entropy": float(objectives.entropy(scores)),
+    }
+
+
+def batch_spans(batch: Batch, spans: Spans) -> Tensor:
+    """Spans of prompts as places in the padded batch: int64 [sequences, 2]."""
+    length = batch.input_ids.shape[1]
+    rows = []
+    for index, example, (_, beginnings) in zip(batch.indices.tolist(), batch.examples, batch.rows, strict=True):
+        for beginning in beginnings:
+            offset = length - len(example.prompt) - len(beginning)
+            rows.append([offset + place for place in spans[index]])
+    return torch.tensor(rows)
