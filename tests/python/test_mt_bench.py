@@ -438,6 +438,7 @@ def test_prompts_and_references_come_from_files_in_fastchats_format(server: Stan
 
 
 def test_a_judge_that_cannot_be_reached_is_one_line(place: Path, capsys: Any, monkeypatch: Any) -> None:
+    pytest.importorskip("openai")
     write_answers()
     monkeypatch.setattr("openai._constants.INITIAL_RETRY_DELAY", 0.0)
     assert "cannot connect to the judge at http://127.0.0.1:9/v1" in refusal(capsys, judge("http://127.0.0.1:9/v1"))
@@ -466,6 +467,7 @@ def test_a_missing_client_names_the_extra(place: Path, capsys: Any, monkeypatch:
 @pytest.mark.parametrize("part", ["judge", "proxy"])
 def test_answers_of_another_shape_are_one_line(place: Path, capsys: Any, part: str, record: Any, said: str) -> None:
     Path("answers.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    # Read before the client is looked for.
     command = judge("http://127.0.0.1:9/v1") if part == "judge" else proxy()
     assert said in refusal(capsys, command)
 
