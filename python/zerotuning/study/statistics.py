@@ -30,3 +30,23 @@ def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int =
     places = np.random.default_rng(seed).integers(0, array.size, (draws, array.size))
     low, high = np.quantile(array[places].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def nested_bootstrap_interval(
+    groups: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of the groups' means: resamples groups, then values within each.
+
+    For values that depend on their group, such as seeds of a task (Davison and Hinkley 1997, section 3.8). NaN where no
+    group holds two values.
+    """
+    generator = np.random.default_rng(seed)
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or any(array.size == 0 for array in arrays):
+        raise ValueError("groups must not be empty")
+    if all(array.size == 1 for array in arrays):
+        return math.nan, math.nan
+    means = np.stack([array[generator.integers(0, array.size, (draws, array.size))].mean(axis=1) for array in arrays])
+    places = generator.integers(0, len(arrays), (draws, len(arrays)))
+    low, high = np.quantile(means[places, np.arange(draws)[:, None]].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
