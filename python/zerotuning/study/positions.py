@@ -17,7 +17,7 @@ from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.setting import Setting, figures_of
 from zerotuning.study.spans import POSITIONS, find_spans, has_position
-from zerotuning.study.statistics import nested_bootstrap_interval
+from zerotuning.study.statistics import mean_and_interval, with_interval
 
 GAMMAS = (0.2, 0.5, 2.0, 5.0)
 SMALL_GAMMAS = (2.0,)
@@ -140,7 +140,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     figure, panels = pictures.new_figure(columns=2, rows=2)
     positions = _positions(rows)
     for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):
-        found = [_mean_and_interval(_by_task(rows, position, what, factor)) for position in positions]
+        found = [mean_and_interval(_by_task(rows, position, what, factor)) for position in positions]
         means, lows, highs = zip(*found, strict=True)
         pictures.bars_with_intervals(axes, positions, means, lows, highs, place // 2)
         pictures.label(axes, title, unit, "scaled tokens")
@@ -171,10 +171,10 @@ def _line(rows: Sequence[Row], position: str, prefix: str) -> str:
     accuracy, loss = f"{prefix}accuracy_gain", f"{prefix}loss_gain"
     count = sum(row["key"]["position"] == position for row in rows)
     shown = [position, str(count)]
-    shown.append(_shown(_by_task(rows, position, accuracy, 100.0), 1))
-    shown.append(_shown(_by_task(rows, position, loss), 3))
+    shown.append(with_interval(_by_task(rows, position, accuracy, 100.0), 1))
+    shown.append(with_interval(_by_task(rows, position, loss), 3))
     for what, factor, digits in ((accuracy, 100.0, 1), (loss, 1.0, 3)):
-        shown.append("" if position == "initial" else _shown(_leads(rows, position, what, factor), digits))
+        shown.append("" if position == "initial" else with_interval(_leads(rows, position, what, factor), digits))
     if prefix:
         shown.append(f"{np.mean([row['slope_norm'] for row in rows if row['key']['position'] == position]):.2f}")
     return f"| {' | '.join(shown)} |"
@@ -193,7 +193,7 @@ def _verdict(rows: Sequence[Row], prefix: str) -> str:
             leads = _leads(rows, position, f"{prefix}{what}")
             if position == "initial" or not leads:
                 continue
-            _, low, high = _mean_and_interval(leads)
+            _, low, high = mean_and_interval(leads)
             (ahead if low > 0 else behind if high < 0 else open_).append(position)
         named = (("ahead of", ahead), ("behind", behind), ("not told apart from", open_))
         clauses = [f"{how} {', '.join(positions)}" for how, positions in named if positions]
@@ -228,25 +228,12 @@ def _pair(row: Row) -> tuple[str, int]:
     return row["key"]["task"], row["key"]["seed"]
 
 
-def _mean_and_interval(by_task: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    low, high = nested_bootstrap_interval(by_task)
-    return float(np.mean([np.mean(values) for values in by_task])), low, high
-
-
-def _shown(by_task: Sequence[Sequence[float]], digits: int) -> str:
-    if not by_task:
-        return ""
-    mean, low, high = _mean_and_interval(by_task)
-    interval = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{mean:+.{digits}f}{interval}"
-
-
 STUDY = Experiment(
     name="positions",
     question="What does tuning the initial token gain against tuning other tokens?",
     numbers={
         "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
-        "full": Numbers(("sst2", "mr", "trec", "cb"), seeds=3, examples=16, limit=40),
+        "full": Numbers(("sst2", "mr", "trec", "sst5"), seeds=3, examples=16, limit=40),
     },
     cells=cells,
     figures=figures,
