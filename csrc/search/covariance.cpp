@@ -44,7 +44,7 @@ std::vector<double> Covariance::whitened_coordinates(const std::vector<double>& 
 }
 
 std::vector<double> Covariance::whiten(const std::vector<double>& step) const {
-  const std::vector<double> coordinates = whitened_coordinates(step);
+  std::vector<double> coordinates = whitened_coordinates(step);
   if (diagonal_) return coordinates;
   std::vector<double> result(size_, 0.0);
   for (size_t axis = 0; axis < size_; ++axis) {

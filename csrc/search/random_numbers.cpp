@@ -12,7 +12,7 @@ uint64_t rotate_left(uint64_t value, int count) {
 
 }  // namespace
 
-RandomNumbers::RandomNumbers(uint64_t seed) {
+RandomNumbers::RandomNumbers(uint64_t seed) : state_{} {
   for (uint64_t& word : state_) {  // splitmix64
     seed += 0x9e3779b97f4a7c15u;
     uint64_t mixed = seed;

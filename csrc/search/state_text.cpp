@@ -16,7 +16,7 @@ constexpr char kVersionLine[] = "zerotuning-search 1";
 
 template <typename Integer>
 std::string integer_text(Integer value, int base) {
-  std::array<char, 32> buffer;
+  std::array<char, 32> buffer{};
   const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, base);
   return std::string(buffer.data(), result.ptr);
 }
