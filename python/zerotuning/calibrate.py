@@ -178,6 +178,14 @@ def _read(records: Any) -> list[Record]:
 def _check_together(tasks: Sequence[Task], options: CalibrationOptions, metric: Metric | None) -> None:
     if metric is not None and options.method != "cma-es":
         raise ZeroTuningError(f"metric has no gradient: it needs the method cma-es, got {options.method}")
+    written = [task.scoring == "generate" for task in tasks]
+    if any(written):
+        if options.method != "cma-es":
+            raise ZeroTuningError(f"scoring generate has no gradient: it needs the method cma-es, got {options.method}")
+        if options.objective != "task-loss":
+            raise ZeroTuningError(f"scoring generate takes the objective's place, got objective {options.objective}")
+        if not all(written):
+            raise ZeroTuningError("scoring generate must be that of all tasks or of none")
     for task in tasks:
         if task.continuation and options.objective != "task-loss":
             raise ZeroTuningError(
@@ -207,6 +215,7 @@ def _prepared(
         batch_size=options.batch_size,
         batch_tokens=GRADIENT_TOKENS,
         require_labels=need_labels,
+        truncate=options.truncate,
     )
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     return TaskExamples(task, records, scorer, prior)
@@ -267,7 +276,7 @@ class _Run:
         self.everything = [list(range(len(task.records))) for task in measurement.tasks]
         self.splits = _splits(measurement.tasks, options)
         self.judge: Judge | None = None
-        if measurement.metric is None:
+        if not measurement.reads_text:
             self._begin_judging()
         self.search = self._new_search()
         self._restore()
@@ -360,7 +369,8 @@ class _Run:
         report: dict[str, Any] = {
             "task": " + ".join(task.task.name for task in tasks),
             "method": options.method,
-            "objective": options.objective if self.measurement.metric is None else "metric",
+            "objective": "metric" if self.measurement.reads_text else options.objective,
+            "prompts": [_prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
             "folds": len(self.splits) // options.seeds,
             "fit_examples": sum(len(places) for places in self.splits[0].fit),
@@ -394,6 +404,10 @@ class _Run:
             "baseline": {"loss": optimizer.baseline_loss(), "accuracy": None},
             "tuned": {"loss": self.search.least_loss, "accuracy": None},
         }
+
+
+def _prompt_settings(task: Task) -> dict[str, Any]:
+    return {"task": task.name, "shots": len(task.shots), "chat": task.chat, "scoring": task.scoring}
 
 
 def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:

@@ -103,6 +103,8 @@ def identity(
             }
             for task in tasks
         ],
+        "chat": [task.task.chat for task in tasks],
+        "scoring": [task.task.scoring for task in tasks],
         "shots": [_shown_shots(task.task.shots) for task in tasks],
         **options.to_json(),
         "start": start,

@@ -11,6 +11,8 @@ file with the fields of the prompt and `label`, a zero-based index into `labels`
 example brings its own `choices`, `{choices}` becomes "A. …\\nB. …" and the labels are " A", " B", ….
 
 With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.
+
+`chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS.
 """
 
 from __future__ import annotations
@@ -30,10 +32,13 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.prompts import Prompt, Shot
 
 LETTERS = "letters"
+#: How a label is scored: by the log-probability of all its tokens, of its tokens on average, of its first token, or by
+#: whether the text that the model writes begins with it.
+SCORINGS = ("sum", "mean", "first-token", "generate")
 SPLITS = ("validation", "test")
 
 _DATA = Path(__file__).parent / "data"
-_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source")
+_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source", "chat", "scoring")
 _REQUIRED_KEYS = ("name", "prompt")
 _ALPHABET = string.ascii_uppercase
 
@@ -50,10 +55,12 @@ class Record(dict[str, Any]):
 class Task:
     """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
     choices; empty where `continuation`, a template like the prompt, gives the text that should follow. `shots` are
-    solved examples that stand before every prompt (`with_shots`).
+    solved examples that stand before every prompt (`with_shots`). With `chat` the prompt is a user's turn in the
+    tokenizer's chat template, and labels lose the space before them. `scoring` is one of SCORINGS; a continuation is
+    scored by all its tokens (per token), or generated.
 
     Errors: ZeroTuningError for a template that holds anything but plain fields, for empty or repeated labels,
-    for labels and a continuation together or neither.
+    for labels and a continuation together or neither, for an unknown scoring.
     """
 
     name: str
@@ -64,6 +71,8 @@ class Task:
     builtin: bool = False
     continuation: str = ""
     shots: tuple[Shot, ...] = ()
+    chat: bool = False
+    scoring: str = "sum"
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -71,6 +80,12 @@ class Task:
         for key in ("name", "prompt", "continuation", "description", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ZeroTuningError(f"{key} must be a string, got {_shown(getattr(self, key))}")
+        if not isinstance(self.chat, bool):
+            raise ZeroTuningError(f"chat must be true or false, got {_shown(self.chat)}")
+        if self.scoring not in SCORINGS:
+            raise ZeroTuningError(f"scoring must be one of {', '.join(SCORINGS)}, got {self.scoring!r}")
+        if self.continuation and self.scoring == "first-token":
+            raise ZeroTuningError("scoring first-token needs labels to choose among, a continuation has none")
         if not self.name.strip():
             raise ZeroTuningError("name must not be empty")
         object.__setattr__(self, "_pieces", _template_pieces("prompt", self.prompt))
@@ -141,13 +156,18 @@ class Task:
             labels = tuple(f" {letter}" for letter in _ALPHABET[: len(choices)])
         text = _filled(self._pieces, record, origin, values)
         label = _checked_label(record, len(labels), require_label, origin)
-        return Prompt(text, labels, label, self.shots)
+        return Prompt(text, self._answers(labels), label, self.shots, self.chat)
 
     def _with_continuation(self, record: Mapping[str, Any], origin: str) -> Prompt:
         continuation = _filled(self._continuation_pieces, record, origin, {})
         if not continuation.strip():
             raise ZeroTuningError(f"{origin}: the continuation is empty")
-        return Prompt(_filled(self._pieces, record, origin, {}), (continuation,), 0, self.shots)
+        text = _filled(self._pieces, record, origin, {})
+        return Prompt(text, self._answers((continuation,)), 0, self.shots, self.chat)
+
+    def _answers(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        """In a chat the answer begins a turn, without the space that parts it from a prompt."""
+        return tuple(text.lstrip() for text in texts) if self.chat else texts
 
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
         """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
