@@ -29,6 +29,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.folded_search import FoldedSearch, Found, Split
 from zerotuning.free_scales import FreeScales
 from zerotuning.head_map import can_plot, plot_head_map
+from zerotuning.hub_data import read_data
 from zerotuning.judgement import Judge
 from zerotuning.measurement import Measurement, Metric, TaskExamples
 from zerotuning.objectives import estimated_prior
@@ -41,7 +42,7 @@ from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
 from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
-from zerotuning.tasks import Record, Task, as_records, read_examples
+from zerotuning.tasks import Record, Task, as_records
 from zerotuning.version import __version__
 
 __all__ = ["METHODS", "Calibration", "calibrate"]
@@ -89,7 +90,7 @@ def calibrate(
         model, tokenizer: a transformers causal language model and its tokenizer.
         task: a Task, a built-in name or the path of a YAML file; or a list of such, tuned together: the objective is
             their mean.
-        records: mappings, or the path of a JSON lines file, one such for each task of a list; by default a built-in
+        records: mappings, the path of a JSON lines file or a name of the hub (hub_data.py), one such for each task of a list; by default a built-in
             task's validation sample. Examples that are shots of their task are left out.
         start: scales to begin with. Heads that are not free (`layers`, `heads`, `exclude_heads`) keep theirs.
         metric: with method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at
@@ -164,15 +165,15 @@ def _records_of(
     if records is None:
         return [task.examples("validation", None) for task in tasks]
     if not isinstance(given, (list, tuple)):
-        return [_read(records)]
+        return [_read(tasks[0], records)]
     if not isinstance(records, (list, tuple)) or len(records) != len(tasks):
         got = len(records) if isinstance(records, (list, tuple)) else 1
         raise ZeroTuningError(f"records must be one for each of {len(tasks)} tasks, got {got}")
-    return [_read(part) for part in records]
+    return [_read(task, part) for task, part in zip(tasks, records, strict=True)]
 
 
-def _read(records: Any) -> list[Record]:
-    return read_examples(records) if isinstance(records, (str, Path)) else as_records(records)
+def _read(task: Task, records: Any) -> list[Record]:
+    return read_data(task, records, "validation") if isinstance(records, (str, Path)) else as_records(records)
 
 
 def _check_together(tasks: Sequence[Task], options: CalibrationOptions, metric: Metric | None) -> None:

@@ -18,8 +18,9 @@ from zerotuning import objectives
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
 from zerotuning.generated_answers import answer_tokens, share_right, written_texts
+from zerotuning.hub_data import read_data
 from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.tasks import Record, Task, as_records, first_examples, read_examples
+from zerotuning.tasks import Record, Task, as_records, first_examples
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def evaluate(
 
     model, tokenizer   a transformers causal language model as it stands: patched or not, scaled or not
     task               a Task, a built-in name or the path of a YAML file
-    examples           mappings, or the path of a JSON lines file; by default a built-in task's test sample
+    examples           mappings, the path of a JSON lines file or a name of the hub (hub_data.py); by default a
+                       built-in task's test sample
     limit              use only the first so many
     batch_size         sequences that go through the model together
     truncate           shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
@@ -86,7 +88,7 @@ def evaluate(
     if examples is None:
         records = task.examples("test", limit)
     elif isinstance(examples, (str, os.PathLike)):
-        records = first_examples(read_examples(examples), limit)
+        records = first_examples(read_data(task, examples, "test"), limit)
     else:
         records = first_examples(as_records(examples), limit)
     scorer = LabelScorer(model, tokenizer, task, records, batch_size=batch_size, truncate=truncate)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+#: How a label is scored: by the log-probability of all its tokens, of its tokens on average, of its first token, or by
+#: whether the text that the model writes begins with it.
+SCORINGS = ("sum", "mean", "first-token", "generate")
+#: Solved examples that may stand before a prompt.
+MOST_SHOTS = 16
 #: Between a solved example and what follows it.
 SEPARATOR = "\n\n"
 

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.prompts import MOST_SHOTS
 from zerotuning.tasks import Record, Task, as_records
-
-MOST_SHOTS = 16
 
 #: Sets this draw apart from the others that one seed drives (example_folds.py).
 _STREAM = 2
@@ -54,3 +53,9 @@ def without_shots(task: Task, records: Sequence[Record]) -> list[Record]:
     """The records whose prompt is none of the task's shots."""
     taken = {shot.prompt for shot in task.shots}
     return [record for record in records if task.render(record).own not in taken] if taken else list(records)
+
+
+def without_prompts_of(task: Task, records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """The records whose prompt is none of the others'."""
+    taken = {task.render(record).own for record in others}
+    return [record for record in records if task.render(record).own not in taken]

@@ -12,7 +12,8 @@ example brings its own `choices`, `{choices}` becomes "A. …\\nB. …" and the 
 
 With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.
 
-`chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS.
+`chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS. `hub`
+says where the data set lies on the hub (hub_source.py).
 """
 
 from __future__ import annotations
@@ -29,16 +30,14 @@ from typing import Any
 import yaml
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.prompts import Prompt, Shot
+from zerotuning.hub_source import HubSource
+from zerotuning.prompts import SCORINGS, Prompt, Shot
 
 LETTERS = "letters"
-#: How a label is scored: by the log-probability of all its tokens, of its tokens on average, of its first token, or by
-#: whether the text that the model writes begins with it.
-SCORINGS = ("sum", "mean", "first-token", "generate")
 SPLITS = ("validation", "test")
 
 _DATA = Path(__file__).parent / "data"
-_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source", "chat", "scoring")
+_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source", "chat", "scoring", "hub")
 _REQUIRED_KEYS = ("name", "prompt")
 _ALPHABET = string.ascii_uppercase
 
@@ -73,6 +72,7 @@ class Task:
     shots: tuple[Shot, ...] = ()
     chat: bool = False
     scoring: str = "sum"
+    hub: HubSource | None = None
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -170,9 +170,15 @@ class Task:
         return tuple(text.lstrip() for text in texts) if self.chat else texts
 
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
-        """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
+        """The first `limit` examples that ship with a built-in task. Any other task, and a built-in one that brings no
+        sample: ZeroTuningError that says what would do."""
         if not self.builtin:
             raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file of its own")
+        if not (_DATA / self.name).is_dir():
+            hub = f", or its data set {self.hub.name}: --data hub, with zerotuning[datasets]" if self.hub else ""
+            raise ZeroTuningError(
+                f"task {self.name!r} comes without examples: name a JSON lines file (--data FILE.jsonl){hub}"
+            )
         return builtin_examples(self.name, split, limit)
 
 
@@ -265,7 +271,8 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
             f'task file {path}: labels must be a list of strings or "{LETTERS}", got {_shown(labels)}'
         )
     try:
-        return Task(**description, builtin=builtin)
+        hub = HubSource.from_yaml(description["hub"]) if "hub" in description else None
+        return Task(**(description | {"hub": hub}), builtin=builtin)
     except ZeroTuningError as error:
         raise ZeroTuningError(f"task file {path}: {error}") from error
 
