@@ -29,6 +29,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.folded_search import FoldedSearch, Found, Split
 from zerotuning.free_scales import FreeScales
 from zerotuning.head_map import can_plot, plot_head_map
+from zerotuning.hub_data import read_data
 from zerotuning.judgement import Judge
 from zerotuning.measurement import Measurement, Metric, TaskExamples
 from zerotuning.objectives import estimated_prior
@@ -39,8 +40,9 @@ from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
+from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
-from zerotuning.tasks import Record, Task, as_records, read_examples
+from zerotuning.tasks import Record, Task, as_records
 from zerotuning.version import __version__
 
 __all__ = ["METHODS", "Calibration", "calibrate"]
@@ -88,8 +90,8 @@ def calibrate(
         model, tokenizer: a transformers causal language model and its tokenizer.
         task: a Task, a built-in name or the path of a YAML file; or a list of such, tuned together: the objective is
             their mean.
-        records: mappings, or the path of a JSON lines file, one such for each task of a list; by default a built-in
-            task's validation sample.
+        records: mappings, the path of a JSON lines file or a name of the hub (hub_data.py), one such for each task of a list; by default a built-in
+            task's validation sample. Examples that are shots of their task are left out.
         start: scales to begin with. Heads that are not free (`layers`, `heads`, `exclude_heads`) keep theirs.
         metric: with method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at
             most `max_new_tokens`) and their records, that returns a number, the higher the better. It takes the
@@ -108,7 +110,8 @@ def calibrate(
     """
     chosen = _checked_options(options)
     named = _task_list(task)
-    examples = [draw_examples(part, chosen) for part in _records_of(named, task, records)]
+    given = _records_of(named, task, records)
+    examples = [draw_examples(without_shots(one, part), chosen) for one, part in zip(named, given, strict=True)]
     chosen = chosen.resolved(min(map(len, examples)))
     _check_together(named, chosen, metric)
     processes = Processes()
@@ -162,20 +165,28 @@ def _records_of(
     if records is None:
         return [task.examples("validation", None) for task in tasks]
     if not isinstance(given, (list, tuple)):
-        return [_read(records)]
+        return [_read(tasks[0], records)]
     if not isinstance(records, (list, tuple)) or len(records) != len(tasks):
         got = len(records) if isinstance(records, (list, tuple)) else 1
         raise ZeroTuningError(f"records must be one for each of {len(tasks)} tasks, got {got}")
-    return [_read(part) for part in records]
+    return [_read(task, part) for task, part in zip(tasks, records, strict=True)]
 
 
-def _read(records: Any) -> list[Record]:
-    return read_examples(records) if isinstance(records, (str, Path)) else as_records(records)
+def _read(task: Task, records: Any) -> list[Record]:
+    return read_data(task, records, "validation") if isinstance(records, (str, Path)) else as_records(records)
 
 
 def _check_together(tasks: Sequence[Task], options: CalibrationOptions, metric: Metric | None) -> None:
     if metric is not None and options.method != "cma-es":
         raise ZeroTuningError(f"metric has no gradient: it needs the method cma-es, got {options.method}")
+    written = [task.scoring == "generate" for task in tasks]
+    if any(written):
+        if options.method != "cma-es":
+            raise ZeroTuningError(f"scoring generate has no gradient: it needs the method cma-es, got {options.method}")
+        if options.objective != "task-loss":
+            raise ZeroTuningError(f"scoring generate takes the objective's place, got objective {options.objective}")
+        if not all(written):
+            raise ZeroTuningError("scoring generate must be that of all tasks or of none")
     for task in tasks:
         if task.continuation and options.objective != "task-loss":
             raise ZeroTuningError(
@@ -205,6 +216,7 @@ def _prepared(
         batch_size=options.batch_size,
         batch_tokens=GRADIENT_TOKENS,
         require_labels=need_labels,
+        truncate=options.truncate,
     )
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     return TaskExamples(task, records, scorer, prior)
@@ -265,7 +277,7 @@ class _Run:
         self.everything = [list(range(len(task.records))) for task in measurement.tasks]
         self.splits = _splits(measurement.tasks, options)
         self.judge: Judge | None = None
-        if measurement.metric is None:
+        if not measurement.reads_text:
             self._begin_judging()
         self.search = self._new_search()
         self._restore()
@@ -358,7 +370,8 @@ class _Run:
         report: dict[str, Any] = {
             "task": " + ".join(task.task.name for task in tasks),
             "method": options.method,
-            "objective": options.objective if self.measurement.metric is None else "metric",
+            "objective": "metric" if self.measurement.reads_text else options.objective,
+            "prompts": [_prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
             "folds": len(self.splits) // options.seeds,
             "fit_examples": sum(len(places) for places in self.splits[0].fit),
@@ -392,6 +405,10 @@ class _Run:
             "baseline": {"loss": optimizer.baseline_loss(), "accuracy": None},
             "tuned": {"loss": self.search.least_loss, "accuracy": None},
         }
+
+
+def _prompt_settings(task: Task) -> dict[str, Any]:
+    return {"task": task.name, "shots": len(task.shots), "chat": task.chat, "scoring": task.scoring}
 
 
 def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:

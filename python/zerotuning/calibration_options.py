@@ -63,6 +63,7 @@ class CalibrationOptions:
     tie             `none`, `layer`: one γ for the heads of a layer, `all`: one γ for all
     batch_size      prompts that go through the model together
     max_new_tokens  of generated text, where a metric of it is the objective
+    truncate        shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
     Errors: ZeroTuningError that names the option.
     """
 
@@ -89,6 +90,7 @@ class CalibrationOptions:
     tie: str = "none"
     batch_size: int = 16
     max_new_tokens: int = 32
+    truncate: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (

@@ -19,6 +19,7 @@ from zerotuning.version import __version__
 
 #: What of the report goes into the scales' own metadata: nothing that differs between two runs of one command.
 METADATA_FIELDS = (
+    "prompts",
     "examples",
     "held_out_examples",
     "folds",

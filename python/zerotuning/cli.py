@@ -33,6 +33,7 @@ from zerotuning.output import (
     check_result_file,
     result_folder,
 )
+from zerotuning.prompts import MOST_SHOTS, SCORINGS
 from zerotuning.study.names import STUDIES
 from zerotuning.version import __version__
 
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         "calibrate", _calibrate, "search head scales for a task; run again, an unfinished search resumes"
     )
     _add_model_and_task(calibrate, "the task's own validation sample", several=True)
+    _add_prompts(calibrate, several=True)
     _add_search(calibrate)
     _add_heads(calibrate)
     calibrate.add_argument("--overwrite", action="store_true", help="replace a result in DIR, or start it anew")
@@ -141,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = command("evaluate", _evaluate, "accuracy, loss and entropy of a model on a task")
     _add_model_and_task(evaluate, "the task's own test sample")
+    _add_prompts(evaluate)
     evaluate.add_argument("--scales", metavar="DIR", help="head scales to apply (default: untuned)")
     evaluate.add_argument("--limit", metavar="N", type=_positive, help="use the first N examples (default: all)")
     evaluate.add_argument("--output", metavar="FILE.json", help="write the figures there; an existing file is replaced")
@@ -209,7 +212,13 @@ def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str, seve
     parser.add_argument(
         "--task", metavar="T", required=True, action=action, help=f"a built-in task's name or a YAML file{more}"
     )
-    parser.add_argument("--data", metavar="FILE.jsonl", action=action, help=f"examples (default: {default_data})")
+    parser.add_argument(
+        "--data",
+        metavar="FILE.jsonl",
+        action=action,
+        help="examples: JSON lines, hub for the task's data set there, or hub:owner/name[/config][:split] "
+        f"(default: {default_data})",
+    )
     parser.add_argument(
         "--batch-size",
         metavar="N",
@@ -221,6 +230,32 @@ def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str, seve
         "--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)"
     )
     parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+
+def _add_prompts(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    add = parser.add_argument_group("prompts").add_argument
+    action = "append" if several else "store"
+    source = "the examples themselves, which lose them" if several else "the task's validation examples"
+    add(
+        "--shots",
+        metavar="N",
+        type=_shots,
+        default=0,
+        help=f"solved examples before each, 0 to {MOST_SHOTS} (default: 0)",
+    )
+    add("--shot-seed", metavar="S", type=_seed, default=0, help="of their draw (default: %(default)s)")
+    add("--shot-data", metavar="FILE.jsonl", action=action, help=f"draw them from there (default: {source})")
+    add(
+        "--chat",
+        action=argparse.BooleanOptionalAction,
+        help="make prompts a user's turns in the tokenizer's chat template (default: as the task says, else no)",
+    )
+    add(
+        "--scoring",
+        choices=SCORINGS,
+        help="score labels by all their tokens, their mean, the first, or the text written (default: as the task says, else sum)",
+    )
+    add("--truncate", action="store_true", help="cut prompts that are too long for the model, from the left")
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
@@ -351,6 +386,12 @@ def _positive(text: str) -> int:
 def _seed(text: str) -> int:
     if not text.isdecimal() or not int(text) < 2**63:
         raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}")
+    return int(text)
+
+
+def _shots(text: str) -> int:
+    if not text.isdecimal() or not int(text) <= MOST_SHOTS:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {MOST_SHOTS}, got {text!r}")
     return int(text)
 
 
@@ -493,6 +534,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from zerotuning.tasks import first_examples
 
     records = first_examples(records, arguments.limit)
+    task = _with_shots(arguments, task, records)
     _check_records(task, records, require_label=True)
     output = None if arguments.output is None else check_result_file(arguments.output)
     scales = None if arguments.scales is None else _scales(arguments.scales)
@@ -507,7 +549,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             apply_scales(model, scales)
         except ZeroTuningError as error:
             raise ZeroTuningError(f"scales {arguments.scales} do not fit model {arguments.model}: {error}") from error
-    found = evaluate(model, tokenizer, task, records, batch_size=arguments.batch_size, progress=True)
+    found = evaluate(
+        model, tokenizer, task, records, batch_size=arguments.batch_size, truncate=arguments.truncate, progress=True
+    )
     if output is not None:
         figures = {
             **found.to_json(),
@@ -519,7 +563,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     applied = arguments.scales or "none (γ = 1)"
     print(f"{task.name}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
     print("  accuracy     loss   entropy   seconds")
-    print(f"  {_percent(found.accuracy):>8}  {found.loss:7.4f}   {found.entropy:7.4f}  {found.seconds:8.1f}")
+    loss, entropy = ("–" if value is None else f"{value:.4f}" for value in (found.loss, found.entropy))
+    print(f"  {_percent(found.accuracy):>8}  {loss:>7}   {entropy:>7}  {found.seconds:8.1f}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -628,25 +673,74 @@ def _mt_bench_proxy(arguments: argparse.Namespace) -> None:
 
 def _tasks_and_records(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Of `--task` and `--data` given once or several times."""
-    files = arguments.data or [None] * len(arguments.task)
-    if len(files) != len(arguments.task):
-        raise ZeroTuningError(f"--data must come once for each --task ({len(arguments.task)}), got {len(files)}")
-    found = [
-        _task_and_records(argparse.Namespace(task=task, data=file), "validation")
-        for task, file in zip(arguments.task, files, strict=True)
-    ]
-    return [task for task, _ in found], [records for _, records in found]
+    files = _one_each(arguments.task, arguments.data, "--data")
+    shot_files = _one_each(arguments.task, arguments.shot_data, "--shot-data")
+    tasks, records = [], []
+    for name, file, shot_file in zip(arguments.task, files, shot_files, strict=True):
+        one = argparse.Namespace(**vars(arguments) | {"task": name, "data": file, "shot_data": shot_file})
+        task, part = _task_and_records(one, "validation")
+        task, part = _shots_taken_out(one, task, part)
+        tasks.append(task)
+        records.append(part)
+    return tasks, records
+
+
+def _one_each(tasks: Sequence[str], files: Sequence[str] | None, option: str) -> Sequence[str | None]:
+    if files is not None and len(files) != len(tasks):
+        raise ZeroTuningError(f"{option} must come once for each --task ({len(tasks)}), got {len(files)}")
+    return files or [None] * len(tasks)
 
 
 def _task_and_records(arguments: argparse.Namespace, split: str) -> tuple[Any, list[Any]]:
-    from zerotuning.tasks import Task, read_examples
+    from dataclasses import replace
+
+    from zerotuning.hub_data import read_data
+    from zerotuning.tasks import Task
 
     task = Task.load(arguments.task)
+    changes = {name: value for name in ("chat", "scoring") if (value := getattr(arguments, name)) is not None}
+    task = replace(task, **changes)
     if arguments.data is not None:
-        return task, read_examples(arguments.data)
+        return task, read_data(task, arguments.data, split)
     if not task.builtin:
         raise ZeroTuningError(f"task {task.name!r} has no examples of its own: name a JSON lines file with --data")
     return task, task.examples(split, None)
+
+
+def _shots_taken_out(arguments: argparse.Namespace, task: Any, records: list[Any]) -> tuple[Any, list[Any]]:
+    """The task with its shots, and the records that are none of them."""
+    if not arguments.shots:
+        return task, records
+    from zerotuning.example_folds import LEAST_EXAMPLES
+    from zerotuning.hub_data import read_data
+    from zerotuning.shots import draw_shots, without_shots
+
+    source = records if arguments.shot_data is None else read_data(task, arguments.shot_data, "validation")
+    task = task.with_shots(draw_shots(task, source, arguments.shots, arguments.shot_seed))
+    left = without_shots(task, records)
+    if len(left) < LEAST_EXAMPLES:
+        raise ZeroTuningError(
+            f"shots {arguments.shots} leave {len(left)} of {len(records)} examples of task {task.name!r}, "
+            f"calibration needs at least {LEAST_EXAMPLES}: fewer shots or --shot-data"
+        )
+    return task, left
+
+
+def _with_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) -> Any:
+    """The task with shots that are none of the records to be evaluated."""
+    if not arguments.shots:
+        return task
+    from zerotuning.hub_data import is_hub_name, read_data, without_split
+    from zerotuning.shots import draw_shots, without_prompts_of
+
+    source = arguments.shot_data
+    if source is None and is_hub_name(arguments.data):
+        source = without_split(arguments.data)
+    if source is None and not task.builtin:
+        raise ZeroTuningError(f"shots of task {task.name!r} need examples to draw from: name a file with --shot-data")
+    known = task.examples("validation") if source is None else read_data(task, source, "validation")
+    candidates = without_prompts_of(task, known, records)
+    return task.with_shots(draw_shots(task, candidates, arguments.shots, arguments.shot_seed))
 
 
 def _check_records(task: Any, records: Sequence[Any], *, require_label: bool) -> None:

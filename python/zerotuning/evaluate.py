@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from tqdm import tqdm
 from zerotuning import objectives
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
-from zerotuning.scoring import LabelScorer
-from zerotuning.tasks import Task, as_records, first_examples, read_examples
+from zerotuning.generated_answers import answer_tokens, share_right, written_texts
+from zerotuning.hub_data import read_data
+from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.tasks import Record, Task, as_records, first_examples
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,27 @@ class Evaluation:
     task        the task's name
     examples    how many examples were scored
     accuracy    fraction, in [0, 1], whose gold label is the most likely of the labels; of a task with a continuation:
-                which greedy decoding would write token for token
-    loss        mean cross entropy of the gold label among the labels, nats; of a continuation: per token
-    entropy     mean entropy of the distribution over the labels, nats; of a continuation: of the next token
+                which greedy decoding would write token for token; with scoring `generate`: whose text, written greedily,
+                begins with the gold label (generated_answers.py)
+    loss        mean cross entropy of the gold label among the labels, nats; of a continuation: per token; None with
+                scoring `generate`, since a text that was written has no probabilities to take it from
+    entropy     mean entropy of the distribution over the labels, nats; of a continuation: of the next token; None with
+                scoring `generate`
     seconds     wall time of the model's passes
+    scoring     the task's: `sum`, `mean`, `first-token` or `generate`; loss and entropy are of labels scored so
+    shots       solved examples before each prompt
+    chat        whether prompts were turns of a chat
     """
 
     task: str
     examples: int
     accuracy: float
-    loss: float
-    entropy: float
+    loss: float | None
+    entropy: float | None
     seconds: float
+    scoring: str = "sum"
+    shots: int = 0
+    chat: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The figures as a plain dictionary, ready for `json.dump`."""
@@ -58,15 +69,18 @@ def evaluate(
     *,
     limit: int | None = None,
     batch_size: int = 16,
+    truncate: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Score the examples of a task and compare with their labels.
 
     model, tokenizer   a transformers causal language model as it stands: patched or not, scaled or not
     task               a Task, a built-in name or the path of a YAML file
-    examples           mappings, or the path of a JSON lines file; by default a built-in task's test sample
+    examples           mappings, the path of a JSON lines file or a name of the hub (hub_data.py); by default a
+                       built-in task's test sample
     limit              use only the first so many
     batch_size         sequences that go through the model together
+    truncate           shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
     progress           draw a bar on stderr, if that is a terminal
     Errors: ZeroTuningError for bad input (see tasks.py and scoring.py) and for a model whose scores are NaN.
     """
@@ -74,46 +88,69 @@ def evaluate(
     if examples is None:
         records = task.examples("test", limit)
     elif isinstance(examples, (str, os.PathLike)):
-        records = first_examples(read_examples(examples), limit)
+        records = first_examples(read_data(task, examples, "test"), limit)
     else:
         records = first_examples(as_records(examples), limit)
-    scorer = LabelScorer(model, tokenizer, task, records, batch_size=batch_size)
+    scorer = LabelScorer(model, tokenizer, task, records, batch_size=batch_size, truncate=truncate)
     started = time.perf_counter()
-    if task.continuation:
-        return _continuation_figures(scorer, started, progress)
-    scores = label_scores(scorer, progress=progress)
-    seconds = time.perf_counter() - started
-    if bool(scores.isnan().any()):
-        bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]
-        raise ZeroTuningError(f"{bad.origin}: the model's scores are NaN")
+    if task.scoring == "generate":
+        figures = _generation_figures(scorer, tokenizer, records, progress)
+    elif task.continuation:
+        figures = _continuation_figures(scorer, progress)
+    else:
+        figures = _label_figures(scorer, progress)
     return Evaluation(
         task=task.name,
         examples=len(scorer),
-        accuracy=objectives.accuracy(scores, scorer.labels),
-        loss=float(objectives.task_loss(scores, scorer.labels)),
-        entropy=float(objectives.entropy(scores)),
-        seconds=seconds,
+        **figures,
+        seconds=time.perf_counter() - started,
+        scoring=task.scoring,
+        shots=len(task.shots),
+        chat=task.chat,
     )
 
 
+def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
+    scores = label_scores(scorer, progress=progress)
+    if bool(scores.isnan().any()):
+        bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]
+        raise ZeroTuningError(f"{bad.origin}: the model's scores are NaN")
+    return {
+        "accuracy": objectives.accuracy(scores, scorer.labels),
+        "loss": float(objectives.task_loss(scores, scorer.labels)),
+        "entropy": float(objectives.entropy(scores)),
+    }
+
+
 @torch.no_grad()
-def _continuation_figures(scorer: LabelScorer, started: float, progress: bool) -> Evaluation:
-    hidden = not (progress and sys.stderr.isatty())
-    batches = tqdm(scorer.batches, desc=scorer.task.name, unit=" batches", disable=hidden, leave=False)
-    found = [scorer.continuations(batch) for batch in batches]
+def _continuation_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
+    found = [scorer.continuations(batch) for batch in _with_bar(scorer, progress)]
     log_probability, exact, entropy = (
         torch.cat([column.double().cpu() for column in part]) for part in zip(*found, strict=True)
     )
     if bool(log_probability.isnan().any()):
         raise ZeroTuningError(f"task {scorer.task.name!r}: the model's scores are NaN")
-    return Evaluation(
-        task=scorer.task.name,
-        examples=len(scorer),
-        accuracy=float(exact.mean()),
-        loss=-float(log_probability.mean()),
-        entropy=float(entropy.mean()),
-        seconds=time.perf_counter() - started,
-    )
+    return {
+        "accuracy": float(exact.mean()),
+        "loss": -float(log_probability.mean()),
+        "entropy": float(entropy.mean()),
+    }
+
+
+def _generation_figures(
+    scorer: LabelScorer, tokenizer: Any, records: Sequence[Record], progress: bool
+) -> dict[str, Any]:
+    right = 0.0
+    for batch in _with_bar(scorer, progress):
+        texts = written_texts(scorer.model, tokenizer, scorer, batch, answer_tokens(scorer))
+        chosen = [records[place] for place in batch.indices.tolist()]
+        right += share_right(scorer.task, texts, chosen) * len(chosen)
+    return {"accuracy": round(right) / len(records), "loss": None, "entropy": None}
+
+
+def _with_bar(scorer: LabelScorer, progress: bool) -> Iterable[Batch]:
+    hidden = not (progress and sys.stderr.isatty())
+    return tqdm(scorer.batches, desc=scorer.task.name, unit=" batches", disable=hidden, leave=False)
 
 
 @torch.no_grad()

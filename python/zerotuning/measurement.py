@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from zerotuning import objectives
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
+from zerotuning.generated_answers import answer_tokens, share_right, written_texts
 from zerotuning.processes import Processes
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scoring import Batch, LabelScorer
@@ -70,6 +71,12 @@ class Measurement:
             for task in tasks:
                 task.scorer.recorded = recorded
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether the objective is a number of generated text: of a metric, or the right answers of scoring
+        `generate`."""
+        return self.metric is not None or self.tasks[0].task.scoring == "generate"
+
     # Losses.
 
     @torch.no_grad()
@@ -97,7 +104,7 @@ class Measurement:
 
     def loss(self, point: np.ndarray, places: Places) -> float:
         """The objective at a point; with a metric of generated text, minus that metric."""
-        if self.metric is not None:
+        if self.reads_text:
             return self._generated_loss(point, places)
         return self.loss_of(self.scores(point, places), places)
 
@@ -230,12 +237,12 @@ class Measurement:
 
     @torch.no_grad()
     def _generated_loss(self, point: np.ndarray, places: Places) -> float:
-        assert self.metric is not None
         self.set_point(point)
         values = []
         for task, chosen in zip(self.tasks, places, strict=True):
             records = [task.records[place] for place in chosen]
-            value = self.metric(self._written(task, chosen), records)
+            texts = self._written(task, chosen)
+            value = share_right(task.task, texts, records) if self.metric is None else self.metric(texts, records)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
             values.append(-float(value))
@@ -254,13 +261,7 @@ class Measurement:
         return [texts[place] for place in places]
 
     def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
-        prompts = task.scorer.prompt_batch(batch.indices.tolist())
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
-        ids = self.model.generate(  # type: ignore[operator]
-            input_ids=prompts.input_ids.to(device),
-            attention_mask=prompts.attention_mask.to(device),
-            max_new_tokens=self.options.max_new_tokens,
-            do_sample=False,
-            pad_token_id=getattr(self.tokenizer, "pad_token_id", None) or 0,
-        )
-        return list(self.tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True))
+        return written_texts(self.model, self.tokenizer, task.scorer, batch, self._tokens_to_write(task))
+
+    def _tokens_to_write(self, task: TaskExamples) -> int:
+        return self.options.max_new_tokens if self.metric is not None else answer_tokens(task.scorer)

@@ -1,6 +1,7 @@
 """Label log-probabilities of prompts under a causal language model.
 
-A label is scored by the summed log-probability of its tokens after the prompt (design.md §7). Only the logits
+A label is scored by the summed log-probability of its tokens after the prompt (design.md §7), or as the task's
+`scoring` says. Only the logits
 that are needed are computed: the last position, and there only the labels' rows of the output layer when
 every label is a single token; otherwise the last few positions of one sequence per distinct beginning of a
 label.
@@ -20,36 +21,12 @@ from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.recorded_passes import RecordedPasses
-from zerotuning.tasks import Prompt, Record, Task, as_records
-
-Tokens = tuple[int, ...]
+from zerotuning.tasks import Task, as_records
+from zerotuning.tokenizing import TokenizedPrompt, Tokens, tokenize
 
 #: Tokens of one pass with gradients beyond which it gains no speed and only takes memory (a model of Llama-8B's shape
 #: on an H100 keeps 4 MiB a token).
 GRADIENT_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """One example as token ids: its prompt, and for each of its labels the tokens that follow the prompt."""
-
-    prompt: Tokens
-    labels: tuple[Tokens, ...]
-    label: int
-    origin: str
-
-    @property
-    def beginnings(self) -> list[Tokens]:
-        """What the model must read after the prompt to score every label: the labels without their last
-        tokens, less those that another one starts with. One empty beginning when all labels are single
-        tokens."""
-        beginnings = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
-        return [one for one in beginnings if not any(other != one and other[: len(one)] == one for other in beginnings)]
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sequence that the model reads for this example."""
-        return len(self.prompt) + max(len(tokens) for tokens in self.labels) - 1
 
 
 @dataclass(frozen=True)
@@ -101,8 +78,12 @@ class LabelScorer:
     task            supplies prompts and labels
     records         examples: mappings with the fields of the prompt, and `label` unless require_labels is
     False
-    Errors: ZeroTuningError for no examples, a bad record, labels that the tokenizer cannot tell apart, and a
-    prompt that is longer than the model's context; each names the example.
+    truncate        shorten a prompt that is longer than the model's context: whole shots go first, the oldest before
+                    the others, then the example's own prompt loses its beginning. What the tokenizer or the chat
+                    template puts first, the prompt's end and the labels stay whole.
+    Errors: ZeroTuningError for no examples, a bad record, labels that the tokenizer cannot tell apart (by their first
+    token, with that scoring), a chat without a template, and a prompt that is longer than the model's context; each
+    names the example.
     """
 
     def __init__(
@@ -115,14 +96,22 @@ class LabelScorer:
         batch_size: int = 16,
         batch_tokens: int | None = None,
         require_labels: bool = True,
+        truncate: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
         self.model = model
         self.task = task
-        self.examples = _tokenize(tokenizer, task, as_records(records), require_labels)
-        _check_context(model, self.examples)
+        context = _context(model)
+        self.examples = tokenize(
+            tokenizer,
+            task,
+            as_records(records),
+            require_labels=require_labels,
+            context=context,
+            truncate=truncate,
+        )
         #: The most labels that an example has: the columns of the scores.
         self.num_labels = max(len(example.labels) for example in self.examples)
         #: Gold labels of all examples in their given order: int64 [N], -1 where an example has none.
@@ -151,21 +140,25 @@ class LabelScorer:
     def scores(self, batch: Batch) -> Tensor:
         """Log-probability of each label given that the answer is one of the example's labels: float32 [n, C].
 
-        Each row is `log_probabilities` less a constant of that row: exp of it sums to 1 over the example's
-        labels. -inf beyond an example's own number of labels. Of a task with a continuation: its mean
+        Each row is `log_probabilities`, with scoring `mean` divided by the labels' numbers of tokens, less a constant
+        of that row: exp of it sums to 1 over the example's labels. -inf beyond an example's own number of labels. Of a task with a continuation: its mean
         log-probability per token, [n, 1]. Differentiable when gradients are enabled.
         """
         if self.task.continuation:
             return self.continuations(batch).log_probability[:, None]
         if not self._single_tokens:
-            return torch.log_softmax(self.log_probabilities(batch), dim=-1)
+            found = self.log_probabilities(batch)
+            if self.task.scoring == "mean":
+                found = found / self._label_lengths(batch).to(found)
+            return torch.log_softmax(found, dim=-1)
         with _output_layer_rows(self.model, self._label_ids) as restricted:
             logits = self._logits(batch, positions=1)[:, -1]
         row_of = {token: row for row, token in enumerate(self._label_ids)} if restricted else None
         return torch.log_softmax(_label_columns(logits, batch, self.num_labels, row_of), dim=-1)
 
     def log_probabilities(self, batch: Batch) -> Tensor:
-        """Log-probability of each label after the prompt, summed over its tokens: float32 [n, C].
+        """Log-probability of each label after the prompt, summed over its tokens: float32 [n, C]. With scoring
+        `first-token` a label is its first token alone.
 
         Normalised over the whole vocabulary. -inf beyond an example's own number of labels. Differentiable
         when gradients are enabled.
@@ -190,6 +183,11 @@ class LabelScorer:
         sums = token_scores.new_zeros(len(batch) * self.num_labels).index_add(0, target, token_scores)
         absent = torch.ones(sums.shape, dtype=torch.bool, device=device).index_fill(0, target, False)
         return sums.masked_fill(absent, -torch.inf).view(len(batch), self.num_labels)
+
+    def _label_lengths(self, batch: Batch) -> Tensor:
+        """Tokens of each label, [n, C]; 1 beyond an example's own labels."""
+        lengths = [[len(tokens) for tokens in example.labels] for example in batch.examples]
+        return torch.tensor([row + [1] * (self.num_labels - len(row)) for row in lengths])
 
     def continuations(self, batch: Batch) -> Continuations:
         """How the model finds the gold continuations: log-probability, exactness, entropy, each [n]."""
@@ -324,91 +322,13 @@ def _label_columns(logits: Tensor, batch: Batch, columns: int, row_of: dict[int,
     return logits.gather(1, index).masked_fill(absent, -torch.inf)
 
 
-def _tokenize(tokenizer: Any, task: Task, records: list[Record], require_labels: bool) -> list[TokenizedPrompt]:
-    if not records:
-        raise ZeroTuningError(f"task {task.name!r} was given no examples")
-    prompts = [task.render(record, require_label=require_labels) for record in records]
-    texts = [prompt.text + label for prompt in prompts for label in ("", *prompt.labels)]
-    appended = _tokens_after_text(tokenizer)
-    tokens = iter([tuple(ids[: len(ids) - appended]) for ids in tokenizer(texts)["input_ids"]])
-    alone = _LabelsAlone(tokenizer)
-    examples = []
-    for record, prompt in zip(records, prompts, strict=True):
-        prompt_tokens = next(tokens)
-        joined = [next(tokens) for _ in prompt.labels]
-        if not prompt_tokens:
-            raise ZeroTuningError(f"{record.origin}: the prompt has no tokens, got {prompt.text!r}")
-        labels = tuple(
-            _label_tokens(prompt_tokens, both, alone, label) for label, both in zip(prompt.labels, joined, strict=True)
-        )
-        _check_labels_differ(prompt, labels, record.origin)
-        label = -1 if prompt.label is None else prompt.label
-        examples.append(TokenizedPrompt(prompt_tokens, labels, label, record.origin))
-    return examples
-
-
-def _tokens_after_text(tokenizer: Any) -> int:
-    """How many tokens the tokenizer appends to a text, such as an end-of-text token: no label may follow."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    for before in range(len(whole) - len(plain) + 1):
-        if plain and whole[before : before + len(plain)] == plain:
-            return len(whole) - before - len(plain)
-    return 0
-
-
-class _LabelsAlone:
-    """Tokens of labels by themselves, without special tokens, each worked out once."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[str, Tokens] = {}
-
-    def __getitem__(self, label: str) -> Tokens:
-        if label not in self._known:
-            self._known[label] = tuple(self._tokenizer(label, add_special_tokens=False)["input_ids"])
-        return self._known[label]
-
-
-def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelsAlone, label: str) -> Tokens:
-    """The tokens of `label` after the prompt.
-
-    Prompt and label are tokenised as one text, since that is what the model was trained on, and the label is
-    what comes after the prompt's tokens. Where the tokenizer merges across the border ("Answer: " + "A" has
-    one token " A"), the prompt's tokens no longer begin the text's, and the label is tokenised alone: the
-    prompt must be the same for all labels.
-    """
-    if both[: len(prompt)] == prompt and len(both) > len(prompt):
-        return both[len(prompt) :]
-    return alone[label]
-
-
-def _check_labels_differ(prompt: Prompt, labels: tuple[Tokens, ...], origin: str) -> None:
-    seen: dict[Tokens, str] = {}
-    for text, tokens in zip(prompt.labels, labels, strict=True):
-        if not tokens:
-            raise ZeroTuningError(f"{origin}: the tokenizer gives no token for label {text!r}")
-        if tokens in seen:
-            raise ZeroTuningError(
-                f"{origin}: the tokenizer cannot tell labels {seen[tokens]!r} and {text!r} apart:"
-                f" both are tokens {list(tokens)}"
-            )
-        seen[tokens] = text
-
-
-def _check_context(model: nn.Module, examples: list[TokenizedPrompt]) -> None:
+def _context(model: nn.Module) -> int | None:
+    """How many tokens the model can read, None where its config does not say."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    if not isinstance(context, int) or context <= 0:
-        return
-    for example in examples:
-        if example.longest > context:
-            raise ZeroTuningError(
-                f"{example.origin}: prompt and label take {example.longest} tokens,"
-                f" more than the model's context of {context}"
-            )
+    return context if isinstance(context, int) and context > 0 else None
 
 
 def _forward_arguments(model: Any) -> set[str]:

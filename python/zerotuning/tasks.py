@@ -11,6 +11,9 @@ file with the fields of the prompt and `label`, a zero-based index into `labels`
 example brings its own `choices`, `{choices}` becomes "A. …\\nB. …" and the labels are " A", " B", ….
 
 With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.
+
+`chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS. `hub`
+says where the data set lies on the hub (hub_source.py).
 """
 
 from __future__ import annotations
@@ -20,19 +23,21 @@ import json
 import os
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.hub_source import HubSource
+from zerotuning.prompts import SCORINGS, Prompt, Shot
 
 LETTERS = "letters"
 SPLITS = ("validation", "test")
 
 _DATA = Path(__file__).parent / "data"
-_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source")
+_KNOWN_KEYS = ("name", "prompt", "labels", "continuation", "description", "source", "chat", "scoring", "hub")
 _REQUIRED_KEYS = ("name", "prompt")
 _ALPHABET = string.ascii_uppercase
 
@@ -46,24 +51,15 @@ class Record(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """An example made ready for a model: its text, the labels that may follow, the index of the right one.
-
-    Of a task with a continuation that is the only label.
-    """
-
-    text: str
-    labels: tuple[str, ...]
-    label: int | None
-
-
-@dataclass(frozen=True)
 class Task:
     """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
-    choices; empty where `continuation`, a template like the prompt, gives the text that should follow.
+    choices; empty where `continuation`, a template like the prompt, gives the text that should follow. `shots` are
+    solved examples that stand before every prompt (`with_shots`). With `chat` the prompt is a user's turn in the
+    tokenizer's chat template, and labels lose the space before them. `scoring` is one of SCORINGS; a continuation is
+    scored by all its tokens (per token), or generated.
 
     Errors: ZeroTuningError for a template that holds anything but plain fields, for empty or repeated labels,
-    for labels and a continuation together or neither.
+    for labels and a continuation together or neither, for an unknown scoring.
     """
 
     name: str
@@ -73,6 +69,10 @@ class Task:
     source: str = ""
     builtin: bool = False
     continuation: str = ""
+    shots: tuple[Shot, ...] = ()
+    chat: bool = False
+    scoring: str = "sum"
+    hub: HubSource | None = None
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -80,6 +80,12 @@ class Task:
         for key in ("name", "prompt", "continuation", "description", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ZeroTuningError(f"{key} must be a string, got {_shown(getattr(self, key))}")
+        if not isinstance(self.chat, bool):
+            raise ZeroTuningError(f"chat must be true or false, got {_shown(self.chat)}")
+        if self.scoring not in SCORINGS:
+            raise ZeroTuningError(f"scoring must be one of {', '.join(SCORINGS)}, got {self.scoring!r}")
+        if self.continuation and self.scoring == "first-token":
+            raise ZeroTuningError("scoring first-token needs labels to choose among, a continuation has none")
         if not self.name.strip():
             raise ZeroTuningError("name must not be empty")
         object.__setattr__(self, "_pieces", _template_pieces("prompt", self.prompt))
@@ -121,6 +127,19 @@ class Task:
             f"unknown task {text!r}{hint} (known tasks: {', '.join(known)}, or the path of a .yaml file)"
         )
 
+    def with_shots(self, records: Iterable[Mapping[str, Any]]) -> Task:
+        """The same task with these examples, solved, before every prompt, in place of any that it had.
+
+        Each is its prompt, its right label or continuation, and a blank line. shots.draw_shots draws them.
+        Errors: ZeroTuningError for a record that lacks a field or its label.
+        """
+        shots = []
+        for record in as_records(records):
+            prompt = self.render(record, require_label=True)
+            assert prompt.label is not None
+            shots.append(Shot(prompt.own, prompt.labels[prompt.label]))
+        return replace(self, shots=tuple(shots))
+
     def render(self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None) -> Prompt:
         """The prompt of one example.
 
@@ -135,12 +154,13 @@ class Task:
         if isinstance(labels, str):
             labels = tuple(f" {letter}" for letter in _ALPHABET[: len(_checked_choices(record, origin))])
         text = "".join(piece for _, piece in self.pieces(record, origin=origin))
-        return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+        label = _checked_label(record, len(labels), require_label, origin)
+        return Prompt(text, self._answers(labels), label, self.shots, self.chat)
 
     def pieces(self, record: Mapping[str, Any], *, origin: str | None = None) -> list[tuple[str | None, str]]:
         """The prompt of one example in pieces: (None, text of the template) or (field name, its text).
 
-        Joined they are `render(record).text`. Errors: as `render`.
+        Joined they are `render(record).own`. Errors: as `render`.
         """
         origin = str(origin or getattr(record, "origin", "example"))
         values: dict[str, str] = {}
@@ -155,12 +175,23 @@ class Task:
         continuation = _filled(self._continuation_pieces, record, origin, {})
         if not continuation.strip():
             raise ZeroTuningError(f"{origin}: the continuation is empty")
-        return Prompt(_filled(self._pieces, record, origin, {}), (continuation,), 0)
+        text = _filled(self._pieces, record, origin, {})
+        return Prompt(text, self._answers((continuation,)), 0, self.shots, self.chat)
+
+    def _answers(self, texts: tuple[str, ...]) -> tuple[str, ...]:
+        """In a chat the answer begins a turn, without the space that parts it from a prompt."""
+        return tuple(text.lstrip() for text in texts) if self.chat else texts
 
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
-        """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""
+        """The first `limit` examples that ship with a built-in task. Any other task, and a built-in one that brings no
+        sample: ZeroTuningError that says what would do."""
         if not self.builtin:
             raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file of its own")
+        if not (_DATA / self.name).is_dir():
+            hub = f", or its data set {self.hub.name}: --data hub, with zerotuning[datasets]" if self.hub else ""
+            raise ZeroTuningError(
+                f"task {self.name!r} comes without examples: name a JSON lines file (--data FILE.jsonl){hub}"
+            )
         return builtin_examples(self.name, split, limit)
 
 
@@ -253,7 +284,8 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
             f'task file {path}: labels must be a list of strings or "{LETTERS}", got {_shown(labels)}'
         )
     try:
-        return Task(**description, builtin=builtin)
+        hub = HubSource.from_yaml(description["hub"]) if "hub" in description else None
+        return Task(**(description | {"hub": hub}), builtin=builtin)
     except ZeroTuningError as error:
         raise ZeroTuningError(f"task file {path}: {error}") from error
 
