@@ -67,6 +67,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
                     "group": group,
                     "examples": numbers.examples,
                     "limit": numbers.limit,
+                    **({"gammas": list(SMALL_GAMMAS)} if small else {}),
                 }
                 yield Cell(key, partial(_group, setting, name, seed, group, found))
 

@@ -185,8 +185,10 @@ def _loss_changes(rows: Sequence[Row], layer: int, gamma: float) -> list[list[fl
 
 
 def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
-    """Mean over the third's layers of |slope of the layer|, one list a task."""
-    found = []
+    """Mean over the third's layers of |slope of the layer|, one list a task; none for a third without layers."""
+    found: list[list[float]] = []
+    if not _places(len(_rows(rows, "slopes")[0]["slopes"]), third):
+        return found
     for of_task in _per_task(_rows(rows, "slopes")):
         sizes = [np.abs(row["slopes"]) for row in of_task]
         found.append([float(one[_places(len(one), third)].mean()) for one in sizes])
@@ -194,10 +196,12 @@ def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
 
 
 def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
-    """Mean over the third's measured layers of their |change of loss|, one list a task."""
+    """Mean over the third's measured layers of their |change of loss|, one list a task; none without such layers."""
     layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
     total = len(_rows(rows, "slopes")[0]["slopes"])
     inside = [place for place, layer in enumerate(layers) if third_of(layer, total) == third]
+    if not inside:
+        return []
     return [[float(np.mean([sizes[place] for place in inside])) for sizes in of_task] for of_task in _layer_sizes(rows)]
 
 

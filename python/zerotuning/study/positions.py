@@ -40,6 +40,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
                         "position": position,
                         "examples": numbers.examples,
                         "limit": numbers.limit,
+                        **({} if draw.gammas == GAMMAS else {"gammas": list(draw.gammas)}),
                     }
                     yield Cell(key, partial(_measure, draw, position))
 
