@@ -72,7 +72,7 @@ class Task:
     shots: tuple[Shot, ...] = ()
     chat: bool = False
     scoring: str = "sum"
-    hub: HubSource | None = None
+    hub: HubSource | None = field(default=None, hash=False)
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
