@@ -736,7 +736,7 @@ def _with_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) ->
     source = arguments.shot_data
     if source is None and is_hub_name(arguments.data):
         source = without_split(arguments.data)
-    if source is None and not task.builtin:
+    if source is None and not task.has_examples:
         raise ZeroTuningError(f"shots of task {task.name!r} need examples to draw from: name a file with --shot-data")
     known = task.examples("validation") if source is None else read_data(task, source, "validation")
     candidates = without_prompts_of(task, known, records)

@@ -81,14 +81,14 @@ class _HubName:
 
 
 def _parsed(data: str) -> _HubName:
-    place = data[len(HUB) + 1 :]
     if data == HUB:
         return _HubName("", "", None, None)
+    place = data[len(HUB) + 1 :]
     split: str | None = None
-    if not Path(place).is_dir():
+    if place and not Path(place).is_dir():
         place, colon, after = place.rpartition(":") if ":" in place else (place, "", "")
         split = after if colon else None
-    if Path(place).is_dir():
+    if place and Path(place).is_dir():
         return _HubName(place, place, None, split)
     parts = place.split("/")
     if not 1 <= len(parts) <= 3 or not all(parts) or split == "":

@@ -41,9 +41,10 @@ class HubSource:
             raise ZeroTuningError(f"hub: name must be owner/name, got {self.name!r}")
         if self.config is not None and not isinstance(self.config, str):
             raise ZeroTuningError(f"hub: config must be a string, got {self.config!r}")
-        for key, value in (("splits", self.splits), ("columns", self.columns)):
-            if not isinstance(value, dict) or not all(_is_name(name) for name in value.values()):
-                raise ZeroTuningError(f"hub: {key} must map names to names, got {value!r}")
+        if not isinstance(self.splits, dict) or not all(isinstance(name, str) for name in self.splits.values()):
+            raise ZeroTuningError(f"hub: splits must map names to names, got {self.splits!r}")
+        if not isinstance(self.columns, dict) or not all(_is_column(name) for name in self.columns.values()):
+            raise ZeroTuningError(f"hub: columns must map names to names, got {self.columns!r}")
         if self.answers is not None and not (
             isinstance(self.answers, dict) and all(type(index) is int and index >= 0 for index in self.answers.values())
         ):
@@ -70,5 +71,5 @@ class HubSource:
         return HubSource(**description)
 
 
-def _is_name(value: Any) -> bool:
+def _is_column(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))

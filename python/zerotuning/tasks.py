@@ -72,7 +72,7 @@ class Task:
     shots: tuple[Shot, ...] = ()
     chat: bool = False
     scoring: str = "sum"
-    hub: HubSource | None = field(default=None, hash=False)
+    hub: HubSource | None = field(default=None, compare=False)
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -111,6 +111,11 @@ class Task:
     def template_before_fields(self) -> str:
         """The text that stands before the first field: the same for all examples."""
         return self._pieces[0][0]
+
+    @property
+    def has_examples(self) -> bool:
+        """Whether the package brings examples of it."""
+        return self.builtin and (_DATA / self.name).is_dir()
 
     @staticmethod
     def load(name_or_path: str | os.PathLike[str]) -> Task:
@@ -187,7 +192,7 @@ class Task:
         sample: ZeroTuningError that says what would do."""
         if not self.builtin:
             raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file of its own")
-        if not (_DATA / self.name).is_dir():
+        if not self.has_examples:
             hub = f", or its data set {self.hub.name}: --data hub, with zerotuning[datasets]" if self.hub else ""
             raise ZeroTuningError(
                 f"task {self.name!r} comes without examples: name a JSON lines file (--data FILE.jsonl){hub}"

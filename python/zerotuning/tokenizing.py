@@ -121,7 +121,7 @@ class _Reader:
             if found is not None:
                 return found
         alone = replace(prompt, shots=())
-        # The fewest characters to cut, by halving; at least one stays.
+        # By halving the characters to cut; at least one stays.
         fits, low, high = None, 1, len(prompt.own) - 1
         while low <= high:
             middle = (low + high) // 2

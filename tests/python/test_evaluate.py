@@ -74,7 +74,8 @@ def test_a_task_may_be_the_path_of_a_yaml_file(tiny_model: Any, tiny_tokenizer: 
 
 def test_the_json_has_the_figures_and_is_written_whole(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     result = evaluate(tiny_model, tiny_tokenizer, TASK, RECORDS)
-    assert list(result.to_json()) == ["task", "examples", "accuracy", "loss", "entropy", "seconds"]
+    names = ["task", "examples", "accuracy", "loss", "entropy", "seconds", "scoring", "shots", "chat"]
+    assert list(result.to_json()) == names
     result.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8")) == result.to_json()
     assert 0.0 <= result.accuracy <= 1.0

@@ -100,7 +100,8 @@ def test_a_template_that_makes_no_sense_is_refused(prompt: str, problem: str) ->
     [
         (
             {"shots": 4},
-            "unknown field 'shots'; known fields are name, prompt, labels, continuation, description, source",
+            "unknown field 'shots'; known fields are name, prompt, labels, continuation, "
+            "description, source, chat, scoring, hub",
         ),
         ({"builtin": True}, "unknown field 'builtin'"),
         ({"name": None}, "name must be a string, got NoneType None"),
@@ -115,6 +116,16 @@ def test_a_template_that_makes_no_sense_is_refused(prompt: str, problem: str) ->
         ({"labels": [" a", " b", " a"]}, "labels must differ, got ' a' at index 0 and 2"),
         ({"labels": [" a", " "]}, "labels must not be empty, got ' ' at index 1"),
         ({"labels": [True, False]}, "labels must be strings, got bool True at index 0: put it in quotes"),
+        ({"chat": "yes"}, "chat must be true or false, got str 'yes'"),
+        ({"scoring": "best"}, "scoring must be one of sum, mean, first-token, generate, got 'best'"),
+        ({"hub": "owner/name"}, "hub must be a mapping with name and columns, got 'owner/name'"),
+        ({"hub": {"config": "x"}}, "hub: field 'name' is missing"),
+        ({"hub": {"name": "a/b", "fields": {}}}, "hub: unknown field 'fields'"),
+        ({"hub": {"name": "a/b", "columns": {"text": 3}}}, "hub: columns must map names to names"),
+        ({"hub": {"name": "a/b", "splits": ["test"]}}, "hub: splits must map names to names"),
+        ({"hub": {"name": "a/b", "choice": "("}}, "hub: choice must be a regular expression"),
+        ({"hub": {"name": "a/b", "choice": "a"}}, "hub: choice must have one group in brackets"),
+        ({"hub": {"name": "a/b", "answers": {"A": "0"}}}, "hub: answers must map answers to zero-based indices"),
         ({"labels": "letters"}, "needs {choices} in the prompt"),
     ],
 )
@@ -287,3 +298,24 @@ def test_a_continuation_takes_the_place_of_labels(tmp_path: Path) -> None:
     assert "continuation must hold at least one {field}" in one_line_error(
         Task.load, task_file(tmp_path, text.replace("{answer} ({year})", "yes"))
     )
+
+
+def test_a_task_file_may_ask_for_a_chat_and_a_scoring(tmp_path: Path) -> None:
+    task = Task.load(task_file(tmp_path, AGNEWS + "chat: true\nscoring: mean\n"))
+    assert (task.chat, task.scoring) == (True, "mean")
+    assert task.render({"text": "x", "label": 0}).labels == ("World", "Sports", "Business", "Technology")
+    with pytest.raises(ZeroTuningError, match="scoring first-token needs labels"):
+        Task("t", "{a}", continuation="{b}", scoring="first-token")
+
+
+@pytest.mark.parametrize("name", ["subj", "rte", "agnews", "arc_easy", "logiqa", "math_qa"])
+def test_a_builtin_task_without_a_sample_says_what_would_do(name: str) -> None:
+    task = Task.load(name)
+    assert task.hub is not None
+    message = one_line_error(task.examples)
+    assert f"task '{name}' comes without examples: name a JSON lines file (--data FILE.jsonl)" in message
+    assert f"{task.hub.name}: --data hub, with zerotuning[datasets]" in message
+
+
+def test_tasks_can_be_keys_of_dictionaries() -> None:
+    assert {Task.load("sst2"): 1}[Task.load("sst2")] == 1
