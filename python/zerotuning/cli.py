@@ -86,7 +86,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def _how_to_resume(arguments: argparse.Namespace | None) -> str:
     output = getattr(arguments, "output", None)
-    if output is None or not (Path(output) / STATE_FILE).exists():
+    grows = getattr(arguments, "command", None) in (_mt_bench_answer, _mt_bench_judge) and Path(output or "").is_file()
+    if not grows and (output is None or not (Path(output) / STATE_FILE).exists()):
         return ""
     if getattr(arguments, "overwrite", False):
         return "; the same command without --overwrite resumes"
@@ -150,6 +151,14 @@ def _parser() -> argparse.ArgumentParser:
 
     study = command("study", _study, "measure one of the paper's findings; run again, an unfinished study goes on")
     _add_study(study)
+    command(
+        "lm-eval",
+        _lm_eval,
+        "lm-evaluation-harness's own command line, with --model zerotuning --model_args pretrained=M,scales=DIR",
+        add_help=False,
+        prefix_chars="\0",  # every argument is lm-eval's, --help among them
+    ).add_argument("arguments", nargs="*")
+    _add_mt_bench(commands.add_parser("mt-bench", help="MT-Bench: two-turn answers, their judge, an offline proxy"))
 
     bench = command("bench", _bench, "measure speed against other implementations, side by side")
     bench.add_argument("kind", choices=BENCHMARKS, help="what to measure")
@@ -272,6 +281,65 @@ def _add_heads(parser: argparse.ArgumentParser) -> None:
     add("--exclude-heads", metavar="L:H[,L:H…]", type=_pairs, default=(), help="leave these heads as they are")
     add("--tie", choices=TIES, default="none", help="one γ for the heads of a layer, or all (default: %(default)s)")
     add("--start", metavar="DIR", help="begin with these scales; heads that are not tuned keep theirs")
+
+
+def _add_mt_bench(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_subparsers(metavar="PART", required=True)
+
+    def part(name: str, run: Callable[[argparse.Namespace], None], help: str) -> Callable[..., Any]:
+        added = parts.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+        added.set_defaults(command=run)
+        return added.add_argument
+
+    def add_model(add: Callable[..., Any]) -> None:
+        add("--model", metavar="M", required=True, help="a folder, a hub name, a .gguf file, or demo")
+        add("--scales", metavar="DIR", help="head scales to apply (default: untuned)")
+        add("--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)")
+        add("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+
+    add = part(
+        "answer", _mt_bench_answer, "answer both turns of each question; run again, an unfinished file is gone on with"
+    )
+    add_model(add)
+    add("--model-id", metavar="NAME", help="the model's name in the file (default: from --model and --scales)")
+    add("--limit", metavar="N", type=_positive, help="the first N questions (default: all 80)")
+    add("--max-new-tokens", metavar="N", type=_positive, default=1024, help="of each turn (default: %(default)s)")
+    add("--temperature", metavar="T", type=_temperature, default=0.0, help="above 0: sample (default: greedy)")
+    add("--top-p", metavar="P", type=_share, default=1.0, help="sample from the likeliest that have this probability")
+    add("--top-k", metavar="K", type=_positive, default=0, help="sample from the K likeliest tokens")
+    add("--seed", metavar="S", type=_seed, default=0, help="of the draws (default: %(default)s)")
+    add("--batch-size", metavar="N", type=_positive, default=8, help="questions at once (default: %(default)s)")
+    add("--overwrite", action="store_true", help="start FILE anew")
+    add("--output", metavar="FILE.jsonl", required=True, help="answers in FastChat's format")
+
+    add = part("judge", _mt_bench_judge, "score answers from 1 to 10 by a model behind an OpenAI-compatible endpoint")
+    add("--answers", metavar="FILE.jsonl", required=True, help="in FastChat's format")
+    add("--base-url", metavar="URL", required=True, help="of the endpoint, such as http://localhost:8000/v1")
+    add("--judge-model", metavar="NAME", required=True, help="as the endpoint names it")
+    add("--api-key-env", metavar="VAR", help="environment variable with the key (default: OPENAI_API_KEY, if set)")
+    add("--prompts", metavar="FILE.jsonl", help="FastChat's judge_prompts.jsonl, for its wording (default: our own)")
+    add(
+        "--references",
+        metavar="FILE.jsonl",
+        help="reference answers for math, reasoning and coding, as FastChat has them",
+    )
+    add("--overwrite", action="store_true", help="start FILE anew")
+    add("--output", metavar="FILE.jsonl", required=True, help="judgments in FastChat's format")
+
+    add = part(
+        "proxy", _mt_bench_proxy, "log-likelihood and entropy of answers under a model: a proxy, no judgment of quality"
+    )
+    add("--answers", metavar="FILE.jsonl", required=True, help="in FastChat's format")
+    add_model(add)
+    add("--output", metavar="FILE.json", help="write the figures there; an existing file is replaced")
+
+
+def _temperature(text: str) -> float:
+    return _number(text, "a number of at least 0", lambda value: 0 <= value < float("inf"))
+
+
+def _share(text: str) -> float:
+    return _number(text, "above 0 and at most 1", lambda value: 0 < value <= 1)
 
 
 def _positive(text: str) -> int:
@@ -486,6 +554,73 @@ def _bench(arguments: argparse.Namespace) -> None:
     if options and arguments.kind != "search":
         raise ZeroTuningError(f"{', '.join(options)}: for bench search alone, got bench {arguments.kind}")
     run_bench(arguments.kind, output, arguments.device, plot, **options)
+
+
+def _lm_eval(arguments: argparse.Namespace) -> None:
+    from zerotuning.lm_evaluation import run_lm_eval
+
+    run_lm_eval(arguments.arguments)
+
+
+def _mt_bench_answer(arguments: argparse.Namespace) -> None:
+    scales = None if arguments.scales is None else _scales(arguments.scales)
+    from zerotuning.mt_bench.answers import AnswerFile, Decoding, answer_questions, answer_settings
+    from zerotuning.mt_bench.questions import load_questions
+    from zerotuning.scaled_model import load_scaled_model
+
+    decoding = Decoding(**{name: getattr(arguments, name) for name in Decoding.__dataclass_fields__})
+    names = [Path(name).name for name in (arguments.model, arguments.scales) if name is not None]
+    model_id = arguments.model_id or "+".join(names)
+    settings = answer_settings(arguments.model, model_id, scales, arguments.dtype, decoding)
+    file = AnswerFile(arguments.output, settings, load_questions(arguments.limit), overwrite=arguments.overwrite)
+    model, tokenizer = load_scaled_model(arguments.model, arguments.scales, arguments.dtype, arguments.device)
+    answer_questions(model, tokenizer, file, decoding, progress=True)
+    print(f"{len(file.answers)} answers of {model_id}, two turns each, in {file.path}")
+
+
+def _mt_bench_judge(arguments: argparse.Namespace) -> None:
+    from zerotuning.mt_bench import judge as judging
+    from zerotuning.mt_bench.judge_prompts import JudgePrompts
+    from zerotuning.mt_bench.means import table
+    from zerotuning.mt_bench.questions import read_answers
+
+    answers = read_answers(arguments.answers)
+    prompts = JudgePrompts(arguments.prompts, arguments.references)
+    judge = judging.Judge(arguments.base_url, arguments.judge_model, api_key_env=arguments.api_key_env)
+    file = judging.JudgmentFile(
+        arguments.output, arguments.judge_model, answers, prompts, overwrite=arguments.overwrite
+    )
+    path = judging.judge_answers(judge, file, progress=True)
+    found = judging.summarise(path)
+    print(f"{found['judgments']} judgments by {arguments.judge_model} in {path}\n\n{table(found)}\n")
+    print(
+        f"  {found['failures']} without a score (-1), left out of the means; failed requests are made again on resuming"
+    )
+    plain = judging.without_reference(answers, prompts)
+    if plain:
+        print(f"  {plain} answers on math, reasoning and coding were judged without a reference answer (--references)")
+
+
+def _mt_bench_proxy(arguments: argparse.Namespace) -> None:
+    from zerotuning.mt_bench.means import table
+    from zerotuning.mt_bench.questions import read_answers
+
+    answers = read_answers(arguments.answers)
+    output = None if arguments.output is None else check_result_file(arguments.output)
+    if arguments.scales is not None:
+        _scales(arguments.scales)
+    from zerotuning.files import write_json_atomically
+    from zerotuning.mt_bench.proxy import measure_proxy
+    from zerotuning.scaled_model import load_scaled_model
+
+    model, tokenizer = load_scaled_model(arguments.model, arguments.scales, arguments.dtype, arguments.device)
+    found = measure_proxy(model, tokenizer, answers, progress=True)
+    if output is not None:
+        of = {"answers_file": arguments.answers, "model": arguments.model, "scales": arguments.scales}
+        write_json_atomically(output, {**found, **of, "version": __version__})
+    print(
+        f"Proxy: {found['proxy']}\nmodel {arguments.model}, scales {arguments.scales or 'none (γ = 1)'}\n\n{table(found)}"
+    )
 
 
 # What the commands share.

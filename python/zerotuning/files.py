@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,12 @@ def write_json_atomically(path: str | os.PathLike[str], value: Any) -> Path:
     except (TypeError, ValueError) as error:
         raise ZeroTuningError(f"cannot write {path} as JSON: {error}") from error
     return write_text_atomically(path, text + "\n")
+
+
+def write_json_lines_atomically(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> Path:
+    """`write_bytes_atomically` of one JSON object a line; errors as of `write_json_atomically`."""
+    try:
+        lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
+    except (TypeError, ValueError) as error:
+        raise ZeroTuningError(f"cannot write {path} as JSON: {error}") from error
+    return write_text_atomically(path, "".join(lines))

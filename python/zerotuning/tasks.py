@@ -102,6 +102,10 @@ class Task:
         """The names of the fields that the prompt uses, each once, in order."""
         return tuple(dict.fromkeys(name for _, name in self._pieces if name is not None))
 
+    def template_before_fields(self) -> str:
+        """The text that stands before the first field: the same for all examples."""
+        return self._pieces[0][0]
+
     @staticmethod
     def load(name_or_path: str | os.PathLike[str]) -> Task:
         """The built-in task of that name, or the task that a .yaml (.yml) file describes."""
@@ -125,18 +129,27 @@ class Task:
         Errors: ZeroTuningError that names the example and the field that is missing or wrong.
         """
         origin = str(origin or getattr(record, "origin", "example"))
-        values: dict[str, str] = {}
         labels: tuple[str, ...] | str = self.labels
         if self.continuation:
             return self._with_continuation(record, origin)
         if isinstance(labels, str):
+            labels = tuple(f" {letter}" for letter in _ALPHABET[: len(_checked_choices(record, origin))])
+        text = "".join(piece for _, piece in self.pieces(record, origin=origin))
+        return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+
+    def pieces(self, record: Mapping[str, Any], *, origin: str | None = None) -> list[tuple[str | None, str]]:
+        """The prompt of one example in pieces: (None, text of the template) or (field name, its text).
+
+        Joined they are `render(record).text`. Errors: as `render`.
+        """
+        origin = str(origin or getattr(record, "origin", "example"))
+        values: dict[str, str] = {}
+        if self.labels == LETTERS:
             choices = _checked_choices(record, origin)
             values["choices"] = "\n".join(
                 f"{letter}. {choice}" for letter, choice in zip(_ALPHABET, choices, strict=False)
             )
-            labels = tuple(f" {letter}" for letter in _ALPHABET[: len(choices)])
-        text = _filled(self._pieces, record, origin, values)
-        return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+        return _filled_pieces(self._pieces, record, origin, values)
 
     def _with_continuation(self, record: Mapping[str, Any], origin: str) -> Prompt:
         continuation = _filled(self._continuation_pieces, record, origin, {})
@@ -248,15 +261,24 @@ def _read_task(path: Path, *, builtin: bool) -> Task:
 def _filled(
     pieces: Iterable[tuple[str, str | None]], record: Mapping[str, Any], origin: str, values: Mapping[str, str]
 ) -> str:
-    """The template's text, its fields from `values` or else from the record.
+    """The template's text, its fields from `values` or else from the record."""
+    return "".join(text for _, text in _filled_pieces(pieces, record, origin, values))
 
-    The pieces are joined by hand: str.format, which can reach into objects, never sees the template.
+
+def _filled_pieces(
+    pieces: Iterable[tuple[str, str | None]], record: Mapping[str, Any], origin: str, values: Mapping[str, str]
+) -> list[tuple[str | None, str]]:
+    """(field name or None, text) in order.
+
+    By hand: str.format, which can reach into objects, never sees the template.
     """
-    texts = []
+    filled: list[tuple[str | None, str]] = []
     for literal, name in pieces:
-        field_text = "" if name is None else values[name] if name in values else _field_text(record, name, origin)
-        texts.append(literal + field_text)
-    return "".join(texts)
+        if literal:
+            filled.append((None, literal))
+        if name is not None:
+            filled.append((name, values[name] if name in values else _field_text(record, name, origin)))
+    return filled
 
 
 def _template_pieces(key: str, template: str) -> tuple[tuple[str, str | None], ...]:

@@ -30,3 +30,51 @@ def bootstrap_interval(values: Sequence[float], draws: int = 10_000, seed: int =
     places = np.random.default_rng(seed).integers(0, array.size, (draws, array.size))
     low, high = np.quantile(array[places].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def nested_bootstrap_interval(
+    groups: Sequence[Sequence[float]], draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean of the groups' means: resamples groups, then values within each.
+
+    For values that depend on their group, such as seeds of a task (Davison and Hinkley 1997, section 3.8). NaN where no
+    group holds two values.
+    """
+    generator = np.random.default_rng(seed)
+    arrays = [np.asarray(group, dtype=np.float64) for group in groups]
+    if not arrays or any(array.size == 0 for array in arrays):
+        raise ValueError("groups must not be empty")
+    if all(array.size == 1 for array in arrays):
+        return math.nan, math.nan
+    means = np.stack([array[generator.integers(0, array.size, (draws, array.size))].mean(axis=1) for array in arrays])
+    places = generator.integers(0, len(arrays), (draws, len(arrays)))
+    low, high = np.quantile(means[places, np.arange(draws)[:, None]].mean(axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's correlation, equals with their mean rank; NaN where one side is constant."""
+    one, other = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return math.nan
+    return float(np.corrcoef(one, other)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def mean_and_interval(groups: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """(mean of the groups' means, low, high) with the interval of `nested_bootstrap_interval`."""
+    low, high = nested_bootstrap_interval(groups)
+    return float(np.mean([np.mean(group) for group in groups])), low, high
+
+
+def with_interval(groups: Sequence[Sequence[float]], digits: int) -> str:
+    """`mean_and_interval` as text: "+1.2 [-0.3, +2.4]"; the mean alone where there is no interval, "" for no groups."""
+    if not groups:
+        return ""
+    mean, low, high = mean_and_interval(groups)
+    interval = "" if math.isnan(low) else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{mean:+.{digits}f}{interval}"

@@ -1,0 +1,122 @@
+"""lm-evaluation-harness with head scales: its model `zerotuning`, and its command line with that model registered.
+
+    zerotuning lm-eval run --model zerotuning --model_args pretrained=NAME,scales=DIR --tasks TASK
+    lm_eval.simple_evaluate(model=ZeroTuningLM("demo", scales="sst2-scales"), tasks=["arc_easy"])
+
+lm-eval's own command finds the model too: from the release after 0.4.13 on by the entry point `lm_eval.models` of this
+package; in 0.4.13 when the task is a YAML file named by its path that imports this module, by
+
+    metadata: {model: !function zerotuning.lm_evaluation.ZeroTuningLM}
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.models import load_model
+from zerotuning.patch import patch
+from zerotuning.scaled_model import fit_scales, read_scales
+from zerotuning.scales import HeadScales
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as missing:
+    raise ZeroTuningError(
+        f'lm-evaluation-harness cannot be imported ({missing}): pip install "zerotuning[lm-eval]"'
+    ) from missing
+
+#: What HFLM does with a model that is loaded already; its other arguments say how to load one.
+_OPTIONS = frozenset(
+    {
+        "truncation",
+        "logits_cache",
+        "max_length",
+        "softmax_dtype",
+        "mixed_precision_dtype",
+        "add_bos_token",
+        "prefix_token_id",
+        "think_end_token",
+        "enable_thinking",
+        "chat_template_args",
+    }
+)
+
+
+@register_model("zerotuning")
+class ZeroTuningLM(HFLM):
+    """A patched model as lm-eval evaluates it; one process.
+
+    Args:
+        pretrained: what `load_model` takes: demo, a .gguf file, a folder, a hub name; or a model, patched or not.
+        scales: HeadScales, their folder or owner/name on the hub; None: every γ is 1, and of a model that is patched
+            already, as it is.
+        tokenizer: for a model given as an object (default: its name's).
+        dtype, device: as of `load_model`; dtype "auto" is its default, and so is a GPU where there is none, since lm-eval
+            names cuda:0 where the user names nothing. Not for a model given as an object.
+        batch_size, max_batch_size: as of lm-eval, "auto" among them.
+        options: those arguments of lm-eval's `hf` model that say how to use a model, not how to load it.
+
+    Raises:
+        ZeroTuningError: a model or scales that cannot be read, scales of another shape, an argument that is not known.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any,
+        scales: HeadScales | str | os.PathLike[str] | None = None,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device: str | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        **options: Any,
+    ) -> None:
+        unknown = sorted(options.keys() - _OPTIONS)
+        if unknown:
+            raise ZeroTuningError(
+                f"model argument {unknown[0]} is not known: the model zerotuning takes pretrained, scales, tokenizer,"
+                f" dtype, {', '.join(sorted(_OPTIONS))}"
+            )
+        chosen = None if scales is None else read_scales(scales)
+        model, name = pretrained, getattr(pretrained, "name_or_path", "")
+        if isinstance(pretrained, (str, os.PathLike)):
+            name = os.fspath(pretrained)
+            if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
+                device = None
+            model, own_tokenizer = load_model(pretrained, None if dtype == "auto" else dtype, device)
+            tokenizer = tokenizer or own_tokenizer
+        elif dtype not in (None, "auto"):
+            raise ZeroTuningError(f"dtype must not be given with a model that is loaded already, got {dtype}")
+        patch(model)
+        if chosen is not None:
+            fit_scales(model, chosen, name, scales)
+        super().__init__(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **options
+        )
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """lm-eval's own command line, in which `--model zerotuning` is known.
+
+    Errors: ZeroTuningError for what lm-eval refuses; SystemExit as its parser raises it.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    before = sys.argv
+    sys.argv = ["lm-eval", *arguments]
+    try:
+        cli_evaluate()
+    except ZeroTuningError:
+        raise
+    except ValueError as error:
+        raise ZeroTuningError(f"lm-eval: {error}") from error
+    finally:
+        sys.argv = before

@@ -1,0 +1,81 @@
+"""MT-Bench's questions, and answers to them in FastChat's file format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zerotuning.errors import ZeroTuningError
+from zerotuning.tasks import Record, read_examples
+
+DATA = Path(__file__).parents[1] / "data" / "mt_bench"
+TURNS = 2
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two turns of a user; `category` is one of eight, such as writing or math."""
+
+    question_id: int
+    category: str
+    turns: tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said in both turns to a question; `record` is its line as the file has it."""
+
+    question: Question
+    model_id: str
+    turns: tuple[str, str]
+    record: Mapping[str, Any]
+
+
+def load_questions(limit: int | None = None) -> list[Question]:
+    """The 80 questions in their order, or the first so many."""
+    records = read_examples(DATA / "question.jsonl")
+    questions = [Question(record["question_id"], record["category"], tuple(record["turns"])) for record in records]
+    return questions[:limit]
+
+
+def read_answers(path: str | os.PathLike[str]) -> list[Answer]:
+    """The answers of a file in FastChat's format: question_id, model_id, choices[0].turns; further fields are kept.
+
+    Errors: ZeroTuningError for a missing file, and for a line of another shape, which it names.
+    """
+    return parse_answers(read_examples(path))
+
+
+def parse_answers(records: Iterable[Record]) -> list[Answer]:
+    """The lines of such a file as answers; errors as of `read_answers`."""
+    questions = {question.question_id: question for question in load_questions()}
+    answers: dict[int, Answer] = {}
+    for record in records:
+        number = record.get("question_id")
+        if isinstance(number, bool) or not isinstance(number, int) or number not in questions:
+            raise ZeroTuningError(
+                f"{record.origin}: question_id must be one of MT-Bench's, {min(questions)} to {max(questions)},"
+                f" got {number!r}"
+            )
+        if number in answers:
+            raise ZeroTuningError(f"{record.origin}: question {number} is answered twice")
+        model_id = record.get("model_id")
+        if not isinstance(model_id, str):
+            raise ZeroTuningError(f"{record.origin}: model_id must be a string, got {model_id!r}")
+        answers[number] = Answer(questions[number], model_id, _turns(record), record)
+    return list(answers.values())
+
+
+def _turns(record: Record) -> tuple[str, str]:
+    try:
+        turns = record["choices"][0]["turns"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ZeroTuningError(
+            f"{record.origin}: choices[0].turns is missing: an answer in FastChat's format has it"
+        ) from error
+    if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(turn, str) for turn in turns):
+        raise ZeroTuningError(f"{record.origin}: choices[0].turns must be two strings")
+    return turns[0], turns[1]

@@ -1,0 +1,298 @@
+"""`zerotuning study heads`: which heads want a larger γ and which a smaller, how stable that is, and what it is worth.
+
+The paper (section 3) calls a head up-effective where raising its γ helps, down-effective where lowering it does. Here that
+is the sign of the slope of the loss in its log γ: below 0 is up. Its second finding: heads differ, so a γ of a group beats one of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from zerotuning.study import pictures
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
+from zerotuning.tasks import Task
+
+#: Other wordings of the tasks' prompts, labels kept; the task's own is wording 0.
+WORDINGS = {
+    "sst2": (
+        "Is the following film review positive or negative?\n{sentence}\nThe review is",
+        "Review: {sentence}\nQuestion: What is the sentiment of this review, negative or positive?\nAnswer:",
+    ),
+    "mr": (
+        "Is the following film review positive or negative?\n{sentence}\nThe review is",
+        "Review: {sentence}\nQuestion: What is the sentiment of this review, negative or positive?\nAnswer:",
+    ),
+    "trec": (
+        "What does the question ask for: Expression, Entity, Description, Person, Location, or Number?\n{question}\nIt asks for:",
+        "Question: {question}\nKind of answer (Expression, Entity, Description, Person, Location, or Number):",
+    ),
+}
+GAMMAS = (0.2, 0.5, 2.0, 5.0)
+SMALL_GAMMAS = (2.0,)
+GROUPS = ("all", "up", "down", "up and down")
+#: |log γ| on both sides of 1 for the heads that are measured without a gradient, and how many of them.
+CHECK_STEP = 0.5
+CHECKED, SMALL_CHECKED = 12, 2
+
+
+def cells(setting: Setting) -> Iterator[Cell]:
+    """For each task: slopes of each seed, and of seed 0 in each other wording; some heads on both sides; the groups."""
+    numbers = setting.numbers
+    small = setting.size == "small"
+    for name in numbers.tasks:
+        wordings = [setting.task(name), *other_wordings(setting.task(name))]
+        found: dict[int, np.ndarray] = {}
+        for seed in range(numbers.seeds):
+            for place, task in enumerate(wordings if seed == 0 else wordings[:1]):
+                key = {"measure": "slopes", "task": name, "seed": seed, "wording": place, "examples": numbers.examples}
+                yield Cell(key, partial(_measure_slopes, setting, task, name, seed))
+        for layer, head in checked_heads(setting.shape(), SMALL_CHECKED if small else CHECKED):
+            key = {"measure": "check", "task": name, "layer": layer, "head": head, "examples": numbers.examples}
+            yield Cell(key, partial(_check, setting, name, layer, head))
+        for seed in range(numbers.seeds):
+            for group in GROUPS:
+                key = {
+                    "measure": "group",
+                    "task": name,
+                    "seed": seed,
+                    "group": group,
+                    "examples": numbers.examples,
+                    "limit": numbers.limit,
+                }
+                yield Cell(key, partial(_group, setting, name, seed, group, found))
+
+
+def other_wordings(task: Task) -> list[Task]:
+    """The task with each other prompt of `WORDINGS`; none for a task that is not there."""
+    return [dataclasses.replace(task, prompt=prompt) for prompt in WORDINGS.get(task.name, ())]
+
+
+def checked_heads(shape: tuple[int, int], count: int) -> list[tuple[int, int]]:
+    """`count` heads (layer, head), evenly spread; all of them if there are fewer."""
+    layers, heads = shape
+    places = np.unique(np.linspace(0, layers * heads - 1, min(count, layers * heads)).round().astype(int))
+    return [(int(place) // heads, int(place) % heads) for place in places]
+
+
+def _measure_slopes(setting: Setting, task: Task, name: str, seed: int) -> dict[str, Any]:
+    return {"slopes": setting.slopes(setting.scorer(task, setting.drawn(name, seed))).tolist()}
+
+
+def _check(setting: Setting, name: str, layer: int, head: int) -> dict[str, Any]:
+    """The slope of one head from the losses at γ = exp(±CHECK_STEP)."""
+    scorer = setting.scorer(setting.task(name), setting.drawn(name, 0))
+    losses = []
+    for step in (-CHECK_STEP, CHECK_STEP):
+        log_scale = np.zeros(setting.shape())
+        log_scale[layer, head] = step
+        losses.append(figures_of(setting.scores(scorer, log_scale), scorer.labels)["loss"])
+    return {"low": losses[0], "high": losses[1], "slope": (losses[1] - losses[0]) / (2 * CHECK_STEP)}
+
+
+def group_directions(slopes: np.ndarray, group: str) -> np.ndarray:
+    """What log γ of each head is multiplied by, [L, H]: 1 in the group, 0 outside; -1 for down heads of "up and down"."""
+    if group == "all":
+        return np.ones_like(slopes)
+    up, down = (slopes < 0).astype(float), (slopes > 0).astype(float)
+    return {"up": up, "down": down, "up and down": up - down}[group]
+
+
+def _group(setting: Setting, name: str, seed: int, group: str, found: dict[int, np.ndarray]) -> dict[str, Any]:
+    """The group's shared γ, chosen on validation examples (most accuracy, of equals least loss) and judged on test ones."""
+    task = setting.task(name)
+    validation, test = (
+        setting.scorer(task, records) for records in (setting.drawn(name, seed), setting.tests(name, seed))
+    )
+    if seed not in found:
+        found[seed] = setting.slopes(validation)
+    directions = group_directions(found[seed], group)
+
+    def at(scorer: Any, gamma: float) -> dict[str, float]:
+        return figures_of(setting.scores(scorer, math.log(gamma) * directions), scorer.labels)
+
+    gammas = SMALL_GAMMAS if setting.size == "small" else GAMMAS
+    curve = {gamma: at(validation, gamma) for gamma in (1.0, *gammas)}
+    chosen = min(curve, key=lambda gamma: (-curve[gamma]["accuracy"], curve[gamma]["loss"]))
+    before = at(test, 1.0)
+    after = before if chosen == 1.0 else at(test, chosen)
+    return {
+        "validation": [{"gamma": gamma, **figures} for gamma, figures in sorted(curve.items())],
+        "gamma": chosen,
+        "heads": int((directions != 0).sum()),
+        "untuned": before,
+        "tuned": after,
+        "accuracy_gain": after["accuracy"] - before["accuracy"],
+        "loss_gain": before["loss"] - after["loss"],
+    }
+
+
+# What is made of the rows.
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
+    """(Spearman's correlation, share of equal signs in [0, 1]) of two maps of slopes [L, H]."""
+    correlation = rank_correlation(first.ravel().tolist(), second.ravel().tolist())
+    return correlation, float((np.sign(first) == np.sign(second)).mean())
+
+
+def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
+    """`agreement` of all pairs of maps that differ in one thing: seed, task or wording."""
+    maps = [(row["key"], np.array(row["slopes"])) for row in rows if row["key"]["measure"] == "slopes"]
+    names = ("task", "seed", "wording")
+    return [
+        agreement(first, second)
+        for (one, first), (other, second) in itertools.combinations(maps, 2)
+        if [name for name in names if one[name] != other[name]] == [across]
+    ]
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """The map of mean slopes of each task; stability and gains of the groups."""
+    tasks = pictures.distinct(row["key"]["task"] for row in rows)
+    maps, panels = pictures.new_figure(columns=len(tasks))
+    for axes, task in zip(panels, tasks, strict=True):
+        pictures.map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads want a larger γ", "dL / d log γ (nats)")
+    return {"map": maps, "": _stability_and_groups(rows)}
+
+
+def _stability_and_groups(rows: Sequence[Row]) -> Any:
+    figure, panels = pictures.new_figure(columns=2)
+    found = [(f"other {across}", pairs(rows, across)) for across in ("seed", "wording", "task")]
+    shown = [(name, mean_and_half_width([value for value, _ in of_pairs])) for name, of_pairs in found if of_pairs]
+    if shown:
+        _bars(panels[0], shown, 0)
+    pictures.label(panels[0], "stability of the heads' slopes", "rank correlation", "slopes of")
+    gains = [(group, mean_and_interval(_gains(rows, group, "accuracy_gain", 100.0))) for group in GROUPS]
+    means, lows, highs = zip(*(interval for _, interval in gains), strict=True)
+    pictures.bars_with_intervals(panels[1], [group for group, _ in gains], means, lows, highs, 1)
+    pictures.label(panels[1], "one γ shared by a group", "gain in accuracy (points)", "heads")
+    return figure
+
+
+def _bars(axes: Any, shown: Sequence[tuple[str, tuple[float, float]]], place: int) -> None:
+    names, intervals = zip(*shown, strict=True)
+    means, halves = (np.array(values) for values in zip(*intervals, strict=True))
+    pictures.bars_with_intervals(axes, names, means, means - halves, means + halves, place)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Three tables: shares of up and down heads with the check of the slopes, their stability, the groups' gains."""
+    return "\n\n".join((_shares(rows), _stability(rows), _groups(rows)))
+
+
+def _shares(rows: Sequence[Row]) -> str:
+    lines = [
+        "| task | up heads | down heads | up in all seeds | down in all seeds | measured slopes: signs, correlation |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for task in pictures.distinct(row["key"]["task"] for row in rows):
+        maps = _maps(rows, task)
+        mean = maps.mean(axis=0)
+        shares = [mean < 0, mean > 0, (maps < 0).all(axis=0), (maps > 0).all(axis=0)]
+        shown = " | ".join(f"{100 * share.mean():.0f} %" for share in shares)
+        lines.append(f"| {task} | {shown} | {_checked(rows, task)} |")
+    return "\n".join(lines)
+
+
+def _checked(rows: Sequence[Row], task: str) -> str:
+    """How the slopes of seed 0 agree with those measured on both sides."""
+    checks = [row for row in rows if row["key"]["measure"] == "check" and row["key"]["task"] == task]
+    slopes = _maps(rows, task)[0]
+    by_gradient = np.array([slopes[row["key"]["layer"]][row["key"]["head"]] for row in checks])
+    correlation, _ = agreement(by_gradient, np.array([row["slope"] for row in checks]))
+    same = sum(np.sign(one) == np.sign(row["slope"]) for one, row in zip(by_gradient, checks, strict=True))
+    return f"{same} of {len(checks)}, {correlation:.2f}"
+
+
+def _stability(rows: Sequence[Row]) -> str:
+    lines = [
+        "| slopes of two | pairs | rank correlation, mean | least | same sign, mean |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for across in ("seed", "wording", "task"):
+        found = pairs(rows, across)
+        if found:
+            correlations, signs = (np.array(values) for values in zip(*found, strict=True))
+            shown = f"{correlations.mean():.2f} | {correlations.min():.2f} | {100 * signs.mean():.0f} %"
+            lines.append(f"| {across}s | {len(found)} | {shown} |")
+    return "\n".join(lines) if len(lines) > 2 else "One map of slopes only: no stability."
+
+
+def _groups(rows: Sequence[Row]) -> str:
+    lines = [
+        "| one γ for | gain in accuracy, points | gain in loss, nats | minus one γ for all, accuracy | minus one γ for all, loss |"
+    ]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for group in GROUPS:
+        shown = [group if group != "up and down" else "up heads γ, down heads 1/γ"]
+        shown += [with_interval(_gains(rows, group, what, factor), digits) for what, factor, digits in _GAINS]
+        for what, factor, digits in _GAINS:
+            shown.append("" if group == "all" else with_interval(_leads(rows, group, what, factor), digits))
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n\n" + _verdict(rows)
+
+
+_GAINS = (("accuracy_gain", 100.0, 1), ("loss_gain", 1.0, 3))
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    words = []
+    for what, unit in (("accuracy_gain", "accuracy"), ("loss_gain", "loss")):
+        for group in GROUPS[1:]:
+            _, low, high = mean_and_interval(_leads(rows, group, what))
+            if math.isnan(low):
+                return "One draw of the examples a task: no interval, no finding."
+            how = "better than" if low > 0 else "worse than" if high < 0 else "not told apart from"
+            words.append(f"by {unit} a γ for {group} is {how} one for all heads")
+    return f"The paper's claim that a group's γ beats a uniform one, here: {'; '.join(words)}."
+
+
+def _maps(rows: Sequence[Row], task: str) -> np.ndarray:
+    """Slopes of the task's own wording: [seeds, L, H]."""
+    return np.array(
+        [
+            row["slopes"]
+            for row in rows
+            if row["key"]["measure"] == "slopes" and row["key"]["task"] == task and row["key"]["wording"] == 0
+        ]
+    )
+
+
+def _mean_map(rows: Sequence[Row], task: str) -> np.ndarray:
+    mean: np.ndarray = _maps(rows, task).mean(axis=0)
+    return mean
+
+
+def _gains(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> list[list[float]]:
+    """A group's gains, one list a task."""
+    chosen = [row for row in rows if row["key"].get("group") == group]
+    tasks = pictures.distinct(row["key"]["task"] for row in chosen)
+    return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
+
+
+def _leads(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> list[list[float]]:
+    """The group's gain minus that of all heads on the same examples, one list a task."""
+    both = zip(_gains(rows, group, what, factor), _gains(rows, "all", what, factor), strict=True)
+    return [[one - other for one, other in zip(*pair, strict=True)] for pair in both]
+
+
+STUDY = Experiment(
+    name="heads",
+    question="Which heads want a larger γ and which a smaller, how stable is that, and what is it worth?",
+    numbers={
+        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec"), seeds=3, examples=24, limit=40),
+    },
+    cells=cells,
+    figures=figures,
+    table=table,
+)

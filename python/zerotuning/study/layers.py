@@ -1,0 +1,233 @@
+"""`zerotuning study layers`: how much γ of one layer's heads, or of a third of the layers, moves loss and accuracy.
+
+The paper (section 3) finds one trend over γ in shallow, middle and deep layers, and a stronger effect in early ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from zerotuning.scoring import LabelScorer
+from zerotuning.study import pictures
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
+
+#: γ of all heads of one layer; γ of all heads of a third of the layers.
+LAYER_GAMMAS = (0.3, 3.0)
+THIRD_GAMMAS = (0.2, 0.5, 1.0, 2.0, 5.0)
+SMALL_THIRD_GAMMAS = (0.5, 1.0, 2.0)
+THIRDS = ("shallow", "middle", "deep")
+
+
+def cells(setting: Setting) -> Iterator[Cell]:
+    """For each task and seed, on test examples: the slopes, each third at each γ, each layer (small: each tenth)."""
+    numbers = setting.numbers
+    small = setting.size == "small"
+    layers = range(0, setting.shape()[0], 10 if small else 1)
+    for name in numbers.tasks:
+        for seed in range(numbers.seeds):
+            draw = {"task": name, "seed": seed, "limit": numbers.limit}
+            yield Cell({**draw, "measure": "slopes"}, partial(_slopes, setting, name, seed))
+            for gamma in SMALL_THIRD_GAMMAS if small else THIRD_GAMMAS:
+                for third in range(len(THIRDS)) if gamma != 1.0 else (None,):
+                    part = "none" if third is None else THIRDS[third]
+                    key = {**draw, "measure": "third", "third": part, "gamma": gamma}
+                    yield Cell(key, partial(_third, setting, name, seed, third, gamma))
+            for layer in layers:
+                for gamma in LAYER_GAMMAS:
+                    key = {**draw, "measure": "layer", "layer": layer, "gamma": gamma}
+                    yield Cell(key, partial(_layer, setting, name, seed, layer, gamma))
+
+
+def third_of(layer: int, layers: int) -> int:
+    """0, 1 or 2: which third of the layers it is in, as even as can be."""
+    return layer * len(THIRDS) // layers
+
+
+def _scorer(setting: Setting, name: str, seed: int) -> LabelScorer:
+    return setting.scorer(setting.task(name), setting.tests(name, seed))
+
+
+def _slopes(setting: Setting, name: str, seed: int) -> dict[str, Any]:
+    slopes = setting.slopes(_scorer(setting, name, seed))
+    return {"slopes": slopes.sum(axis=1).tolist(), "sizes": np.abs(slopes).sum(axis=1).tolist()}
+
+
+def _third(setting: Setting, name: str, seed: int, third: int | None, gamma: float) -> dict[str, Any]:
+    layers = setting.shape()[0]
+    return _at(setting, name, seed, [third_of(layer, layers) == third for layer in range(layers)], gamma)
+
+
+def _layer(setting: Setting, name: str, seed: int, layer: int, gamma: float) -> dict[str, Any]:
+    return _at(setting, name, seed, [other == layer for other in range(setting.shape()[0])], gamma)
+
+
+def _at(setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: float) -> dict[str, Any]:
+    """Figures with γ in all heads of the chosen layers."""
+    scorer = _scorer(setting, name, seed)
+    log_scale = np.where(chosen, math.log(gamma), 0.0)[:, None]
+    return figures_of(setting.scores(scorer, log_scale), scorer.labels)
+
+
+# What is made of the rows.
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Three panels: slope by layer; change of loss by layer at each γ; accuracy against γ of each third."""
+    figure, panels = pictures.new_figure(columns=3)
+    slopes = np.array([row["slopes"] for row in _rows(rows, "slopes")])
+    _band(panels[0], 0, range(slopes.shape[1]), slopes.T, "mean of tasks and seeds")
+    pictures.label(panels[0], "slope of the loss at γ = 1", "layer", "dL / d log γ (nats)")
+    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
+    for place, gamma in enumerate(LAYER_GAMMAS):
+        changes = [_all(_loss_changes(rows, layer, gamma)) for layer in layers]
+        _band(panels[1], place, layers, changes, f"γ = {gamma:g}")
+    pictures.label(panels[1], "all heads of one layer", "layer", "change of loss (nats)")
+    gammas = sorted({row["key"]["gamma"] for row in _rows(rows, "third")})
+    for place, third in enumerate(THIRDS):
+        values = [_all(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
+        _band(panels[2], place, gammas, values, third)
+    panels[2].set_xscale("log")
+    pictures.label(panels[2], "all heads of a third of the layers", "γ", "change of accuracy (points)")
+    for axes in panels:
+        axes.axhline(0, color=pictures.QUIET, linewidth=0.8)
+    for axes in panels[1:]:
+        pictures.legend(axes)
+    return {"": figure}
+
+
+def _band(axes: Any, place: int, across: Sequence[float], values: Any, name: str) -> None:
+    means, halves = zip(*(mean_and_half_width(list(one)) for one in values), strict=True)
+    pictures.line_with_band(axes, place, list(across), means, halves, name)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a third with the size of its layers' effects and its trend over γ, then whether the paper's claims hold."""
+    gammas = [gamma for gamma in sorted({row["key"]["gamma"] for row in _rows(rows, "third")}) if gamma != 1.0]
+    head = "| third | mean size of a layer's slope, nats | mean size of one layer's change of loss, nats |"
+    lines = [head + "".join(f" accuracy at γ = {gamma:g}, change in points |" for gamma in gammas)]
+    lines.append("| --- | --- | --- |" + " --- |" * len(gammas))
+    for place, third in enumerate(THIRDS):
+        shown = [third, with_interval(_slope_sizes(rows, place), 4), with_interval(_effects(rows, place), 4)]
+        shown += [with_interval(_third_changes(rows, third, gamma, "accuracy", 100.0), 1) for gamma in gammas]
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n\n" + _verdict(rows)
+
+
+def _verdict(rows: Sequence[Row]) -> str:
+    early = [[_early(row["slopes"]) for row in of_task] for of_task in _per_task(_rows(rows, "slopes"))]
+    measured = [[_early(sizes) for sizes in of_task] for of_task in _layer_sizes(rows)]
+    same = [
+        [float(np.mean(np.sign(row["slopes"]) == np.sign(sum(row["slopes"])))) for row in of_task]
+        for of_task in _per_task(_rows(rows, "slopes"))
+    ]
+    share = 100 * mean_and_interval(same)[0]
+    sentences = [
+        f"Rank correlation of a layer's place with the size of its effect: {with_interval(early, 2)} by slope, "
+        f"{with_interval(measured, 2)} by measured loss (below 0: early layers are stronger).",
+        f"Early layers stronger: {_agreement(early)} by slope, {_agreement(measured)} by measured loss.",
+        f"One trend: {share:.0f} % of the layers have the sign of the whole model's slope "
+        "(100 %: raising γ has one direction in all layers; 50 %: none).",
+    ]
+    return " ".join(sentences)
+
+
+def _early(effects: Sequence[float]) -> float:
+    return rank_correlation(range(len(effects)), np.abs(effects).tolist())
+
+
+def _agreement(correlations: Sequence[Sequence[float]]) -> str:
+    _, low, high = mean_and_interval(correlations)
+    if math.isnan(low):
+        return "not judged (one draw)"
+    return "agrees with the paper" if high < 0 else "disagrees with the paper" if low > 0 else "not decided"
+
+
+def _rows(rows: Sequence[Row], measure: str) -> list[Row]:
+    return [row for row in rows if row["key"]["measure"] == measure]
+
+
+def _per_task(rows: Sequence[Row]) -> list[list[Row]]:
+    tasks = pictures.distinct(row["key"]["task"] for row in rows)
+    return [[row for row in rows if row["key"]["task"] == task] for task in tasks]
+
+
+def _all(groups: Sequence[Sequence[float]]) -> list[float]:
+    return [value for group in groups for value in group]
+
+
+def _untuned(rows: Sequence[Row], row: Row) -> Row:
+    """The γ = 1 row of a row's task and seed."""
+    pair = (row["key"]["task"], row["key"]["seed"])
+    return next(
+        one
+        for one in _rows(rows, "third")
+        if one["key"]["gamma"] == 1.0 and (one["key"]["task"], one["key"]["seed"]) == pair
+    )
+
+
+def _third_changes(rows: Sequence[Row], third: str, gamma: float, what: str, factor: float) -> list[list[float]]:
+    wanted = [
+        row for row in _rows(rows, "third") if row["key"]["gamma"] == gamma and row["key"]["third"] in (third, "none")
+    ]
+    return [[factor * (row[what] - _untuned(rows, row)[what]) for row in of_task] for of_task in _per_task(wanted)]
+
+
+def _loss_changes(rows: Sequence[Row], layer: int, gamma: float) -> list[list[float]]:
+    wanted = [row for row in _rows(rows, "layer") if row["key"]["layer"] == layer and row["key"]["gamma"] == gamma]
+    return [[row["loss"] - _untuned(rows, row)["loss"] for row in of_task] for of_task in _per_task(wanted)]
+
+
+def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
+    """Mean over the third's layers of |slope of the layer|, one list a task."""
+    found = []
+    for of_task in _per_task(_rows(rows, "slopes")):
+        sizes = [np.abs(row["slopes"]) for row in of_task]
+        found.append([float(one[_places(len(one), third)].mean()) for one in sizes])
+    return found
+
+
+def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
+    """Mean over the third's measured layers of their |change of loss|, one list a task."""
+    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
+    total = len(_rows(rows, "slopes")[0]["slopes"])
+    inside = [place for place, layer in enumerate(layers) if third_of(layer, total) == third]
+    return [[float(np.mean([sizes[place] for place in inside])) for sizes in of_task] for of_task in _layer_sizes(rows)]
+
+
+def _layer_sizes(rows: Sequence[Row]) -> list[list[list[float]]]:
+    """|change of loss| of each measured layer, mean of its γs: one list a task, in it one a seed."""
+    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
+    by_layer = []
+    for layer in layers:
+        low, high = (_loss_changes(rows, layer, gamma) for gamma in LAYER_GAMMAS)
+        by_layer.append(
+            [[(abs(a) + abs(b)) / 2 for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)]
+        )
+    return [
+        [[by_layer[place][task][seed] for place in range(len(layers))] for seed in range(len(by_layer[0][task]))]
+        for task in range(len(by_layer[0]))
+    ]
+
+
+def _places(layers: int, third: int) -> list[int]:
+    return [layer for layer in range(layers) if third_of(layer, layers) == third]
+
+
+STUDY = Experiment(
+    name="layers",
+    question="Which layers' heads move loss and accuracy most, and in one direction?",
+    numbers={
+        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec"), seeds=2, examples=4, limit=16),
+    },
+    cells=cells,
+    figures=figures,
+    table=table,
+)

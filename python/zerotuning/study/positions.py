@@ -1,0 +1,241 @@
+"""`zerotuning study positions`: what tuning the initial token gains against tuning other tokens (the paper's section 3).
+
+At each position two settings, both chosen on validation examples and judged on test examples: one γ for all heads, and a
+γ for each head by a single step down the gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+from zerotuning.study import pictures
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.spans import POSITIONS, find_spans, has_position
+from zerotuning.study.statistics import mean_and_interval, with_interval
+
+GAMMAS = (0.2, 0.5, 2.0, 5.0)
+SMALL_GAMMAS = (2.0,)
+#: Root mean square of log γ after the step, the same at every position, and the most of a single head.
+STEP, MOST = 0.3, 1.0
+
+
+def cells(setting: Setting) -> Iterator[Cell]:
+    """One for each task, seed and position that the task's prompts have."""
+    numbers = setting.numbers
+    for name in numbers.tasks:
+        task = setting.task(name)
+        for seed in range(numbers.seeds):
+            draw = _Draw(setting, name, seed)
+            for position in POSITIONS:
+                if has_position(task, position):
+                    key = {
+                        "task": name,
+                        "seed": seed,
+                        "position": position,
+                        "examples": numbers.examples,
+                        "limit": numbers.limit,
+                    }
+                    yield Cell(key, partial(_measure, draw, position))
+
+
+class _Draw:
+    """A task's examples of one seed; what all positions have in common is measured once, when first asked for."""
+
+    def __init__(self, setting: Setting, name: str, seed: int) -> None:
+        self.setting, self.seed = setting, seed
+        self.task = setting.task(name)
+        self._name = name
+        self.gammas = SMALL_GAMMAS if setting.size == "small" else GAMMAS
+
+    @cached_property
+    def records(self) -> tuple[list[Any], list[Any]]:
+        return self.setting.drawn(self._name, self.seed), self.setting.tests(self._name, self.seed)
+
+    @cached_property
+    def scorers(self) -> tuple[Any, Any]:
+        validation, test = self.records
+        return self.setting.scorer(self.task, validation), self.setting.scorer(self.task, test)
+
+    @cached_property
+    def untuned(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Figures at γ = 1, where no position matters."""
+        validation, test = (figures_of(self.setting.scores(scorer), scorer.labels) for scorer in self.scorers)
+        return validation, test
+
+    def spans(self, position: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        tokenizer = self.setting.loaded()[1]
+        validation, test = (
+            find_spans(
+                position,
+                self.task,
+                records,
+                tokenizer,
+                [len(example.prompt) for example in scorer.examples],
+                (self.seed, part),
+            )
+            for part, (records, scorer) in enumerate(zip(self.records, self.scorers, strict=True))
+        )
+        return validation, test
+
+
+def _measure(draw: _Draw, position: str) -> dict[str, Any]:
+    setting = draw.setting
+    (validation, test), (validation_spans, test_spans) = draw.scorers, draw.spans(position)
+    before = draw.untuned[1]
+
+    def on_test(log_scale: Any) -> dict[str, float]:
+        return figures_of(setting.scores(test, log_scale, test_spans), test.labels)
+
+    curve = {1.0: draw.untuned[0]}
+    for gamma in draw.gammas:
+        curve[gamma] = figures_of(setting.scores(validation, math.log(gamma), validation_spans), validation.labels)
+    chosen = best_gamma(curve)
+    shared = before if chosen == 1.0 else on_test(math.log(chosen))
+    slopes = setting.slopes(validation, validation_spans)
+    by_head = on_test(step_down(slopes))
+    return {
+        "validation": [{"gamma": gamma, **found} for gamma, found in sorted(curve.items())],
+        "gamma": chosen,
+        "untuned": before,
+        "shared": shared,
+        "by_head": by_head,
+        "slope_norm": float(np.linalg.norm(slopes)),
+        "accuracy_gain": shared["accuracy"] - before["accuracy"],
+        "loss_gain": before["loss"] - shared["loss"],
+        "by_head_accuracy_gain": by_head["accuracy"] - before["accuracy"],
+        "by_head_loss_gain": before["loss"] - by_head["loss"],
+    }
+
+
+def best_gamma(curve: dict[float, dict[str, float]]) -> float:
+    """The γ of most accuracy; of equals that of least loss."""
+    return min(curve, key=lambda gamma: (-curve[gamma]["accuracy"], curve[gamma]["loss"]))
+
+
+def step_down(slopes: np.ndarray) -> np.ndarray:
+    """log γ [L, H] of one step down the slopes, float64: root mean square STEP, then cut at MOST. Zeros for zeros."""
+    size = float(np.sqrt(np.mean(slopes**2)))
+    return np.clip(-STEP * slopes / size, -MOST, MOST) if size else np.zeros_like(slopes)
+
+
+# What is made of the rows.
+
+#: Figure of a row, its panel's title, its axis, and the factor of that unit.
+_FIGURES = (
+    ("accuracy_gain", "one γ for all heads", "gain in accuracy (points)", 100.0),
+    ("loss_gain", "one γ for all heads", "gain in loss (nats)", 1.0),
+    ("by_head_accuracy_gain", "a γ a head, one gradient step", "gain in accuracy (points)", 100.0),
+    ("by_head_loss_gain", "a γ a head, one gradient step", "gain in loss (nats)", 1.0),
+)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Four panels, a bar a position: gains in accuracy and loss, with one γ and with a γ a head."""
+    figure, panels = pictures.new_figure(columns=2, rows=2)
+    positions = _positions(rows)
+    for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):
+        found = [mean_and_interval(_by_task(rows, position, what, factor)) for position in positions]
+        means, lows, highs = zip(*found, strict=True)
+        pictures.bars_with_intervals(axes, positions, means, lows, highs, place // 2)
+        pictures.label(axes, title, unit, "scaled tokens")
+    return {"": figure}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Two tables, one γ and a γ a head: a line a position with its mean gains, and the initial token's lead over it."""
+    parts = []
+    for title, prefix in (
+        ("One γ for all heads", ""),
+        ("A γ for each head, one gradient step", "by_head_"),
+    ):
+        lines = [f"**{title}** (mean and 95 % interval over tasks and seeds)", ""]
+        lines.append("| scaled tokens | tasks x seeds | gain in accuracy, points | gain in loss, nats |" + _LEADS)
+        lines.append("| --- | --- | --- | --- | --- | --- |" + (" --- |" if prefix else ""))
+        if prefix:
+            lines[-2] += " norm of the slopes, nats |"
+        lines += [_line(rows, position, prefix) for position in _positions(rows)]
+        parts.append("\n".join(lines) + "\n\n" + _verdict(rows, prefix))
+    return "\n\n".join(parts)
+
+
+_LEADS = " initial token minus this, accuracy | initial token minus this, loss |"
+
+
+def _line(rows: Sequence[Row], position: str, prefix: str) -> str:
+    accuracy, loss = f"{prefix}accuracy_gain", f"{prefix}loss_gain"
+    count = sum(row["key"]["position"] == position for row in rows)
+    shown = [position, str(count)]
+    shown.append(with_interval(_by_task(rows, position, accuracy, 100.0), 1))
+    shown.append(with_interval(_by_task(rows, position, loss), 3))
+    for what, factor, digits in ((accuracy, 100.0, 1), (loss, 1.0, 3)):
+        shown.append("" if position == "initial" else with_interval(_leads(rows, position, what, factor), digits))
+    if prefix:
+        shown.append(f"{np.mean([row['slope_norm'] for row in rows if row['key']['position'] == position]):.2f}")
+    return f"| {' | '.join(shown)} |"
+
+
+def _verdict(rows: Sequence[Row], prefix: str) -> str:
+    """Where the initial token's lead in accuracy, and in loss, has an interval beyond zero, in words."""
+    if all(len(values) == 1 for values in _by_task(rows, "initial", "loss_gain")):
+        return "One draw of the examples a task: no interval, no finding."
+    sentences = []
+    for what, unit in (("accuracy_gain", "accuracy"), ("loss_gain", "loss")):
+        ahead: list[str] = []
+        behind: list[str] = []
+        open_: list[str] = []
+        for position in _positions(rows):
+            leads = _leads(rows, position, f"{prefix}{what}")
+            if position == "initial" or not leads:
+                continue
+            _, low, high = mean_and_interval(leads)
+            (ahead if low > 0 else behind if high < 0 else open_).append(position)
+        named = (("ahead of", ahead), ("behind", behind), ("not told apart from", open_))
+        clauses = [f"{how} {', '.join(positions)}" for how, positions in named if positions]
+        if clauses:
+            sentences.append(f"By {unit} the initial token is {'; '.join(clauses)}.")
+    return " ".join(sentences)
+
+
+def _positions(rows: Sequence[Row]) -> list[str]:
+    return pictures.distinct(row["key"]["position"] for row in rows)
+
+
+def _by_task(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
+    """A position's figures, one list a task."""
+    chosen = [row for row in rows if row["key"]["position"] == position]
+    tasks = pictures.distinct(row["key"]["task"] for row in chosen)
+    return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
+
+
+def _leads(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
+    """Initial token minus position on the same examples, one list a task."""
+    initial = {_pair(row): row[what] for row in rows if row["key"]["position"] == "initial"}
+    paired = [
+        {**row, "lead": initial[_pair(row)] - row[what]}
+        for row in rows
+        if row["key"]["position"] == position and _pair(row) in initial
+    ]
+    return _by_task(paired, position, "lead", factor)
+
+
+def _pair(row: Row) -> tuple[str, int]:
+    return row["key"]["task"], row["key"]["seed"]
+
+
+STUDY = Experiment(
+    name="positions",
+    question="What does tuning the initial token gain against tuning other tokens?",
+    numbers={
+        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec", "sst5"), seeds=3, examples=16, limit=40),
+    },
+    cells=cells,
+    figures=figures,
+    table=table,
+)
