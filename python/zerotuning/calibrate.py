@@ -39,6 +39,7 @@ from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
+from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records, read_examples
 from zerotuning.version import __version__
@@ -89,7 +90,7 @@ def calibrate(
         task: a Task, a built-in name or the path of a YAML file; or a list of such, tuned together: the objective is
             their mean.
         records: mappings, or the path of a JSON lines file, one such for each task of a list; by default a built-in
-            task's validation sample.
+            task's validation sample. Examples that are shots of their task are left out.
         start: scales to begin with. Heads that are not free (`layers`, `heads`, `exclude_heads`) keep theirs.
         metric: with method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at
             most `max_new_tokens`) and their records, that returns a number, the higher the better. It takes the
@@ -108,7 +109,8 @@ def calibrate(
     """
     chosen = _checked_options(options)
     named = _task_list(task)
-    examples = [draw_examples(part, chosen) for part in _records_of(named, task, records)]
+    given = _records_of(named, task, records)
+    examples = [draw_examples(without_shots(one, part), chosen) for one, part in zip(named, given, strict=True)]
     chosen = chosen.resolved(min(map(len, examples)))
     _check_together(named, chosen, metric)
     processes = Processes()

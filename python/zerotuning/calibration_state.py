@@ -16,6 +16,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.measurement import TaskExamples
 from zerotuning.output import RESULT_FILES, STATE_FILE
 from zerotuning.processes import Processes
+from zerotuning.prompts import Shot
 
 
 class CalibrationState:
@@ -102,8 +103,17 @@ def identity(
             }
             for task in tasks
         ],
+        "shots": [_shown_shots(task.task.shots) for task in tasks],
         **options.to_json(),
         "start": start,
         "metric": metric,
         "data": hashlib.sha256(data.encode()).hexdigest(),
     }
+
+
+def _shown_shots(shots: Sequence[Shot]) -> str:
+    """How many, and a digest of their texts, which would make an error message pages long."""
+    if not shots:
+        return "none"
+    texts = json.dumps([(shot.prompt, shot.answer) for shot in shots])
+    return f"{len(shots)} of SHA-256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}"

@@ -20,13 +20,14 @@ import json
 import os
 import string
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.prompts import Prompt, Shot
 
 LETTERS = "letters"
 SPLITS = ("validation", "test")
@@ -46,21 +47,10 @@ class Record(dict[str, Any]):
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """An example made ready for a model: its text, the labels that may follow, the index of the right one.
-
-    Of a task with a continuation that is the only label.
-    """
-
-    text: str
-    labels: tuple[str, ...]
-    label: int | None
-
-
-@dataclass(frozen=True)
 class Task:
     """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
-    choices; empty where `continuation`, a template like the prompt, gives the text that should follow.
+    choices; empty where `continuation`, a template like the prompt, gives the text that should follow. `shots` are
+    solved examples that stand before every prompt (`with_shots`).
 
     Errors: ZeroTuningError for a template that holds anything but plain fields, for empty or repeated labels,
     for labels and a continuation together or neither.
@@ -73,6 +63,7 @@ class Task:
     source: str = ""
     builtin: bool = False
     continuation: str = ""
+    shots: tuple[Shot, ...] = ()
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -121,6 +112,19 @@ class Task:
             f"unknown task {text!r}{hint} (known tasks: {', '.join(known)}, or the path of a .yaml file)"
         )
 
+    def with_shots(self, records: Iterable[Mapping[str, Any]]) -> Task:
+        """The same task with these examples, solved, before every prompt, in place of any that it had.
+
+        Each is its prompt, its right label or continuation, and a blank line. shots.draw_shots draws them.
+        Errors: ZeroTuningError for a record that lacks a field or its label.
+        """
+        shots = []
+        for record in as_records(records):
+            prompt = self.render(record, require_label=True)
+            assert prompt.label is not None
+            shots.append(Shot(prompt.own, prompt.labels[prompt.label]))
+        return replace(self, shots=tuple(shots))
+
     def render(self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None) -> Prompt:
         """The prompt of one example.
 
@@ -135,12 +139,13 @@ class Task:
         if isinstance(labels, str):
             labels = tuple(f" {letter}" for letter in _ALPHABET[: len(_checked_choices(record, origin))])
         text = "".join(piece for _, piece in self.pieces(record, origin=origin))
-        return Prompt(text, labels, _checked_label(record, len(labels), require_label, origin))
+        label = _checked_label(record, len(labels), require_label, origin)
+        return Prompt(text, labels, label, self.shots)
 
     def pieces(self, record: Mapping[str, Any], *, origin: str | None = None) -> list[tuple[str | None, str]]:
         """The prompt of one example in pieces: (None, text of the template) or (field name, its text).
 
-        Joined they are `render(record).text`. Errors: as `render`.
+        Joined they are `render(record).own`. Errors: as `render`.
         """
         origin = str(origin or getattr(record, "origin", "example"))
         values: dict[str, str] = {}
@@ -155,7 +160,7 @@ class Task:
         continuation = _filled(self._continuation_pieces, record, origin, {})
         if not continuation.strip():
             raise ZeroTuningError(f"{origin}: the continuation is empty")
-        return Prompt(_filled(self._pieces, record, origin, {}), (continuation,), 0)
+        return Prompt(_filled(self._pieces, record, origin, {}), (continuation,), 0, self.shots)
 
     def examples(self, split: str = "test", limit: int | None = None) -> list[Record]:
         """The first `limit` examples that ship with a built-in task. Any other task: ZeroTuningError."""

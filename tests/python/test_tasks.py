@@ -162,7 +162,7 @@ def test_a_task_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_an_unknown_task_name_lists_the_known_ones_and_the_nearest() -> None:
     message = one_line_error(Task.load, "sst-2")
     assert "did you mean 'sst2'?" in message
-    assert "cb, mr, sst2, sst5, trec" in message
+    assert "openbookqa, piqa, rte, sst2, sst5, subj, trec" in message
     assert "did you mean" not in one_line_error(Task.load, "weather")
 
 
@@ -252,7 +252,10 @@ def test_a_builtin_task_ships_examples_of_every_label_that_share_no_text(name: s
 
 
 def test_builtin_tasks_are_listed_and_limited() -> None:
-    assert builtin_task_names() == ["cb", "mr", "sst2", "sst5", "trec"]
+    assert builtin_task_names() == [
+        *("agnews", "aqua", "arc_challenge", "arc_easy", "boolq", "cb", "commonsense_qa", "logiqa", "math_qa"),
+        *("mmlu", "mr", "openbookqa", "piqa", "rte", "sst2", "sst5", "subj", "trec"),
+    ]
     assert builtin_examples("sst2", "validation", 3) == builtin_examples("sst2", "validation")[:3]
     assert len(builtin_examples("cb", "test", 10_000)) == 56
     assert "split must be one of validation, test" in one_line_error(builtin_examples, "sst2", "train")
