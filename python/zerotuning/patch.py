@@ -95,7 +95,7 @@ def zerotuning_attention(
     """What a patched model calls in place of its attention: query (B, H, Tq, D) -> output (B, Tq, H, Dv)."""
     if _probe.active:
         _probe.record(module, query, sliding_window)
-    _refuse_unsupported(module, dropout, is_causal, kwargs)
+    refuse_unsupported(module, dropout, is_causal, kwargs)
     scaling_of_layer: Any = module._modules.get(CHILD)
     if scaling_of_layer is None:
         if not _probe.active:
@@ -211,7 +211,8 @@ _UNSUPPORTED = {
 }
 
 
-def _refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
+def refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
+    """Raises ZeroTuningError, which names the layer, for what an attention function is asked beyond causal attention."""
     for name in _UNSUPPORTED.keys() & kwargs.keys():
         if kwargs[name] is not None:
             raise ZeroTuningError(
@@ -428,7 +429,7 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
         )
     implementations = _implementations(model)
     try:
-        _switch(model)
+        _switch(model, IMPLEMENTATION)
         layers, modules, heads = _layers(model, _run_probe(model), partial)
     except BaseException:
         _restore(implementations)
@@ -467,15 +468,15 @@ def _restore(implementations: Sequence[tuple[Any, Any]]) -> None:
         config._attn_implementation_internal = implementation
 
 
-def _switch(model: Any) -> None:
-    """Asks for our attention in the language model; vision and audio towers keep theirs."""
+def _switch(model: Any, implementation: str) -> None:
+    """Asks for another attention in the language model; vision and audio towers keep theirs."""
     text = model.config.get_text_config(decoder=True)
     keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text]
     try:
-        model.set_attn_implementation({keys[0]: IMPLEMENTATION} if keys else IMPLEMENTATION)
+        model.set_attn_implementation({keys[0]: implementation} if keys else implementation)
     except (ValueError, ImportError, AttributeError) as error:
         raise ZeroTuningError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
-    if text._attn_implementation != IMPLEMENTATION:
+    if text._attn_implementation != implementation:
         raise ZeroTuningError(
             f"{type(model).__name__} does not look its attention up by name (AttentionInterface): no layer can be reached"
         )
@@ -504,6 +505,20 @@ def _run_probe(model: Any) -> _Probe:
         for module in training:
             module.training = True
         _probe = _Probe()
+
+
+@contextmanager
+def attention_implementation(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """Within it the language model's attention is the one registered under `name`; afterwards what it was, patched or not.
+
+    Raises: ZeroTuningError for a model that does not look its attention up.
+    """
+    before = _implementations(model)
+    try:
+        _switch(model, name)
+        yield model
+    finally:
+        _restore(before)
 
 
 def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling | None], list[nn.Module], int]:
