@@ -568,7 +568,7 @@ def test_the_program_ends_with_code_2_and_one_line() -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
-    assert line.startswith("zerotuning: error: unknown task 'trek', did you mean 'trec'? (known tasks: cb, mr,")
+    assert line.startswith("zerotuning: error: unknown task 'trek', did you mean 'trec'? (known tasks: agnews, aqua,")
 
 
 def test_a_terminal_without_greek_letters_gets_question_marks(place: Path, monkeypatch: Any) -> None:
