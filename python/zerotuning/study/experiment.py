@@ -20,10 +20,12 @@ class Cell:
 
     key       what tells the cell from the study's others: JSON values; task, seed, γ, …
     measure   makes the figures: JSON values
+    recall    is given the row, measured now or in an earlier run, before the cells after it are measured
     """
 
     key: Mapping[str, Any]
     measure: Callable[[], Mapping[str, Any]]
+    recall: Callable[[Row], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ def _row(cell: Cell, file: RowsFile) -> Row:
         figures = dict(cell.measure())
         row = {"key": dict(cell.key), **figures, "seconds": round(time.perf_counter() - started, 3)}
         file.add(row)
+    if cell.recall is not None:
+        cell.recall(row)
     return row
 
 
