@@ -25,6 +25,7 @@ from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.key_clauses import key_clauses
 from zerotuning.study.setting import Setting, Spans, batch_spans, figures_of
+from zerotuning.study.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.study.spans import find_spans, has_position
 from zerotuning.study.statistics import bootstrap_interval
 from zerotuning.study.steering import CalibratedSinks, Intervention, MarkedSpan, Temperature, steered
@@ -60,7 +61,7 @@ EFFORTS = {
     "small": Effort((0.8,), (1,), (0.1,), steps=2, step_examples=4, paper_layers=30, paper_heads=2),
     "full": Effort(
         (0.6, 0.8, 0.9, 1.1, 1.25, 1.6),
-        (1, 4),
+        (1, 2, 4, 8),
         (0.02, 0.1, 0.3),
         steps=15,
         step_examples=16,
@@ -179,11 +180,19 @@ def _few_shot(draw: Draw) -> Outcome:
     for count in (0, *draw.effort.shots):
         shots = draw_shots(draw.task, draw.validation, count, draw.seed)
         scorer = draw.setting.scorer(draw.task.with_shots(shots), judges)
-        losses[count] = float(objectives.task_loss(draw.setting.scores(scorer), scorer.labels))
+        losses[count] = float(objectives.task_loss(_scores_with_shots(draw, scorer), scorer.labels))
     best = min(losses, key=lambda count: losses[count])
     seconds = time.perf_counter() - started
     task = draw.task.with_shots(draw_shots(draw.task, draw.validation, best, draw.seed))
-    return Outcome(draw.setting.scores(draw.setting.scorer(task, draw.tests)), 1, seconds, {"shots": best})
+    scorer = draw.setting.scorer(task, draw.tests)
+    return Outcome(_scores_with_shots(draw, scorer), 1, seconds, {"shots": best})
+
+
+def _scores_with_shots(draw: Draw, scorer: LabelScorer) -> Tensor:
+    """At γ = 1; the shots read once."""
+    if scorer.task.shots and can_share(scorer):
+        return scores_behind_prefix(draw.setting.loaded()[0], scorer)
+    return draw.setting.scores(scorer)
 
 
 def _label_bias(draw: Draw) -> Outcome:

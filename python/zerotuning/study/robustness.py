@@ -28,7 +28,7 @@ from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.heads import WORDINGS as HEADS_WORDINGS
 from zerotuning.study.rounded_weights import ROUNDINGS, rounded_weights
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.shared_prefix import scores_behind_prefix
+from zerotuning.study.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.study.statistics import bootstrap_interval
 from zerotuning.tasks import Record, Task
 
@@ -234,7 +234,7 @@ class Draw:
         scorer = self.setting.scorer(self._task_of(part, condition), self.tests)
         rounding = rounded_weights(model, condition) if part == "quantisation" else nullcontext()
         with rounding:
-            if part in ("shots", "context") and scorer.task.scoring == "sum" and not scorer.task.continuation:
+            if part in ("shots", "context") and can_share(scorer):
                 with at_scales(self.setting, log_scale):
                     scores = scores_behind_prefix(model, scorer)
             else:
@@ -347,13 +347,14 @@ def _curves(part: str, rows: Sequence[Row]) -> Any:
         curves = [("untuned", "untuned", own)]
         for tuned_on in pictures.distinct(row["key"]["tuned_on"] for row in own):
             curves.append(("tuned", f"tuned in {tuned_on}", [row for row in own if row["key"]["tuned_on"] == tuned_on]))
+        conditions = sorted({row["key"]["condition"] for row in own})
         for place, (which, title, part_rows) in enumerate(curves):
-            across = sorted({row["key"]["condition"] for row in part_rows})
-            found = [_accuracy(_at(part_rows, condition), which) for condition in across]
-            halves = [(high - low) / 2 for _, low, high in found]
-            pictures.line_with_band(axes, place, across, [mean for mean, _, _ in found], halves, title)
-        if part != "shots":
-            axes.set_xscale("symlog" if part == "context" else "log", base=2)
+            across = [spot for spot, condition in enumerate(conditions) if _at(part_rows, condition)]
+            found = [_accuracy(_at(part_rows, conditions[spot]), which) for spot in across]
+            means, lows, highs = zip(*found, strict=True)
+            pictures.line_with_band(axes, place, across, means, [0.0] * len(means), title)
+            axes.fill_between(across, lows, highs, color=pictures.COLOURS[place], alpha=0.15, linewidth=0)
+        axes.set_xticks(range(len(conditions)), [f"{condition:,}" for condition in conditions])
         pictures.label(axes, task, PARTS[part], "accuracy (%)")
     pictures.legend(panels[0])
     return figure

@@ -37,6 +37,11 @@ def scores_behind_prefix(model: Any, scorer: LabelScorer) -> Tensor:
     return torch.log_softmax(rows, dim=-1)
 
 
+def can_share(scorer: LabelScorer) -> bool:
+    """Whether the task scores its labels as `scores_behind_prefix` does."""
+    return scorer.task.scoring == "sum" and not scorer.task.continuation
+
+
 def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
     """How many tokens all prompts begin with, at least one of each left over."""
     shortest = min(len(example.prompt) for example in examples) - 1
