@@ -175,7 +175,6 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (evaluate("--scoring", "best"), "argument --scoring: invalid choice: 'best'"),
         (calibrate("--scoring", "generate"), "scoring generate has no gradient: it needs the method cma-es"),
         (evaluate(data="hub"), "task 'films' names no data set of the hub: name one as hub:owner/name, or a file"),
-        (evaluate(data="hub:owner/name"), "cannot load data owner/name[test]: "),
         (
             ["evaluate", "--model", "model", "--task", "subj"],
             "task 'subj' comes without examples: name a JSON lines file (--data FILE.jsonl), or its data set SetFit/subj",
@@ -185,6 +184,11 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
 )
 def test_what_cannot_be_gets_one_line(place: Path, capsys: Any, command: list[str], message: str) -> None:
     assert message in refusal(capsys, command)
+
+
+def test_a_data_set_that_the_hub_does_not_give_gets_one_line(place: Path, capsys: Any) -> None:
+    pytest.importorskip("datasets")
+    assert "cannot load data owner/name[test]: " in refusal(capsys, evaluate(data="hub:owner/name"))
 
 
 def test_labels_with_one_first_token_get_one_line(place: Path, capsys: Any) -> None:
