@@ -1,6 +1,6 @@
 """`zerotuning study positions`: what tuning the initial token gains against tuning other tokens (the paper's section 3).
 
-At each position two settings, both chosen on validation examples and judged on test examples: one γ for all heads, and a
+At each position two settings from validation examples, judged on test examples: the best of a few γ for all heads, and a
 γ for each head by a single step down the gradient.
 """
 
