@@ -17,7 +17,7 @@ from zerotuning.head_map import can_plot
 if TYPE_CHECKING:
     from zerotuning.scales import HeadScales
 
-_INK, _QUIET = "#22262b", "#6b7480"
+INK, QUIET = "#22262b", "#6b7480"
 # From the palette of Okabe and Ito, which eyes of all kinds tell apart; line styles say the same once more.
 _FIT, _HELD_OUT, _BEFORE, _AFTER = "#56b4e9", "#0072b2", "#999999", "#d55e00"
 #: Labels up to this many are named beside the confusions; more would not be readable.
@@ -49,7 +49,7 @@ def plot_report(scales: HeadScales, report: Mapping[str, Any], path: str | os.Pa
     _draw_entropy(figure.add_subplot(grid[2, :2]), task)
     _draw_confusion(figure.add_subplot(grid[2, 2:4]), task, "baseline", "before (γ = 1)")
     _draw_confusion(figure.add_subplot(grid[2, 4:]), task, "tuned", "after")
-    figure.suptitle(_title(report), fontsize=13, fontweight="bold", color=_INK, x=0.01, ha="left", parse_math=False)
+    figure.suptitle(_title(report), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left", parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format=Path(path).suffix.lstrip(".") or "png", dpi=110, metadata=_without_date(path))
     return write_bytes_atomically(path, picture.getvalue())
@@ -74,14 +74,14 @@ def _draw_loss(axes: Any, report: Mapping[str, Any]) -> None:
     baseline = report["baseline"]["loss"]
     axes.axhline(baseline, color=_BEFORE, linewidth=1, linestyle=":", label="held out, γ = 1")
     _mark_chosen(axes, report)
-    _label(axes, "loss by step", "step", f"{report['objective']} (nats)")
+    label(axes, "loss by step", "step", f"{report['objective']} (nats)")
     axes.legend(fontsize=8, frameon=False)
 
 
 def _draw_accuracy(axes: Any, report: Mapping[str, Any]) -> None:
     for points in _curves(report["history"], "held_out_accuracy"):
         axes.plot(points[0], 100 * np.array(points[1]), "-", color=_HELD_OUT, linewidth=1.6)
-    _label(axes, "held-out accuracy by step", "step", "accuracy (%)")
+    label(axes, "held-out accuracy by step", "step", "accuracy (%)")
     baseline = report["baseline"].get("accuracy")
     if baseline is None:
         _say(axes, "no labels")
@@ -112,8 +112,8 @@ def _draw_profile(axes: Any, profile: Mapping[str, Any]) -> None:
     chosen = np.isin(np.arange(len(effects)), profile["group"])
     for name, which, colour in (("tuned group", chosen, _AFTER), ("other heads", ~chosen, _BEFORE)):
         axes.vlines(np.flatnonzero(which), 0, effects[which], color=colour, linewidth=1, label=name)
-    axes.axhline(0, color=_INK, linewidth=0.6)
-    _label(axes, "profile: fall of the loss when a head is scaled up", "head (layer by layer)", "effect")
+    axes.axhline(0, color=INK, linewidth=0.6)
+    label(axes, "profile: fall of the loss when a head is scaled up", "head (layer by layer)", "effect")
     axes.legend(fontsize=8, frameon=False)
 
 
@@ -124,7 +124,7 @@ def _draw_heads(axes: Any, scales: HeadScales) -> None:
     axes.invert_yaxis()
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label("log₂ γ", fontsize=9)
-    _label(axes, "γ of every head", "layer", "head")
+    label(axes, "γ of every head", "layer", "head")
 
 
 def _draw_layers(axes: Any, scales: HeadScales) -> None:
@@ -134,14 +134,14 @@ def _draw_layers(axes: Any, scales: HeadScales) -> None:
     axes.plot(spread, log2_gamma.reshape(-1), ".", color=_HELD_OUT, alpha=0.5, markersize=4, label="head")
     axes.plot(layers, log2_gamma.mean(axis=1), "-", color=_AFTER, linewidth=1.8, label="mean of the layer")
     axes.axhline(0, color=_BEFORE, linewidth=1, linestyle=":", label="γ = 1")
-    _label(axes, "γ by layer", "layer", "log₂ γ")
+    label(axes, "γ by layer", "layer", "log₂ γ")
     axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=3)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.15 * (high - low))
 
 
 def _draw_entropy(axes: Any, task: Mapping[str, Any]) -> None:
-    _label(axes, "entropy of the held-out predictions", "entropy (nats)", "examples")
+    label(axes, "entropy of the held-out predictions", "entropy (nats)", "examples")
     if "tuned_entropies" not in task:
         _say(axes, "no labels to choose among")
         return
@@ -153,7 +153,7 @@ def _draw_entropy(axes: Any, task: Mapping[str, Any]) -> None:
 
 
 def _draw_confusion(axes: Any, task: Mapping[str, Any], which: str, title: str) -> None:
-    _label(axes, f"{task.get('task', '')}, {title}".lstrip(", "), "predicted", "gold")
+    label(axes, f"{task.get('task', '')}, {title}".lstrip(", "), "predicted", "gold")
     table = task.get(f"{which}_confusion")
     if table is None:
         _say(axes, "no labels")
@@ -167,20 +167,21 @@ def _draw_confusion(axes: Any, task: Mapping[str, Any], which: str, title: str) 
     for row, column in np.ndindex(*counts.shape) if named else ():
         dark = shares[row, column] > 0.5
         axes.text(
-            column, row, counts[row, column], ha="center", va="center", fontsize=8, color="white" if dark else _INK
+            column, row, counts[row, column], ha="center", va="center", fontsize=8, color="white" if dark else INK
         )
 
 
 def _say(axes: Any, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_QUIET, fontsize=10)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])
 
 
-def _label(axes: Any, title: str, across: str, up: str) -> None:
-    axes.set_title(title, fontsize=10, color=_INK, loc="left", parse_math=False)
-    axes.set_xlabel(across, fontsize=9, color=_INK)
-    axes.set_ylabel(up, fontsize=9, color=_INK)
-    axes.tick_params(labelsize=8, colors=_QUIET)
+def label(axes: Any, title: str, across: str, up: str) -> None:
+    """Titles a panel and names its axes, units included."""
+    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
+    axes.set_xlabel(across, fontsize=9, color=INK)
+    axes.set_ylabel(up, fontsize=9, color=INK)
+    axes.tick_params(labelsize=8, colors=QUIET)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

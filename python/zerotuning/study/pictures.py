@@ -12,8 +12,21 @@ import numpy as np
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically
 from zerotuning.head_map import can_plot
+from zerotuning.report_page import INK, QUIET, label
 
-INK, QUIET = "#22262b", "#6b7480"
+__all__ = [
+    "INK",
+    "QUIET",
+    "bars_with_intervals",
+    "distinct",
+    "label",
+    "legend",
+    "line_with_band",
+    "map_of_heads",
+    "new_figure",
+    "save",
+]
+
 #: Okabe and Ito's palette, darkest contrasts first; line styles and markers say the same once more.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -34,16 +47,6 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 4.6, height: floa
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, place + 1) for place in range(rows * columns)]
     return figure, axes
-
-
-def label(axes: Any, title: str, across: str, up: str) -> None:
-    """Titles a panel and names its axes, units included."""
-    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.set_ylabel(up, fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=QUIET)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
 
 
 def line_with_band(axes: Any, place: int, across: Sequence[float], means: Any, halves: Any, name: str) -> None:
