@@ -26,7 +26,7 @@ auto call(const char* name, const char* overload, const Arguments&... arguments)
   std::array<StableIValue, (sizeof...(Arguments) > outputs ? sizeof...(Arguments) : outputs)> stack{
       torch::stable::detail::from(arguments)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
-  std::array<StableIValue, outputs> results;
+  std::array<StableIValue, outputs> results{};
   std::copy_n(stack.begin(), outputs, results.begin());
   return results;
 }

@@ -17,7 +17,6 @@ namespace {
 
 using attention::Array4;
 using attention::CudaAttention;
-using attention::DType;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;

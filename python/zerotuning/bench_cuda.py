@@ -33,7 +33,7 @@ from zerotuning.bench import (
 )
 from zerotuning.scoring import GRADIENT_TOKENS
 
-CUDNN, FLASH = "untuned cuDNN", "untuned flash"
+CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
@@ -101,6 +101,22 @@ def _untuned(backend: SDPBackend) -> Callable[[Tensor, Tensor, Tensor, Tensor], 
     return attend
 
 
+def _flash_attention_4() -> dict[str, Callable[..., Tensor]]:
+    """FlashAttention-4, untuned, where it is installed."""
+    try:
+        from flash_attn.cute import flash_attn_func
+    except ImportError:
+        return {}
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+        rows = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        output = flash_attn_func(*rows, causal=True)
+        output = output[0] if isinstance(output, tuple) else output  # some releases return the log-sum-exp as well
+        return output.transpose(1, 2)
+
+    return {"untuned FlashAttention-4": attend}
+
+
 def attention_rows() -> Iterator[Row]:
     """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them, and accuracy."""
     torch.manual_seed(0)
@@ -117,7 +133,8 @@ def attention_rows() -> Iterator[Row]:
             if heads == HEADS:
                 if 4 * batch * heads[0] * length**2 <= LARGEST_MATRIX / 2:
                     peers |= {"paper's eager code": paper_eager, "additive mask": additive_mask}
-                peers["FlexAttention"] = flex
+                peers[FLEX] = flex
+                peers |= _flash_attention_4()
             shape = f"{batch} x {length}, {'/'.join(map(str, heads))}"
             for what, calls in (("forward", _forward(peers, inputs)), ("forward + backward", _backward(peers, inputs))):
                 yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _replays(calls)}
@@ -149,8 +166,12 @@ def _backward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
 
         return run
 
-    fixed = [*leaves[:3], inputs[3]]  # FlexAttention sums a captured tensor's gradient by atomics on one address
-    return {name: call(peer, fixed if name == "FlexAttention" else leaves) for name, peer in peers.items()}
+    # FlexAttention sums a captured tensor's gradient by atomics on one address: shown without γ's gradient and with it.
+    fixed = [*leaves[:3], inputs[3]]
+    calls = {name: call(peer, fixed if name == FLEX else leaves) for name, peer in peers.items()}
+    if FLEX in peers:
+        calls[f"{FLEX}, γ's gradient too"] = call(peers[FLEX], leaves)
+    return calls
 
 
 def accuracy_rows() -> Iterator[Row]:
