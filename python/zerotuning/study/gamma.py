@@ -37,13 +37,13 @@ def _measure(setting: Setting, name: str, seed: int, gamma: float) -> dict[str, 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Three panels, a curve a task: accuracy, loss, entropy against γ."""
     figure, panels = pictures.new_figure(columns=3)
+    gammas = sorted({row["key"]["gamma"] for row in rows})
     for axes, (what, unit, factor) in zip(panels, _FIGURES, strict=True):
         for place, task in enumerate(pictures.distinct(row["key"]["task"] for row in rows)):
-            gammas = sorted({row["key"]["gamma"] for row in rows})
             found = [mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas]
             means, halves = zip(*found, strict=True)
             pictures.line_with_band(axes, place, gammas, means, halves, task)
-        axes.set_xscale("log")
+        pictures.scale_of_gamma(axes, gammas)
         axes.axvline(1, color=pictures.QUIET, linewidth=0.8)
         pictures.label(axes, what, "γ of all heads", unit)
     pictures.legend(panels[0])

@@ -93,7 +93,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     for place, third in enumerate(THIRDS):
         values = [_all(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
         _band(panels[2], place, gammas, values, third)
-    panels[2].set_xscale("log")
+    pictures.scale_of_gamma(panels[2], gammas)
     pictures.label(panels[2], "all heads of a third of the layers", "γ", "change of accuracy (points)")
     for axes in panels:
         axes.axhline(0, color=pictures.QUIET, linewidth=0.8)

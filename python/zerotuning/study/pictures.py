@@ -25,6 +25,7 @@ __all__ = [
     "map_of_heads",
     "new_figure",
     "save",
+    "scale_of_gamma",
 ]
 
 #: Okabe and Ito's palette, darkest contrasts first; line styles and markers say the same once more.
@@ -78,6 +79,13 @@ def map_of_heads(axes: Any, values: np.ndarray, title: str, unit: str) -> None:
     bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
     bar.set_label(unit, fontsize=9)
     label(axes, title, "layer", "head")
+
+
+def scale_of_gamma(axes: Any, gammas: Sequence[float]) -> None:
+    """A logarithmic horizontal axis, labelled at the γ that were measured."""
+    axes.set_xscale("log")
+    axes.set_xticks(list(gammas), [f"{gamma:g}" for gamma in gammas])
+    axes.set_xticks([], minor=True)
 
 
 def legend(axes: Any) -> None:

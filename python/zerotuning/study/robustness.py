@@ -439,7 +439,7 @@ STUDY = Experiment(
     question="What are scales tuned in one setting worth with shots, long contexts, coarser weights, other decoding and wordings?",
     numbers={
         "small": Numbers(("sst2",), seeds=1, examples=4, limit=3),
-        "full": Numbers(("sst2", "trec"), seeds=1, examples=64, limit=64),
+        "full": Numbers(("sst2", "trec"), seeds=3, examples=64, limit=64),
     },
     cells=cells,
     figures=figures,
