@@ -71,6 +71,7 @@ __device__ __forceinline__ int clamped(int64_t x, int low, int high) {
 struct SampleGeometry {
   const bool* key_mask;  // of the sample, or null
   int first_key;         // no key before it is real
+  int past_key;          // none from it on is
   int start;             // position of query row 0
   int span_begin, span_end;
 };
@@ -80,6 +81,7 @@ __device__ __forceinline__ SampleGeometry sample_geometry(const CudaGeometry& g,
   SampleGeometry s;
   s.key_mask = g.key_mask ? g.key_mask + sample * g.key_mask_batch_stride : nullptr;
   s.first_key = g.first_key ? clamped(g.first_key[sample], 0, keys) : 0;
+  s.past_key = g.past_key ? clamped(g.past_key[sample], 0, keys) : keys;
   const int latest = max(keys - queries, 0);
   s.start =
       g.query_start ? clamped(g.query_start[sample * g.query_start_stride], 0, latest) : latest;

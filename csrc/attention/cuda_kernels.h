@@ -21,8 +21,9 @@ struct CudaGeometry {
   const int64_t*
       query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
   int64_t query_start_stride;
-  const int32_t* first_key;  // [batch]: find_real_keys' results, or null: 0 and keys
+  const int32_t* first_key;  // [batch]: find_real_keys' results, or null: 0, keys and keys
   const int32_t* end_key;
+  const int32_t* past_key;
   int32_t window;  // keys that a query sees, its own included; 0 = all
 };
 
@@ -66,9 +67,11 @@ inline bool has_16_byte_rows(const CudaAttention& c) {
 }
 
 // first_key[b]: the first real key, or keys if there is none; end_key[b]: the first key after it
-// that is not real, or keys. Without holes that is all of key_mask.
+// that is not real, or keys; past_key[b]: the key after the last real one, or 0. Without holes the
+// first two are all of key_mask.
 cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
-                           int32_t* first_key, int32_t* end_key, cudaStream_t stream);
+                           int32_t* first_key, int32_t* end_key, int32_t* past_key,
+                           cudaStream_t stream);
 
 // Any dtype, head size up to 256, length and geometry, without tensor cores: float32 arithmetic
 // (float64 for float64). The exact route, and what the fast ones are compared with.
@@ -122,5 +125,11 @@ cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multip
 bool hopper_takes(const CudaAttention& arguments);
 cudaError_t attention_hopper(const CudaAttention& arguments, int32_t multiprocessors,
                              cudaStream_t stream);
+// Its backward, for head sizes up to 128. The same from run to run.
+bool hopper_backward_takes(const CudaAttention& arguments);
+int64_t attention_backward_hopper_scratch(const CudaAttention& arguments);  // bytes
+cudaError_t attention_backward_hopper(const CudaAttention& arguments,
+                                      const CudaAttentionGradients& gradients,
+                                      int32_t multiprocessors, cudaStream_t stream);
 
 }  // namespace zerotuning::attention

@@ -54,6 +54,16 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// Multiples of 16 bytes, in a row.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
+                                           uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
 __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int column,
                                           int row, int head, int batch) {
   asm volatile(
@@ -81,6 +91,11 @@ __device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t leading_
   constexpr uint64_t swizzle_128_bytes = 1;
   return (shared_address(shared) & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | swizzle_128_bytes << 62;
+}
+
+// The same matrix, `bytes` further on.
+__device__ __forceinline__ uint64_t moved(uint64_t matrix, uint32_t bytes) {
+  return matrix + (bytes >> 4);
 }
 
 __device__ __forceinline__ void begin_products() {

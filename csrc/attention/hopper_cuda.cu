@@ -2,14 +2,10 @@
 // tiles of K and V through the bulk copy engine and two warpgroups of 64 query rows take turns:
 // while one multiplies, the other does its softmax. The scaled keys cost one addition in the tile
 // that holds them, so this does what an untuned kernel does.
-//
-// Tiles lie in shared memory as [64-column block][row][128 bytes], swizzled. A thread of a
-// warpgroup holds of its warp's 16 rows those at lane/4 and lane/4 + 8, and of those the columns
-// 8i + 2(lane % 4) + {0, 1}, at [4i + 2(row half) + column].
 #include <algorithm>
 #include <cmath>
 
-#include "attention/hopper.cuh"
+#include "attention/hopper_tiles.cuh"
 
 namespace zerotuning::attention {
 namespace hopper {
@@ -17,13 +13,11 @@ namespace {
 
 using namespace device;
 
-constexpr int warpgroup = 128;
 constexpr int consumers = 2;  // warpgroups that compute
 constexpr int consumer_rows = 64;
 constexpr int tile_rows = consumers * consumer_rows;
 constexpr int threads = (1 + consumers) * warpgroup;
 constexpr int stages = 2;
-constexpr int block_columns = 64;  // 128 bytes, the widest box of the swizzle
 constexpr int turn_barrier = 1;    // + consumer: it may multiply
 constexpr int output_barrier = 4;  // + consumer: its own threads
 
@@ -55,14 +49,6 @@ struct Shared {
   __device__ uint16_t* output() { return own_output ? own : query[0]; }
 };
 
-// How many tiles have gone through a ring of stages.
-template <int stages>
-struct Ring {
-  uint32_t count = 0;
-  __device__ int stage() const { return count % stages; }
-  __device__ uint32_t parity() const { return count / stages & 1; }
-};
-
 // One tile of queries and the tiles of keys [key_tile_begin, key_tile_end) that they see.
 struct Work {
   int batch, head, row;  // first query row
@@ -83,7 +69,7 @@ __device__ __forceinline__ Work work_of(const Arguments& a, int tile) {
   w.row = (a.row_tiles - 1 - in_section / width) * tile_rows;
   const SampleGeometry g = sample_geometry(a.geometry, w.batch, a.queries, a.keys);
   w.position = g.start + w.row;
-  const int end = min(g.start + min(w.row + tile_rows, a.queries), a.keys);
+  const int end = min(g.start + min(w.row + tile_rows, a.queries), g.past_key);
   const int window = a.geometry.window;
   const int begin = window ? max(g.first_key, w.position - window + 1) : g.first_key;
   w.key_tile_begin = begin / tile_keys;
@@ -161,18 +147,6 @@ __device__ __forceinline__ RowSight sight_of(const Arguments& a, const Work& w, 
           log_scale / a.scale};
 }
 
-// Whether all keys [first, first + count) are real.
-template <int count>
-__device__ __forceinline__ bool all_real(const bool* key_mask, int first, int keys) {
-  bool real = true;
-#pragma unroll
-  for (int j = 0; j < count / 32; ++j) {
-    const int key = first + j * 32 + static_cast<int>(threadIdx.x % 32);
-    real = real && (key >= keys || key_mask[key]);
-  }
-  return __all_sync(~0u, real);
-}
-
 template <int tile_keys>
 __device__ __forceinline__ void look(float (&logits)[tile_keys / 2], const RowSight& s, int first) {
   const int lane = threadIdx.x % 32, warp_row = threadIdx.x % warpgroup / 32 * 16 + lane / 4;
@@ -236,47 +210,6 @@ struct Softmax {
   }
 };
 
-template <typename T, int count>
-__device__ __forceinline__ void to_left_matrices(const float (&weights)[count],
-                                                 uint32_t (&matrices)[count / 8][4]) {
-#pragma unroll
-  for (int i = 0; i < count; i += 2)
-    matrices[i / 8][i % 8 / 2] = pack<T>(weights[i], weights[i + 1]);
-}
-
-// logits = Q K^T of the consumer's rows.
-template <typename T, int head_size, int tile_keys>
-__device__ __forceinline__ void start_logits(float (&logits)[tile_keys / 2], const uint16_t* query,
-                                             const uint16_t* key) {
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < head_size; k += 16) {
-    const int block = k / block_columns, column = k % block_columns;
-    multiply<T>(logits, matrix(query + block * tile_rows * block_columns + column, 16, 8 * 128),
-                matrix(key + block * tile_keys * block_columns + column, 16, 8 * 128), k > 0);
-  }
-  commit_products();
-}
-
-// output += weights V.
-template <typename T, int value_size, int tile_keys>
-__device__ __forceinline__ void start_output(float (&output)[value_size / 2],
-                                             const uint32_t (&weights)[tile_keys / 16][4],
-                                             const uint16_t* value) {
-  begin_products();
-#pragma unroll
-  for (int k = 0; k < tile_keys; k += 16) {
-    multiply_add<T>(output, weights[k / 16],
-                    matrix(value + k * block_columns, tile_keys * 128, 8 * 128));
-  }
-  commit_products();
-}
-
-__device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) arrive(barrier);
-}
-
 // Divides by the softmax's totals, and writes the tile's rows of output and logsumexp.
 template <typename T, int value_size>
 __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int consumer,
@@ -298,20 +231,7 @@ __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int co
   // The store of the tile before must have read its rows of shared memory.
   if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   wait_named(output_barrier + consumer, warpgroup);
-  const int row = consumer * consumer_rows + warp * 16 + lane / 8 % 2 * 8 + lane % 8;
-#pragma unroll
-  for (int i = 0; i < value_size / 2; i += 8) {
-    const int chunk = i / 4 + lane / 16;  // of 8 columns
-    const uint32_t to = shared_address(shared_output + chunk / 8 * tile_rows * block_columns) +
-                        row * 128 + ((chunk % 8) ^ (row % 8)) * 16;
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
-                 "r"(pack<T>(output[i] * factor[0], output[i + 1] * factor[0])),
-                 "r"(pack<T>(output[i + 2] * factor[1], output[i + 3] * factor[1])),
-                 "r"(pack<T>(output[i + 4] * factor[0], output[i + 5] * factor[0])),
-                 "r"(pack<T>(output[i + 6] * factor[1], output[i + 7] * factor[1]))
-                 : "memory");
-  }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  write_tile<T, value_size, tile_rows>(shared_output, consumer * consumer_rows, output, factor);
   wait_named(output_barrier + consumer, warpgroup);
   if (thread == 0) {
 #pragma unroll
@@ -354,7 +274,7 @@ __device__ __forceinline__ void consume(const Arguments& a,
       uint32_t weights[tile_keys / 16][4];
       int t = w.key_tile_end - 1;
       wait(&s.key_full[keys.stage()], keys.parity());
-      start_logits<T, head_size, tile_keys>(logits, query, s.key[keys.stage()]);
+      start_row_products<T, head_size, tile_rows, tile_keys>(logits, query, s.key[keys.stage()]);
       wait_products<0>();
       pin(logits);
       arrive_warp(&s.key_empty[keys.stage()]);
@@ -365,9 +285,9 @@ __device__ __forceinline__ void consume(const Arguments& a,
       for (--t; t >= w.key_tile_begin; --t) {
         wait(&s.key_full[keys.stage()], keys.parity());
         wait_named(turn_barrier + consumer, turn_threads);
-        start_logits<T, head_size, tile_keys>(logits, query, s.key[keys.stage()]);
+        start_row_products<T, head_size, tile_rows, tile_keys>(logits, query, s.key[keys.stage()]);
         wait(&s.value_full[values.stage()], values.parity());
-        start_output<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
+        start_weighted_sums<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
         arrive_named(turn_barrier + 1 - consumer, turn_threads);
         wait_products<1>();
         pin(logits);
@@ -385,7 +305,7 @@ __device__ __forceinline__ void consume(const Arguments& a,
       }
       if (s.own_output) arrive_warp(&s.query_empty[q]);
       wait(&s.value_full[values.stage()], values.parity());
-      start_output<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
+      start_weighted_sums<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
       wait_products<0>();
       pin(output);
       arrive_warp(&s.value_empty[values.stage()]);
@@ -432,51 +352,6 @@ __global__ void __launch_bounds__(threads, 1) attend(const __grid_constant__ Arg
     consume<T>(a, s);
   }
 #endif
-}
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// The driver's function, without linking the driver.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* address = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &address,
-                                                               12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &address, cudaEnableDefault, &found);
-#endif
-    return error == cudaSuccess && found == cudaDriverEntryPointSuccess
-               ? reinterpret_cast<EncodeTiled>(address)
-               : nullptr;
-  }();
-  return function;
-}
-
-// [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
-cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch, int heads,
-                     int rows, int columns, int box_rows) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  // The stride of a dimension of size 1 is any number, which the driver might refuse.
-  const auto bytes = [](int64_t stride, int size) {
-    return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
-  };
-  const cuuint64_t strides[3] = {bytes(array.row_stride, rows), bytes(array.head_stride, heads),
-                                 bytes(array.batch_stride, batch)};
-  const cuuint32_t box[4] = {block_columns, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
-  const EncodeTiled encode = encode_tiled();
-  if (!encode) return cudaErrorNotSupported;
-  const CUresult result = encode(
-      map,
-      dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(array.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 // As many heads of all samples as leave K and V in half of the level-2 cache: whole groups.

@@ -3,7 +3,7 @@
 // stay in registers while a block goes through its rows.
 #include <algorithm>
 
-#include "attention/cuda_device.cuh"
+#include "attention/cuda_rows.cuh"
 
 namespace zerotuning::attention {
 namespace initial_token {
@@ -13,57 +13,6 @@ using namespace device;
 
 constexpr int threads = 256;
 constexpr int block_rows = 256;
-constexpr int chunk = 8;  // numbers in 16 bytes
-
-struct Chunk {
-  float x[chunk];
-};
-
-template <typename T>
-__device__ __forceinline__ Chunk unpack(const uint4& bytes) {
-  const T* numbers = reinterpret_cast<const T*>(&bytes);
-  Chunk c;
-#pragma unroll
-  for (int i = 0; i < chunk; ++i) c.x[i] = widened(numbers[i]);
-  return c;
-}
-
-template <typename T>
-__device__ __forceinline__ uint4 packed(const Chunk& c) {
-  uint4 bytes;
-  T* numbers = reinterpret_cast<T*>(&bytes);
-#pragma unroll
-  for (int i = 0; i < chunk; ++i) numbers[i] = narrowed<T>(c.x[i]);
-  return bytes;
-}
-
-// The lane's 16 bytes of a row; zeros beyond its end.
-template <typename T>
-__device__ __forceinline__ uint4 read(const Array4& a, int sample, int head, int row, int lane,
-                                      int columns) {
-  if (lane * chunk >= columns) return uint4{0, 0, 0, 0};
-  return *reinterpret_cast<const uint4*>(row_of<T>(a, sample, head, row) + lane * chunk);
-}
-template <typename T>
-__device__ __forceinline__ void write(const Array4& a, int sample, int head, int row, int lane,
-                                      int columns, const Chunk& c) {
-  if (lane * chunk >= columns) return;
-  *reinterpret_cast<uint4*>(written_row_of<T>(a, sample, head, row) + lane * chunk) = packed<T>(c);
-}
-
-__device__ __forceinline__ float dot(const Chunk& a, const Chunk& b) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < chunk; ++i) sum += a.x[i] * b.x[i];
-  return sum;
-}
-
-template <int lanes>
-__device__ __forceinline__ float lane_sum(float x) {
-#pragma unroll
-  for (int step = lanes / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
 
 // What a block works on: rows [begin, end) of one head, and its scaled key.
 struct Work {

@@ -117,12 +117,14 @@ void read_key_mask(const Problem& p, Call& call, bool find = true) {
   g.key_mask = static_cast<const bool*>(call.key_mask->const_data_ptr());
   g.key_mask_batch_stride = call.key_mask->stride(0);
   if (!find) return;
-  call.real_keys = aten::empty(p.query, Sizes{2, p.batch}, ScalarType::Int);
+  call.real_keys = aten::empty(p.query, Sizes{3, p.batch}, ScalarType::Int);
   int32_t* first_key = call.real_keys->mutable_data_ptr<int32_t>();
   g.first_key = first_key;
   g.end_key = first_key + p.batch;
+  g.past_key = first_key + 2 * p.batch;
   check(attention::find_real_keys(g.key_mask, g.key_mask_batch_stride, call.arguments.batch,
-                                  call.arguments.keys, first_key, first_key + p.batch, call.stream),
+                                  call.arguments.keys, first_key, first_key + p.batch,
+                                  first_key + 2 * p.batch, call.stream),
         "key_mask");
 }
 
@@ -155,9 +157,19 @@ Route choose_forward(const Problem& p, const Call& call) {
 // Of shorter sequences the plain kernels take no more time than the stock route's launches.
 constexpr int64_t shortest_stock_backward = 16;
 
+// Up to here one kernel for all keys beats torch's own and the launches around it; with padding
+// always, of which torch's kernels skip nothing.
+constexpr int64_t longest_hopper_backward = 512;
+
+bool hopper_takes_backward(const Call& call) {
+  return call.device.capability == 90 && attention::hopper_backward_takes(call.arguments);
+}
+
 Route choose_backward(const Problem& p, const Call& call) {
-  return p.queries >= shortest_stock_backward && stock_takes(p, call, 128) ? Route::stock
-                                                                           : Route::plain;
+  const bool stock = p.queries >= shortest_stock_backward && stock_takes(p, call, 128);
+  const bool for_hopper = !stock || p.key_mask || p.queries <= longest_hopper_backward;
+  if (for_hopper && hopper_takes_backward(call)) return Route::hopper;
+  return stock ? Route::stock : Route::plain;
 }
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
@@ -323,6 +335,15 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                                               grad_log_scale.mutable_data_ptr(),
                                               nullptr};
   if (route == Route::automatic) route = choose_backward(p, call);
+  if (route == Route::hopper) {
+    require(hopper_takes_backward(call), "the hopper route does not take this call");
+    const Tensor memory = scratch(p.query, attention::attention_backward_hopper_scratch(a));
+    gradients.scratch = memory.mutable_data_ptr();
+    check(attention::attention_backward_hopper(a, gradients, call.device.multiprocessors,
+                                               call.stream),
+          "attention_backward");
+    return {grad_query, grad_key, grad_value, grad_log_scale};
+  }
   if (route != Route::stock) {
     const Tensor memory = scratch(p.query, attention::attention_backward_plain_scratch(a));
     gradients.scratch = memory.mutable_data_ptr();
