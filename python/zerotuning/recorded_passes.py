@@ -59,9 +59,13 @@ class RecordedPasses:
         padded = {name: _padded(tensor, sequences, length, PADDING[name]) for name, tensor in inputs.items()}
         key = (sequences, length, *kind)
         if key not in self._recorded:
+            generator = torch.cuda.default_generators[padded["input_ids"].get_device()]
+            before = generator.clone_state()
             try:
                 self._recorded[key] = self._record(padded, forward), self.model.get_output_embeddings()  # type: ignore[operator]
             except RuntimeError as error:
+                # A recording that broke off leaves the GPU's random numbers waiting for its end.
+                generator.graphsafe_set_state(before)
                 self._give_up(error)
                 return None
         replay, _ = self._recorded[key]

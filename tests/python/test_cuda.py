@@ -183,14 +183,14 @@ def test_hopper_gradients_of_strided_inputs_equal_those_of_copies() -> None:
 @needs_hopper
 def test_hopper_gradients_are_the_same_from_run_to_run_and_the_choice_for_short_or_padded_sequences() -> None:
     torch.manual_seed(11)
-    for batch, rows in ((16, 128), (3, 500), (2, 3000)):
+    for batch, rows in ((16, 128), (3, 500), (2, 3000), (1, 5000)):
         inputs = random_inputs((batch, 8, 2, rows, rows, 128, 128), torch.bfloat16)
         grad_output = torch.randn_like(inputs[0])
         first, *others = [by_route(inputs, grad_output, HOPPER, HOPPER) for _ in range(4)]
         for other in others:
             assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
         mask = torch.arange(rows) >= torch.arange(batch)[:, None]
-        for geometry in ({"key_mask": mask}, {"window": 100}, *([{}] if rows < 512 else [])):
+        for geometry in ({"key_mask": mask}, {"window": 100}, *([{}] if rows <= 4096 else [])):
             chosen, own = (by_route(inputs, grad_output, HOPPER, route, **geometry) for route in (0, HOPPER))
             assert all(torch.equal(a, b) for a, b in zip(chosen, own, strict=True))
 
@@ -430,6 +430,7 @@ def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(tiny_tokeniz
     losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, True)
     assert len(notes) == 1
     assert "not recorded" in notes[0]
+    torch.rand(3)  # as before: the recording that broke off is not waited for
     plain = _loss_and_gradient(model, tiny_tokenizer, False)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
