@@ -2,7 +2,8 @@
 
 transformers looks its attention function up by name. Registered here under "zerotuning": the attention function, which
 hands query, key and value as they come (K/V unrepeated) to `ops`, and the mask function, which says in O(T) numbers what
-a dense mask would say in O(T²). Each attention layer gets a child module that holds its scales.
+a dense mask would say in O(T²). `packed_sequences` does both for rows of several sequences. Each attention layer gets a
+child module that holds its scales.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from zerotuning import ops, reference
+from zerotuning import ops, packed_sequences, reference
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scales import HeadScales
 
@@ -106,10 +107,14 @@ def zerotuning_attention(
     else:
         log_scale = scaling_of_layer.current(query.shape[0])
         span = _span_of(scaling_of_layer, query, key, sliding_window)
-    if attention_mask is not None and not _is_geometry(attention_mask, key):
-        output = _attend_densely(query, key, value, log_scale, attention_mask, span, scaling)
-    else:
+    if query.dtype == torch.float64:
+        log_scale = log_scale.double()
+    if attention_mask is None or _is_geometry(attention_mask, key):
         output = _attend(query, key, value, log_scale, attention_mask, span, sliding_window or 0, scaling)
+    elif packed_sequences.is_packed_code(attention_mask, query):
+        output = _attend_to_packed(query, key, value, log_scale, attention_mask, span, scaling)
+    else:
+        output = _attend_densely(query, key, value, log_scale, attention_mask, span, scaling)
     return output.transpose(1, 2), None
 
 
@@ -147,8 +152,6 @@ def _attend(
         arguments |= _read_geometry(geometry, key.shape[2])
     if span is not None:
         arguments["span"] = span
-    if query.dtype == torch.float64:
-        log_scale = log_scale.double()
     tensors = (query, key, value, log_scale)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if not needs_gradient and query.shape[2] <= DECODE_QUERIES and key.shape[2] > query.shape[2]:
@@ -176,6 +179,21 @@ def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
     if not compiling:
         _latest = (geometry, keys, arguments)
     return arguments
+
+
+def _attend_to_packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    code: Tensor,
+    span: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    if torch.compiler.is_compiling():  # a layer alone: the shapes in a graph must not depend on the sequences' lengths
+        codes = packed_sequences.dense_codes(code)
+        return _attend_densely(query, key, value, log_scale, codes, span, scale)
+    return packed_sequences.attend(query, key, value, log_scale, code, span=span, scale=scale)
 
 
 def _attend_densely(
@@ -256,14 +274,18 @@ def zerotuning_mask(
 
     None: nothing, the queries are the last keys and all keys are real. Else the geometry, int64 [B, 1, 1, words]: the key
     mask, 8 keys a word, a byte each; in front of it, where that does not say all, query_start and the scaled keys [first,
-    end). Masks of another kind (packed sequences, chunks, custom mask functions): int8 [B, 1, Tq, Tk], 0 hidden, 1
-    visible, 2 visible and scaled.
+    end). Packed sequences: the code of `packed_sequences`, int64 [B, 1, T, 3]. Masks of another kind (chunks, custom mask
+    functions, packed sequences in a graph that is traced): int8 [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
     """
     if _probe.active and local_size is not None:
         _probe.windows.add(local_size)
     chunked = getattr(config, "attention_chunk_size", None) is not None
     sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
     if not (mask_function is causal_mask_function or sliding):
+        if q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0:
+            code = packed_sequences.packed_code(mask_function, attention_mask, batch_size, q_length, device)
+            if code is not None:
+                return code
         return _dense_codes(
             batch_size,
             q_length,
@@ -326,7 +348,7 @@ def _key_mask_words(
 
 def _is_geometry(mask: Tensor, key: Tensor) -> bool:
     words = _words(key.shape[2])
-    return mask.dtype == torch.long and mask.dim() == 4 and mask.shape[-1] in (words, HEADER + words)
+    return mask.dtype == torch.long and mask.shape[1:-1] == (1, 1) and mask.shape[-1] in (words, HEADER + words)
 
 
 def _dense_codes(

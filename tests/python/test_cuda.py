@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_scale
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
-from zerotuning import ops
+from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
+from zerotuning import ops, packed_sequences
 from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scales import HeadScales
@@ -336,6 +336,59 @@ def test_head_gradients_equal_float64_s(checkpointing) -> None:
     model.double()
     wanted = gradients()
     assert ((got - wanted).norm() / wanted.norm()).item() < 0.05
+
+
+def packed_batch() -> tuple[Tensor, Tensor]:
+    """input_ids and position_ids of three rows of 200 tokens: sequences of several lengths, of one token, and one alone."""
+    lengths = [[1, 120, 3, 1, 75], [200], [50] * 4]
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    return torch.randint(0, 500, (3, 200)), positions
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_sequences_give_what_they_give_alone_and_the_same_head_gradients(dtype) -> None:
+    model = patch(tiny_llama().to(dtype))
+    ids, positions = packed_batch()
+
+    def logits_alone() -> Tensor:
+        rows = []
+        for row, places in zip(ids, positions, strict=True):
+            begins = (places == 0).nonzero().squeeze(1).tolist()
+            parts = [model(part[None], use_cache=False).logits[0] for part in row.tensor_split(begins[1:])]
+            rows.append(torch.cat(parts))
+        return torch.stack(rows)
+
+    def outcome(packed: bool) -> tuple[Tensor, Tensor]:
+        with head_parameters(model) as parameters:
+            for seed, parameter in enumerate(parameters):
+                parameter.data.normal_(generator=torch.Generator("cuda").manual_seed(seed))
+            logits = model(ids, position_ids=positions, use_cache=False).logits if packed else logits_alone()
+            gradients = torch.autograd.grad(logits.float().log_softmax(-1)[..., 3].sum(), parameters)
+        return logits.detach().double(), torch.stack(gradients).double()
+
+    got, alone = outcome(packed=True), outcome(packed=False)
+    model.double()
+    for a, b, c in zip(got, alone, outcome(packed=False), strict=True):  # no further from float64 than alone
+        assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-5 * c.norm()
+
+
+def test_layers_of_packed_sequences_do_not_wait_for_the_gpu() -> None:
+    _, positions = packed_batch()
+    numbers = masking_utils.find_packed_sequence_indices(positions)
+    function = masking_utils.and_masks(
+        masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(numbers)
+    )
+    code = packed_sequences.packed_code(function, None, 3, 200, "cuda")
+    assert code is not None
+    inputs = [t.requires_grad_() for t in random_inputs((3, 4, 2, 200, 200, 64, 64), torch.bfloat16)]
+    grad_output = torch.randn(3, 4, 200, 64, dtype=torch.bfloat16)
+    torch.autograd.grad(packed_sequences.attend(*inputs, code), inputs, grad_output)  # plans are made at first use
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.autograd.grad(packed_sequences.attend(*inputs, code), inputs, grad_output)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_generation_is_the_same_with_every_cache_and_alone_or_padded() -> None:
