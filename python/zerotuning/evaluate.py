@@ -20,6 +20,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.generated_answers import answer_tokens, share_right, written_texts
 from zerotuning.hub_data import read_data
 from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.shared_prefix import is_worth_sharing, scores_behind_prefix
 from zerotuning.tasks import Record, Task, as_records, first_examples
 
 
@@ -111,7 +112,10 @@ def evaluate(
 
 
 def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
-    scores = label_scores(scorer, progress=progress)
+    if is_worth_sharing(scorer):
+        scores = scores_behind_prefix(scorer.model, scorer)
+    else:
+        scores = label_scores(scorer, progress=progress)
     if bool(scores.isnan().any()):
         bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]
         raise ZeroTuningError(f"{bad.origin}: the model's scores are NaN")

@@ -119,7 +119,7 @@ class LabelScorer:
         #: Replays short passes on a GPU, for who makes them many times over.
         self.recorded: RecordedPasses | None = None
         self._padding = getattr(tokenizer, "pad_token_id", None) or 0
-        self._forward_arguments = _forward_arguments(model)
+        self._forward_arguments = forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
         self._single_tokens = all(len(tokens) == 1 for e in self.examples for tokens in e.labels)
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
@@ -331,7 +331,7 @@ def _context(model: nn.Module) -> int | None:
     return context if isinstance(context, int) and context > 0 else None
 
 
-def _forward_arguments(model: Any) -> set[str]:
+def forward_arguments(model: Any) -> set[str]:
     """The names of the arguments of the model's forward; of the model within, where an adapter wraps it."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)

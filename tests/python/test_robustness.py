@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from zerotuning.evaluate import label_scores
+from zerotuning.evaluate import evaluate, label_scores
 from zerotuning.patch import head_parameters, patch
 from zerotuning.scoring import LabelScorer
+from zerotuning.shared_prefix import is_worth_sharing, scores_behind_prefix, shared_length
 from zerotuning.study import Setting, robustness, run_study
 from zerotuning.study.robustness import GRIDS, PARTS, WORDINGS, Draw, TunedScales, distractors, with_shots
 from zerotuning.study.rounded_weights import ROUNDINGS, eight_bit, four_bit, rounded_weights
-from zerotuning.study.shared_prefix import scores_behind_prefix, shared_length
 from zerotuning.tasks import Task
 
 
@@ -95,6 +96,27 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
         found = scores_behind_prefix(long_model, scorer)
     assert max(len(tokens) for example in scorer.examples for tokens in example.labels) > 1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_shots_are_read_once_and_the_figures_stay(
+    long_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = with_shots(Task.load("trec"), 6, 0)
+    records = task.examples("test", 5)
+    read: list[int] = []
+    hook = long_model.register_forward_pre_hook(
+        lambda _, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    found = evaluate(long_model, tiny_tokenizer, task, records)
+    hook.remove()
+    scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
+    assert sum(read) < sum(batch.input_ids.numel() for batch in scorer.batches) / 4
+    assert not is_worth_sharing(LabelScorer(long_model, tiny_tokenizer, Task.load("trec"), records))
+    monkeypatch.setattr(sys.modules["zerotuning.evaluate"], "is_worth_sharing", lambda _: False)
+    plain = evaluate(long_model, tiny_tokenizer, task, records)
+    assert (found.accuracy, found.examples) == (plain.accuracy, plain.examples)
+    assert found.loss == pytest.approx(plain.loss, abs=1e-4)
+    assert found.entropy == pytest.approx(plain.entropy, abs=1e-4)
 
 
 def test_eight_bits_are_255_steps_of_a_row() -> None:

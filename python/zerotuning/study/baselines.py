@@ -20,12 +20,12 @@ from zerotuning import objectives
 from zerotuning.bench_search import fit_label_bias, wilson
 from zerotuning.calibrate import calibrate
 from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.shots import draw_shots, without_shots
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.key_clauses import key_clauses
 from zerotuning.study.setting import Setting, Spans, batch_spans, figures_of
-from zerotuning.study.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.study.spans import find_spans, has_position
 from zerotuning.study.statistics import bootstrap_interval
 from zerotuning.study.steering import CalibratedSinks, Intervention, MarkedSpan, Temperature, steered

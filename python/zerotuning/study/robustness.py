@@ -22,13 +22,13 @@ from zerotuning.calibrate import calibrate
 from zerotuning.generated_answers import answer_tokens, chosen_label
 from zerotuning.patch import head_parameters
 from zerotuning.scoring import LabelScorer
+from zerotuning.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.shots import draw_shots, without_shots
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.heads import WORDINGS as HEADS_WORDINGS
 from zerotuning.study.rounded_weights import ROUNDINGS, rounded_weights
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.study.statistics import bootstrap_interval
 from zerotuning.tasks import Record, Task
 

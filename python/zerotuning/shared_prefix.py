@@ -10,8 +10,25 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from zerotuning.scoring import LabelScorer
+from zerotuning.scoring import LabelScorer, forward_arguments
 from zerotuning.tokenizing import TokenizedPrompt
+
+#: How many times longer than the rest of a prompt its shared beginning must be. Prompts are read one by one behind it, which
+#: a processor does nearly as fast a token as in batches; a GPU does not.
+WORTH_SHARING = 3
+
+
+def is_worth_sharing(scorer: LabelScorer) -> bool:
+    """Whether `scores_behind_prefix` gives the scorer's scores sooner: many shots, on the CPU."""
+    model: Any = scorer.model
+    known = forward_arguments(model)
+    takes_cache = "use_cache" in known and bool(known & {"cache", "past_key_values"})
+    keeps_keys = takes_cache and not getattr(model, "_is_stateful", False)
+    if not (can_share(scorer) and keeps_keys and model.get_input_embeddings().weight.device.type == "cpu"):
+        return False
+    shared = shared_length(scorer.examples)
+    left = [len(example.prompt) - shared for example in scorer.examples]
+    return shared >= WORTH_SHARING * sum(left) / len(left)
 
 
 @torch.no_grad()
