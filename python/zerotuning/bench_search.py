@@ -26,10 +26,11 @@ from zerotuning.calibrate import calibrate
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluate import label_scores
-from zerotuning.example_folds import draw_examples
+from zerotuning.example_folds import LEAST_EXAMPLES, draw_examples
 from zerotuning.models import load_model
 from zerotuning.patch import apply_scales, unpatch
 from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.shots import draw_shots, without_shots
 from zerotuning.tasks import Record, Task
 
 Row = dict[str, Any]
@@ -56,6 +57,7 @@ class SearchBench:
     limit      test examples of a task
     seeds      draws of the examples, 0, 1, …
     methods    names of METHODS
+    shots      of a method's examples stand solved before each prompt; it learns from those that are left
     """
 
     model: str = "demo"
@@ -65,6 +67,7 @@ class SearchBench:
     seeds: int = 1
     methods: Sequence[str] = ()
     batch_size: int = 64
+    shots: int = 0
     device: str | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
 
@@ -77,6 +80,10 @@ class SearchBench:
             raise ZeroTuningError(f"examples must be numbers of at least 4, got {list(self.examples)}")
         if self.seeds < 1:
             raise ZeroTuningError(f"seeds must be at least 1, got {self.seeds}")
+        if not 0 <= self.shots <= min(self.examples) - LEAST_EXAMPLES:
+            raise ZeroTuningError(
+                f"shots must leave {LEAST_EXAMPLES} of the {min(self.examples)} examples, got {self.shots}"
+            )
 
     def rows(self, done: Sequence[Row] = ()) -> Iterator[Row]:
         """Those of `done` that belong here and the others as they are made; then the means over tasks."""
@@ -85,7 +92,7 @@ class SearchBench:
         for seed in range(self.seeds):
             for name in self.tasks:
                 for method, count in self._plan(seed):
-                    row = known.get((name, method, count, seed))
+                    row = known.get((name, method, count, seed, self.shots))
                     if row is None:
                         row = self._row(Task.load(name), name, method, count, seed, known)
                         known[_key(row)] = row
@@ -96,21 +103,21 @@ class SearchBench:
     def _plan(self, seed: int) -> Iterator[tuple[str, int]]:
         for method in self.methods:
             if method == "untuned":
-                if seed == 0:
-                    yield method, 0
+                if seed == 0 or self.shots:
+                    yield method, self.shots
             elif method == "gradient":
                 yield from ((method, count) for count in sorted(self.examples))
             else:
                 yield method, max(self.examples)
 
     def _row(self, task: Task, name: str, method: str, count: int, seed: int, known: dict[Any, Row]) -> Row:
-        shape = f"{name}, {count} examples, seed {seed}"
+        shape = f"{name}, {count} examples, seed {seed}" + (f", {self.shots} shots" if self.shots else "")
         row: Row = {"what": "search", "shape": shape, "dtype": "", "task": name, "method": method, "examples": count}
-        row |= {"seed": seed, "peers": {}}
+        row |= {"seed": seed, "shots": self.shots, "peers": {}}
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
-        ours = known.get((name, "gradient", count, seed))
-        run = MethodRun(model, tokenizer, task, count, seed, self.limit, self.batch_size, ours)
+        ours = known.get((name, "gradient", count, seed, self.shots))
+        run = MethodRun(model, tokenizer, task, count, seed, self, ours)
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -137,8 +144,8 @@ class SearchBench:
         return self._loaded
 
 
-def _key(row: Row) -> tuple[str, str, int, int]:
-    return row["task"], row["method"], row["examples"], row["seed"]
+def _key(row: Row) -> tuple[str, str, int, int, int]:
+    return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -174,28 +181,25 @@ def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 class MethodRun:
-    """One method's model, examples and tests."""
+    """One method's model, examples and tests.
+
+    task      with its shots
+    count     labelled examples that the method has, the shots among them
+    records   those that are no shots, in the order that `calibrate` draws them with the same number and seed
+    """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        task: Task,
-        count: int,
-        seed: int,
-        limit: int,
-        batch_size: int,
-        ours: Row | None,
+        self, model: Any, tokenizer: Any, task: Task, count: int, seed: int, bench: SearchBench, ours: Row | None
     ) -> None:
-        self.model, self.tokenizer, self.task = model, tokenizer, task
-        self.count, self.seed, self.batch_size, self.ours = count, seed, batch_size, ours
-        self.tests = task.examples("test", limit)
+        self.model, self.tokenizer = model, tokenizer
+        self.count, self.seed, self.batch_size, self.ours = count, seed, bench.batch_size, ours
+        learns = count > bench.shots
+        drawing = CalibrationOptions(examples=count if learns else max(bench.examples), seed=seed)
+        drawn = draw_examples(task.examples("validation"), drawing)
+        self.task = task.with_shots(draw_shots(task, drawn, bench.shots, seed))
+        self.records = without_shots(self.task, drawn)
+        self.tests = task.examples("test", bench.limit)
         self.test_scorer = self.scorer(self.tests)
-
-    @property
-    def records(self) -> list[Record]:
-        """The examples that `calibrate` draws with the same number and seed."""
-        return draw_examples(self.task.examples("validation"), CalibrationOptions(examples=self.count, seed=self.seed))
 
     def scorer(self, records: list[Record], model: Any = None, batch_size: int | None = None) -> LabelScorer:
         return LabelScorer(
@@ -203,14 +207,16 @@ class MethodRun:
         )
 
     def calibrated(self, **options: Any) -> Outcome:
-        """`calibrate` with these options, on the run's examples."""
+        """`calibrate` with these options, on the run's examples: without shots as the command line draws them."""
+        draw: dict[str, Any] = {"records": self.records}
+        if not self.task.shots:
+            draw = {"records": self.task.examples("validation"), "examples": self.count}
         started = time.perf_counter()
         result = calibrate(
             self.model,
             self.tokenizer,
             self.task,
-            records=self.task.examples("validation"),
-            examples=self.count,
+            **draw,
             seed=self.seed,
             batch_size=self.batch_size,
             **options,

@@ -180,6 +180,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--limit", type=_positive, metavar="N", help="test examples of each task (default: 400)")
     search.add_argument("--seeds", type=_positive, metavar="N", help="draws of the examples (default: 1)")
     search.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at once (default: 64)")
+    search.add_argument(
+        "--shots", type=_shots, metavar="N", help="examples that stand solved before each prompt (default: 0)"
+    )
     return parser
 
 
@@ -594,7 +597,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench import run_bench
 
-    names = ("model", "tasks", "methods", "examples", "limit", "seeds", "batch_size")
+    names = ("model", "tasks", "methods", "examples", "limit", "seeds", "batch_size", "shots")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if options and arguments.kind != "search":
         raise ZeroTuningError(f"{', '.join(options)}: for bench search alone, got bench {arguments.kind}")

@@ -78,6 +78,30 @@ def test_every_method_gives_a_row_and_leaves_the_model_as_it_was(tiny_bench, tin
     assert numbers["lora"] > numbers["ia3"] > 8
 
 
+def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
+    tiny_model, tiny_tokenizer, tiny_bench, monkeypatch
+) -> None:
+    tiny_bench.shots, tiny_bench.methods = 2, ("untuned", "gradient")
+    runs = []
+    for name in tiny_bench.methods:
+        method = bench_search.METHODS[name]
+        monkeypatch.setitem(bench_search.METHODS, name, lambda run, method=method: (runs.append(run), method(run))[1])
+    rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
+    assert [(row["method"], row["examples"], row["shots"]) for row in rows] == [
+        ("untuned", 2, 2), ("gradient", 8, 2), ("gradient", 16, 2),
+    ]  # fmt: skip
+    for run in runs[1:]:
+        shots = [shot.prompt for shot in run.task.shots]
+        own = [run.task.render(record).own for record in run.records]
+        assert len(shots) == 2
+        assert len(own) == run.count - 2
+        assert not set(shots) & set(own)
+        text = tiny_tokenizer.decode(run.test_scorer.examples[0].prompt)
+        assert all(shot in text for shot in shots)
+    with pytest.raises(ZeroTuningError, match="shots must leave 4 of the 8 examples, got 5"):
+        SearchBench(examples=(8, 16), shots=5)
+
+
 def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "search.json"
     monkeypatch.setattr(bench_search, "SearchBench", lambda device, **options: tiny_bench)
