@@ -75,9 +75,7 @@ class RecordedPasses:
         wanted = len(inputs["input_ids"]) // copies
         return found[:wanted] if copies == 1 else found.unflatten(0, (copies, sequences))[:, :wanted].flatten(0, 1)
 
-    def _record(
-        self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool
-    ) -> Callable[..., Tensor]:
+    def _record(self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool) -> Callable[..., Tensor]:
         names = list(inputs)
 
         def run(*tensors: Tensor) -> Tensor:

@@ -50,14 +50,11 @@ def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
 
 
 @contextmanager
-def behind_prefix(scorer: LabelScorer, copies: int = 1) -> Iterator[None]:
+def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
     """Within it the scorer reads what all its prompts begin with once, before the first batch, and of every prompt the
-    rest alone: at the scales of that moment, which must stay. Without gradients.
-
-    copies    of how many candidates (`patch.candidates`) every batch holds copies
-    """
+    rest alone: at the scales of that moment, which must stay. Without gradients."""
     length = shared_length(scorer.examples)
-    scorer.prefix = SharedPrefix(scorer, length, copies) if length else None
+    scorer.prefix = SharedPrefix(scorer, length) if length else None
     try:
         yield
     finally:
@@ -75,11 +72,11 @@ def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
 
 
 class SharedPrefix:
-    """The first `length` tokens of all prompts, read by each of the candidates when they are needed first."""
+    """The first `length` tokens of all prompts, read when they are needed first."""
 
-    def __init__(self, scorer: LabelScorer, length: int, copies: int) -> None:
+    def __init__(self, scorer: LabelScorer, length: int) -> None:
         self._model: Any = scorer.model
-        self._tokens, self._length, self._copies = scorer.examples[0].prompt[:length], length, copies
+        self._tokens, self._length = scorer.examples[0].prompt[:length], length
         known = forward_arguments(self._model)
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # the older name warns since 5.20
         self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -98,14 +95,14 @@ class SharedPrefix:
     def _read(self, device: torch.device) -> Cache:
         if self._cache is None:
             cache = Cache(layer_class_to_replicate=_PrefixLayer)
-            ids = torch.tensor([self._tokens] * self._copies, device=device)
+            ids = torch.tensor([self._tokens], device=device)
             self._model(input_ids=ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
             self._cache = cache
         return self._cache
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keeps what is read first. What is read behind it sees it, in as many rows as it has itself, and is not kept."""
+    """Keeps what is read first, one sequence. What is read behind it sees it, in each of its rows, and is not kept."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
@@ -115,4 +112,4 @@ class _PrefixLayer(DynamicLayer):
 
 
 def _behind(kept: Tensor, new: Tensor) -> Tensor:
-    return torch.cat((kept.repeat_interleave(len(new) // len(kept), dim=0), new), dim=-2)
+    return torch.cat((kept.expand(len(new), -1, -1, -1), new), dim=-2)
