@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from zerotuning import objectives
+from zerotuning.candidates import Candidates
 from zerotuning.models import load_model
 from zerotuning.patch import head_parameters, patch, unpatch
 from zerotuning.scoring import LabelScorer
+from zerotuning.setbacks import Setbacks
 from zerotuning.tasks import Task
 
 #: Half the distance, in log γ, of a head's two evaluations. Float32 rounding is far below the difference it makes.
@@ -31,7 +33,7 @@ def sensitivity_rows(
     with head_parameters(model) as parameters:
         _gradient(scorer, parameters)  # warms up
         found, seconds = _timed(lambda: _gradient(scorer, parameters))
-        measured, slow = _timed(lambda: _measured(scorer, parameters))
+        measured, slow = _timed(lambda: _measured(scorer, Candidates(model, parameters, Setbacks()), len(found)))
     unpatch(model)
     peers = {
         "one gradient": {"s": seconds},
@@ -63,19 +65,14 @@ def _gradient(scorer: LabelScorer, parameters: list[Tensor]) -> np.ndarray:
     return torch.cat(torch.autograd.grad(_mean_loss(scorer), parameters)).cpu().numpy()
 
 
-@torch.no_grad()
-def _measured(scorer: LabelScorer, parameters: list[Tensor]) -> np.ndarray:
-    """Central differences, head by head."""
-    slopes = []
-    for leaf in parameters:
-        for head in range(len(leaf)):
-            sides = []
-            for value in (HALF_STEP, -HALF_STEP):
-                leaf[head] = value
-                sides.append(float(_mean_loss(scorer)))
-            leaf[head] = 0.0
-            slopes.append((sides[0] - sides[1]) / (2 * HALF_STEP))
-    return np.array(slopes)
+def _measured(scorer: LabelScorer, candidates: Candidates, heads: int) -> np.ndarray:
+    """Central differences, head by head; candidates share passes where that is faster."""
+    points = np.concatenate((np.eye(heads), -np.eye(heads))) * HALF_STEP
+    sums = np.zeros(2 * heads)
+    for index, batch, scores in candidates.scores(scorer, scorer.batches, list(points)):
+        sums[index] += float(objectives.task_loss(scores, batch.labels.to(scores.device))) * len(batch)
+    losses = sums / len(scorer)
+    return (losses[:heads] - losses[heads:]) / (2 * HALF_STEP)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from zerotuning import objectives
 from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.candidates import Candidates
 from zerotuning.errors import ZeroTuningError
 from zerotuning.generated_answers import answer_tokens, share_right, written_texts
 from zerotuning.processes import Processes
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.setbacks import Setbacks
+from zerotuning.shared_prefix import is_worth_sharing
 from zerotuning.tasks import Record, Task
 
 #: Texts that the model wrote and the examples they answer -> a number, the higher the better.
@@ -39,6 +42,11 @@ class TaskExamples:
     @property
     def has_labels(self) -> bool:
         return not self.task.continuation and int(self.scorer.labels.min()) >= 0
+
+    @cached_property
+    def shares_prefix(self) -> bool:
+        """Whether what all prompts begin with is read once a point, where no gradient is taken."""
+        return is_worth_sharing(self.scorer)
 
 
 class Measurement:
@@ -66,6 +74,7 @@ class Measurement:
         self.setbacks = setbacks
         self.processes = processes
         self.metric = metric
+        self.candidates = Candidates(model, parameters, setbacks)
         if RecordedPasses.possible(model):
             recorded = RecordedPasses(model, parameters, setbacks.note)
             for task in tasks:
@@ -79,11 +88,14 @@ class Measurement:
 
     # Losses.
 
-    @torch.no_grad()
     def scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
         """For each task the label scores of the examples at `places`, float32 [n, C]; NaN where there are none."""
-        self.set_point(point)
-        return [self._task_scores(task, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
+        return self.scores_at([point], places)[0]
+
+    def scores_at(self, points: Sequence[np.ndarray], places: Places) -> list[list[Tensor]]:
+        """`scores` at each of several points, which share passes."""
+        by_task = [self._task_scores(task, points, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
+        return [list(of_point) for of_point in zip(*by_task, strict=True)]
 
     def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
         """The objective, inf where an example has no finite score."""
@@ -102,11 +114,11 @@ class Measurement:
         found = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
         return math.fsum(found) / len(found)
 
-    def loss(self, point: np.ndarray, places: Places) -> float:
-        """The objective at a point; with a metric of generated text, minus that metric."""
+    def losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
+        """The objective at each point; with a metric of generated text, minus that metric."""
         if self.reads_text:
-            return self._generated_loss(point, places)
-        return self.loss_of(self.scores(point, places), places)
+            return [self._generated_loss(point, places) for point in points]
+        return [self.loss_of(scores, places) for scores in self.scores_at(points, places)]
 
     def _value(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> float:
         if self.options.method == "paper" and self.options.objective == "task-loss" and not task.task.continuation:
@@ -120,26 +132,17 @@ class Measurement:
             return objectives.continuation_loss(scores, labels)
         return objectives.OBJECTIVES[self.options.objective](scores, labels.to(scores.device))
 
-    def _task_scores(self, task: TaskExamples, places: Sequence[int]) -> Tensor:
+    def _task_scores(self, task: TaskExamples, points: Sequence[np.ndarray], places: Sequence[int]) -> list[Tensor]:
         columns = task.scorer.num_labels
-        table = np.zeros((len(places), columns + 1))  # the last column counts whether a row was found
+        table = np.zeros((len(points), len(places), columns + 1))  # the last column counts whether a row was found
         row_of = {place: row for row, place in enumerate(places)}
-        for batch in self._batches(task, places):
-            for piece, scores in self.setbacks.in_pieces(
-                task.scorer, batch, lambda one: self._finite_scores(task, one)
-            ):
-                rows = [row_of[place] for place in piece.indices.tolist()]
-                table[rows, :columns], table[rows, columns] = scores.double().cpu().numpy(), 1.0
+        batches = self._batches(task, places)
+        for index, piece, scores in self.candidates.scores(task.scorer, batches, points, task.shares_prefix):
+            rows = [row_of[place] for place in piece.indices.tolist()]
+            table[index, rows, :columns], table[index, rows, columns] = scores.double().cpu().numpy(), 1.0
         table = self.processes.sum(table)
-        table[table[:, columns] == 0, :columns] = np.nan
-        return torch.from_numpy(table[:, :columns].astype(np.float32))
-
-    @staticmethod
-    def _finite_scores(task: TaskExamples, batch: Batch) -> Tensor | None:
-        scores = task.scorer.scores(batch)
-        absent = scores == -torch.inf
-        good = torch.isfinite(scores.masked_fill(absent, 0.0)).all() and not absent.all(dim=-1).any()
-        return scores if bool(good) else None
+        table[table[:, :, columns] == 0, :columns] = np.nan
+        return list(torch.from_numpy(table[:, :, :columns].astype(np.float32)))
 
     def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
         """This process's share of the examples, in batches: examples of one length are shared out evenly."""
@@ -152,18 +155,20 @@ class Measurement:
     def loss_and_gradient(self, point: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
         """The objective and its gradient in log γ, float64 [layers * heads]. An example without a finite loss is
         left out; errors: ZeroTuningError where none has one."""
-        self.set_point(point)
         loss, gradient = 0.0, np.zeros(self._size)
         for task, chosen in zip(self.tasks, places, strict=True):
             through_scores = self.options.objective == "information"
             find = self._gradient_through_scores if through_scores else self._gradient_of_mean
-            value, part = find(task, chosen)
+            value, part = find(task, point, chosen)
             loss += value / len(self.tasks)
             gradient += part / len(self.tasks)
         return loss, gradient
 
-    def _gradient_of_mean(self, task: TaskExamples, places: Sequence[int]) -> tuple[float, np.ndarray]:
+    def _gradient_of_mean(
+        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+    ) -> tuple[float, np.ndarray]:
         """For an objective that is a mean over examples: batch by batch."""
+        self.candidates.set_point(point)
 
         def compute(batch: Batch) -> np.ndarray | None:
             with self.setbacks.saving_memory(self.model):
@@ -173,10 +178,12 @@ class Measurement:
         sums = self._summed(task, places, compute)
         return float(sums[0] / sums[1]), sums[2:] / sums[1]
 
-    def _gradient_through_scores(self, task: TaskExamples, places: Sequence[int]) -> tuple[float, np.ndarray]:
+    def _gradient_through_scores(
+        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+    ) -> tuple[float, np.ndarray]:
         """For an objective that is no mean over examples: its gradient in all scores first, then batch by batch."""
-        with torch.no_grad():
-            scores = self._task_scores(task, places)
+        (scores,) = self._task_scores(task, [point], places)
+        self.candidates.set_point(point)
         kept = ~scores.isnan().any(dim=-1)
         known = [place for place, good in zip(places, kept.tolist(), strict=True) if good]
         if not known:
@@ -222,22 +229,15 @@ class Measurement:
         ]
         return torch.cat([row.detach().double().cpu().flatten() for row in rows]).numpy()
 
-    # Points, text.
-
     @property
     def _size(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def set_point(self, point: np.ndarray) -> None:
-        """Writes log γ, [layers * heads], into the model."""
-        values = torch.from_numpy(np.asarray(point)).reshape(len(self.parameters), -1)
-        with torch.no_grad():
-            for parameter, row in zip(self.parameters, values, strict=True):
-                parameter.copy_(row)
+    # Text.
 
     @torch.no_grad()
     def _generated_loss(self, point: np.ndarray, places: Places) -> float:
-        self.set_point(point)
+        self.candidates.set_point(point)
         values = []
         for task, chosen in zip(self.tasks, places, strict=True):
             records = [task.records[place] for place in chosen]

@@ -47,7 +47,7 @@ class HeadScaling(nn.Module):
         # [settings, heads]. Not persistent: a patched model saves as it did before.
         self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
         self.register_buffer("rows", None, persistent=False)  # [B] int64: the setting of each sample
-        self.parameter: Tensor | None = None  # [heads], in place of the settings while a search is on
+        self.parameter: Tensor | None = None  # [heads] or [C, heads], in place of the settings while a search is on
         self.span: Tensor | None = None  # [B, 2] int64: keys that are scaled in place of the initial token
         self._only: tuple[Tensor, Tensor] | None = None  # log_scale and its row 0, not looked up anew for each token
 
@@ -59,11 +59,12 @@ class HeadScaling(nn.Module):
         return self
 
     def current(self, batch: int) -> Tensor:
-        """log γ for a batch: [heads], or [batch, heads] where `rows` chose."""
+        """log γ for a batch: [heads], or [batch, heads] where `rows` or `candidates` chose."""
         if not self.enabled:
             return torch.zeros_like(self.log_scale[0])
         if self.parameter is not None:
-            return self.parameter
+            alone = self.parameter.dim() == 1
+            return self.parameter if alone else _for_batch(self.parameter, batch, "candidates names the scales")
         if self.rows is None:
             return self._first_setting()
         return self.log_scale[_for_batch(self.rows, batch, "rows names the scales")]
@@ -726,3 +727,22 @@ def head_parameters(model: nn.Module) -> Iterator[list[Tensor]]:
         for layer in patched.layers:
             if layer is not None:
                 layer.parameter = None
+
+
+@contextmanager
+def candidates(model: nn.Module, log_scale: Tensor) -> Iterator[nn.Module]:
+    """For a search: within it, inside `head_parameters`, several settings share each batch. Of C equal parts of the batch
+    the first uses log_scale[0], the next log_scale[1] …
+
+    log_scale    float32 [C, layers, heads], read where it is in every pass: a recorded pass follows what is written into it
+    Raises: ZeroTuningError in a forward pass whose batch has no C equal parts.
+    """
+    found = [(index, layer) for index, layer in enumerate(_patched(model).layers) if layer is not None]
+    before = [layer.parameter for _, layer in found]
+    try:
+        for index, layer in found:
+            layer.parameter = log_scale[:, index].to(layer.log_scale.device)
+        yield model
+    finally:
+        for (_, layer), parameter in zip(found, before, strict=True):
+            layer.parameter = parameter

@@ -44,38 +44,43 @@ class RecordedPasses:
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
         return not hooked and not model.training and len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
 
-    def takes(self, input_ids: Tensor) -> bool:
+    def takes(self, input_ids: Tensor, copies: int = 1) -> bool:
         """Whether a batch is short enough."""
-        sequences, length = _rounded(input_ids)
-        return self._pool is not None and sequences * length <= MOST_TOKENS
+        return self._pool is not None and recorded_tokens(input_ids, copies) <= MOST_TOKENS
 
-    def logits(self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...]) -> Tensor | None:
+    def logits(
+        self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...], copies: int = 1
+    ) -> Tensor | None:
         """forward(inputs), [S, positions, rows], replayed; recorded first if no batch of the shape and kind came before.
 
-        inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T]. None where recording failed: the model
-        does what cannot be recorded, or memory ran out.
+        inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T]. copies: of how many candidates (see
+        `patch.candidates`), whose equal parts are padded alike; with more than one the pass is not differentiable. None
+        where recording failed: the model does what cannot be recorded, or memory ran out.
         """
-        sequences, length = _rounded(inputs["input_ids"])
-        padded = {name: _padded(tensor, sequences, length, PADDING[name]) for name, tensor in inputs.items()}
-        key = (sequences, length, *kind)
+        sequences, length = _rounded(inputs["input_ids"], copies)
+        padded = {name: _padded(tensor, sequences, length, PADDING[name], copies) for name, tensor in inputs.items()}
+        key = (sequences, length, copies, *kind)
         if key not in self._recorded:
             generator = torch.cuda.default_generators[padded["input_ids"].get_device()]
             before = generator.clone_state()
             try:
-                self._recorded[key] = self._record(padded, forward), self.model.get_output_embeddings()  # type: ignore[operator]
+                self._recorded[key] = self._record(padded, forward, copies == 1), self.model.get_output_embeddings()  # type: ignore[operator]
             except RuntimeError as error:
                 # A recording that broke off leaves the GPU's random numbers waiting for its end.
                 generator.graphsafe_set_state(before)
                 self._give_up(error)
                 return None
         replay, _ = self._recorded[key]
-        return replay(*padded.values(), *self.log_scales)[: len(inputs["input_ids"])]
+        found = replay(*padded.values(), *self.log_scales)
+        wanted = len(inputs["input_ids"]) // copies
+        return found[:wanted] if copies == 1 else found.unflatten(0, (copies, sequences))[:, :wanted].flatten(0, 1)
 
-    def _record(self, inputs: Mapping[str, Tensor], forward: Forward) -> Callable[..., Tensor]:
+    def _record(self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool) -> Callable[..., Tensor]:
         names = list(inputs)
 
         def run(*tensors: Tensor) -> Tensor:
-            return forward(dict(zip(names, tensors, strict=False)))
+            with torch.set_grad_enabled(differentiable):  # without: nothing is kept for a backward pass
+                return forward(dict(zip(names, tensors, strict=False)))
 
         samples = [tensor.clone() for tensor in inputs.values()]
         with torch.enable_grad(), warnings.catch_warnings():
@@ -94,14 +99,21 @@ class RecordedPasses:
         self._note(f"passes are not recorded as CUDA graphs: {' '.join(str(error).split())[:200]}")
 
 
-def _rounded(input_ids: Tensor) -> tuple[int, int]:
-    """Sequences and length of the recording that a batch [S, T] is run by; it has padding, whatever the batch has."""
-    sequences, length = input_ids.shape
+def recorded_tokens(input_ids: Tensor, copies: int = 1) -> int:
+    """Tokens of the recording that a batch [S, T] of so many candidates' copies is run by."""
+    sequences, length = _rounded(input_ids, copies)
+    return copies * sequences * length
+
+
+def _rounded(input_ids: Tensor, copies: int) -> tuple[int, int]:
+    """Sequences of each copy, and length, of the recording that a batch [S, T] is run by; it has padding, whatever the
+    batch has."""
+    sequences, length = input_ids.shape[0] // copies, input_ids.shape[1]
     few = 1 << (sequences - 1).bit_length()
     return few if few <= STEP else -(-sequences // STEP) * STEP, (length // STEP + 1) * STEP
 
 
-def _padded(tensor: Tensor, sequences: int, length: int, value: int) -> Tensor:
-    """[S, T] -> [sequences, length]: padded on the left, then the first sequence again."""
-    wide = F.pad(tensor, (length - tensor.shape[1], 0), value=value)
-    return torch.cat((wide, wide[:1].expand(sequences - len(wide), -1)))
+def _padded(tensor: Tensor, sequences: int, length: int, value: int, copies: int) -> Tensor:
+    """[copies * S, T] -> [copies * sequences, length]: padded on the left, then each copy's first sequence again."""
+    wide = F.pad(tensor, (length - tensor.shape[1], 0), value=value).unflatten(0, (copies, -1))
+    return torch.cat((wide, wide[:, :1].expand(-1, sequences - wide.shape[1], -1)), dim=1).flatten(0, 1)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.tasks import Task, as_records
 from zerotuning.tokenizing import TokenizedPrompt, Tokens, tokenize
+
+if TYPE_CHECKING:
+    from zerotuning.shared_prefix import SharedPrefix
 
 #: Tokens of one pass with gradients beyond which it gains no speed and only takes memory (a model of Llama-8B's shape
 #: on an H100 keeps 4 MiB a token).
@@ -38,6 +41,7 @@ class Batch:
     input_ids       int64 [S, T];  attention_mask int64 [S, T], 1 = real token;  position_ids int64 [S, T]
     examples        the n tokenised prompts
     rows            for each example, its sequences: (first row, beginnings)
+    copies          how often the same examples stand below each other, a candidate each (`patch.candidates`)
     """
 
     indices: Tensor
@@ -47,9 +51,25 @@ class Batch:
     position_ids: Tensor
     examples: tuple[TokenizedPrompt, ...]
     rows: tuple[tuple[int, tuple[Tokens, ...]], ...]
+    copies: int = 1
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def repeated(self, copies: int) -> Batch:
+        """The batch below itself, so often in all."""
+        sequences = len(self.input_ids)
+        return replace(
+            self,
+            indices=self.indices.repeat(copies),
+            labels=self.labels.repeat(copies),
+            input_ids=self.input_ids.repeat(copies, 1),
+            attention_mask=self.attention_mask.repeat(copies, 1),
+            position_ids=self.position_ids.repeat(copies, 1),
+            examples=self.examples * copies,
+            rows=tuple((first + copy * sequences, runs) for copy in range(copies) for first, runs in self.rows),
+            copies=copies * self.copies,
+        )
 
 
 class Continuations(NamedTuple):
@@ -118,6 +138,8 @@ class LabelScorer:
         self.labels = torch.tensor([example.label for example in self.examples])
         #: Replays short passes on a GPU, for who makes them many times over.
         self.recorded: RecordedPasses | None = None
+        #: What all prompts begin with, while `shared_prefix.behind_prefix` has it read once for all.
+        self.prefix: SharedPrefix | None = None
         self._padding = getattr(tokenizer, "pad_token_id", None) or 0
         self._forward_arguments = forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
@@ -263,12 +285,14 @@ class LabelScorer:
         if "logits_to_keep" in self._forward_arguments:
             options["logits_to_keep"] = positions
 
-        def forward(tensors: dict[str, Tensor]) -> Tensor:
-            logits: Tensor = self.model(**tensors, **options).logits[:, -positions:]
+        def forward(tensors: dict[str, Any]) -> Tensor:
+            logits: Tensor = self.model(**{**options, **tensors}).logits[:, -positions:]
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-        if self.recorded is not None and self.recorded.takes(inputs["input_ids"]):
-            replayed = self.recorded.logits(inputs, forward, (id(self), positions))
+        if self.prefix is not None:
+            return forward(self.prefix.rest_of(inputs))
+        if self.recorded is not None and self.recorded.takes(inputs["input_ids"], batch.copies):
+            replayed = self.recorded.logits(inputs, forward, (id(self), positions), batch.copies)
             if replayed is not None:
                 return replayed
         return forward(inputs)

@@ -29,11 +29,13 @@ class Setbacks:
     """Retries batches in halves, and keeps note for the report.
 
     largest         examples that a batch may have since memory ran out; None: it never did
+    together        candidates that may share a pass since memory ran out for more; None: it never did
     checkpointed    whether memory ran out for a single example: from then on no activations are kept for gradients
     notes           what happened, each once
     """
 
     largest: int | None = None
+    together: int | None = None
     checkpointed: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -47,6 +49,12 @@ class Setbacks:
 
     def batch_size(self, wanted: int) -> int:
         return wanted if self.largest is None else min(wanted, self.largest)
+
+    def ran_out_of_memory_for(self, candidates: int) -> None:
+        """To be told where so many did not fit into a pass: half of them are tried next."""
+        self.together = candidates // 2
+        self.note(f"not enough memory for {candidates} candidates in a pass, retried with at most {self.together}")
+        self._free_memory()
 
     def in_pieces(
         self, scorer: LabelScorer, batch: Batch, compute: Callable[[Batch], T | None]
@@ -71,12 +79,16 @@ class Setbacks:
                 return []
             self.note(f"no finite loss in a batch of {len(batch)}, retried in halves")
         # Outside the except block: the failed pass's tensors, held by its traceback, are free again.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._free_memory()
         places = batch.indices.tolist()
         halves = (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else (places,)
         pieces = [piece for half in halves for piece in scorer.batches_of(half)]
         return [done for piece in pieces for done in self.in_pieces(scorer, piece, compute)]
+
+    @staticmethod
+    def _free_memory() -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _ran_out_of_memory(self, batch: Batch, error: BaseException) -> None:
         if len(batch) == 1 and self.checkpointed:

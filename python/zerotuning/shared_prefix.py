@@ -2,61 +2,63 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
 from zerotuning.scoring import LabelScorer, forward_arguments
 from zerotuning.tokenizing import TokenizedPrompt
 
-#: How many times longer than the rest of a prompt its shared beginning must be. Prompts are read one by one behind it, which
-#: a processor does nearly as fast a token as in batches; a GPU does not.
+#: How many times longer than the rest of a prompt its shared beginning must be.
 WORTH_SHARING = 3
 
 
 def is_worth_sharing(scorer: LabelScorer) -> bool:
-    """Whether `scores_behind_prefix` gives the scorer's scores sooner: many shots, on the CPU."""
+    """Whether scores behind the prefix come sooner than those of whole prompts: many shots, on the CPU, where it was
+    measured; on a GPU the passes of whole prompts may be recorded."""
     model: Any = scorer.model
-    known = forward_arguments(model)
-    takes_cache = "use_cache" in known and bool(known & {"cache", "past_key_values"})
-    keeps_keys = takes_cache and not getattr(model, "_is_stateful", False)
-    if not (can_share(scorer) and keeps_keys and model.get_input_embeddings().weight.device.type == "cpu"):
+    if not (can_share(scorer) and model.get_input_embeddings().weight.device.type == "cpu"):
         return False
     shared = shared_length(scorer.examples)
     left = [len(example.prompt) - shared for example in scorer.examples]
     return shared >= WORTH_SHARING * sum(left) / len(left)
 
 
-@torch.no_grad()
-def scores_behind_prefix(model: Any, scorer: LabelScorer) -> Tensor:
-    """`scorer.scores` of all examples in their order, float32 [N, C], for labels scored by the sum over their tokens.
-
-    The examples' prompts are read one by one behind the cached tokens that all begin with.
-    """
-    length = shared_length(scorer.examples)
-    reader = _Reader(model)
-    if length:
-        reader.read(scorer.examples[0].prompt[:length], positions=1)
-    rows = torch.full((len(scorer), scorer.num_labels), -torch.inf)
-    for place, example in enumerate(scorer.examples):
-        for beginning in example.beginnings:
-            tokens_left = example.prompt[length:] + beginning
-            logits = reader.read(tokens_left, positions=len(beginning) + 1)
-            reader.forget(len(tokens_left))
-            known = torch.log_softmax(logits, dim=-1)
-            for column, tokens in enumerate(example.labels):
-                if beginning[: len(tokens) - 1] == tokens[:-1]:
-                    rows[place, column] = known[torch.arange(len(tokens)), torch.tensor(tokens)].sum()
-    return torch.log_softmax(rows, dim=-1)
-
-
 def can_share(scorer: LabelScorer) -> bool:
-    """Whether the task scores its labels as `scores_behind_prefix` does."""
-    return scorer.task.scoring == "sum" and not scorer.task.continuation
+    """Whether the model gives the same scores behind a cache: it keeps keys alone, takes positions, and has no window
+    or chunks that the padding between the prefix and the rest of a prompt would move."""
+    model: Any = scorer.model
+    known = forward_arguments(model)
+    takes_cache = {"use_cache", "position_ids"} <= known and bool(known & {"cache", "past_key_values"})
+    config = model.config.get_text_config(decoder=True)
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = max(example.longest for example in scorer.examples)
+    in_sight = all(span is None or span >= longest for span in spans)
+    return takes_cache and in_sight and not getattr(model, "_is_stateful", False)
+
+
+@torch.no_grad()
+def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
+    """`scorer.scores` of all examples in their order, float32 [N, C], on the CPU."""
+    with behind_prefix(scorer):
+        return scorer.gather([scorer.scores(batch).cpu() for batch in scorer.batches])
+
+
+@contextmanager
+def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
+    """Within it the scorer reads what all its prompts begin with once, before the first batch, and of every prompt the
+    rest alone: at the scales of that moment, which must stay. Without gradients."""
+    length = shared_length(scorer.examples)
+    scorer.prefix = SharedPrefix(scorer, length) if length else None
+    try:
+        yield
+    finally:
+        scorer.prefix = None
 
 
 def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
@@ -69,29 +71,45 @@ def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
     return shortest
 
 
-class _Reader:
-    """Reads tokens of one sequence on from a cache."""
+class SharedPrefix:
+    """The first `length` tokens of all prompts, read when they are needed first."""
 
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = DynamicCache()  # without a window: what it holds can be cut
-        known = inspect.signature(model.forward).parameters
+    def __init__(self, scorer: LabelScorer, length: int) -> None:
+        self._model: Any = scorer.model
+        self._tokens, self._length = scorer.examples[0].prompt[:length], length
+        known = forward_arguments(self._model)
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # the older name warns since 5.20
-        self._keeps = "logits_to_keep" in known
+        self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+        self._cache: Cache | None = None
 
-    def read(self, tokens: Sequence[int], positions: int) -> Tensor:
-        """Logits after the last `positions` tokens: float32 [positions, V], on the CPU."""
-        device = self.model.get_input_embeddings().weight.device
-        options: dict[str, Any] = {self._cache_name: self.cache, "use_cache": True}
-        if self._keeps:
-            options["logits_to_keep"] = positions
-        ids = torch.tensor([list(tokens)], device=device)
-        logits: Tensor = self.model(input_ids=ids, **options).logits
-        return logits[0, -positions:].float().cpu()
+    def rest_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the model is given in place of a batch of whole, left-padded prompts [S, T]: what comes after the prefix,
+        [S, longest rest], padded between the two."""
+        rest = inputs["attention_mask"].cumsum(dim=-1) > self._length
+        width = int(rest.sum(dim=-1).max())
+        cut = {name: tensor[:, -width:] for name, tensor in inputs.items()}
+        mask = torch.nn.functional.pad(rest[:, -width:], (self._length, 0), value=True)
+        cut["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
+        return {**cut, self._cache_name: self._read(inputs["input_ids"].device), "use_cache": True}
 
-    def forget(self, count: int) -> None:
-        """Drops the `count` tokens read last."""
-        if count == self.cache.get_seq_length():
-            self.cache = DynamicCache()
-        else:
-            self.cache.crop(-count)
+    def _read(self, device: torch.device) -> Cache:
+        if self._cache is None:
+            cache = Cache(layer_class_to_replicate=_PrefixLayer)
+            ids = torch.tensor([self._tokens], device=device)
+            self._model(input_ids=ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
+            self._cache = cache
+        return self._cache
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keeps what is read first, one sequence. What is read behind it sees it, in each of its rows, and is not kept."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            kept: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return kept
+        return _behind(self.keys, key_states), _behind(self.values, value_states)
+
+
+def _behind(kept: Tensor, new: Tensor) -> Tensor:
+    return torch.cat((kept.expand(len(new), -1, -1, -1), new), dim=-2)

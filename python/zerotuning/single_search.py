@@ -54,13 +54,16 @@ class SingleSearch:
         index = next(i for i, optimizer in enumerate(self.optimizers) if not optimizer.finished())
         optimizer, split = self.optimizers[index], self.splits[index]
         entry: dict[str, Any] = {"step": self.steps_done}
-        answers: list[tuple[float, np.ndarray | None]] = []
-        for wanted in optimizer.ask():
-            places = split.fit if wanted.part == "fit" else split.held_out
-            loss = self.measurement.loss(self.free.expanded(wanted.point), places)
-            answers.append((loss if math.isfinite(loss) else FAILED, None))
-            name = f"{wanted.part}_loss"
-            entry[name] = min(answers[-1][0], entry.get(name, math.inf))
+        asked = optimizer.ask()
+        answers: list[tuple[float, np.ndarray | None]] = [(FAILED, None)] * len(asked)
+        for part, places in (("fit", split.fit), ("held_out", split.held_out)):
+            chosen = [i for i, wanted in enumerate(asked) if wanted.part == part]
+            if not chosen:
+                continue
+            losses = self.measurement.losses([self.free.expanded(asked[i].point) for i in chosen], places)
+            for i, loss in zip(chosen, losses, strict=True):
+                answers[i] = (loss if math.isfinite(loss) else FAILED, None)
+            entry[f"{part}_loss"] = min(answers[i][0] for i in chosen)
         try:
             optimizer.tell(answers)
         except ValueError as error:

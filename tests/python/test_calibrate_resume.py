@@ -152,17 +152,23 @@ def torchrun(place: Path, count: int, *arguments: str) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize("objective", ["task-loss", "information"])
-def test_two_processes_find_the_scales_of_one(place: Path, objective: str) -> None:
-    options = ("--steps", "12", "--objective", objective)
+@pytest.mark.parametrize(
+    ("objective", "method"),
+    [("task-loss", "gradient"), ("information", "gradient"), ("task-loss", "cma-es"), ("entropy", "paper")],
+)
+def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str) -> None:
+    options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method)
     finish(start(place, *command("one", *options)))
     together = torchrun(place, 2, *command("two", *options))
     assert together.returncode == 0, together.stderr
-    assert together.stdout.count("held-out examples") == 1
+    assert together.stdout.count("In two: ") == 1
     one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
     if objective == "task-loss":
         assert bool((one != 1).any())
     assert torch.allclose(one, two, atol=1e-4, rtol=0)
+    reports = [json.loads((place / name / "report.json").read_text("utf-8")) for name in ("one", "two")]
+    losses = [[entry["fit_loss"] for entry in report["history"] if "fit_loss" in entry] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
 def test_bad_input_ends_all_processes(place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,14 @@ from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_s
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
 from zerotuning import ops, packed_sequences
+from zerotuning.candidates import Candidates
+from zerotuning.evaluate import label_scores
 from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import LabelScorer
+from zerotuning.setbacks import Setbacks
+from zerotuning.shared_prefix import scores_behind_prefix
 from zerotuning.tasks import Task
 
 pytestmark = [
@@ -469,6 +474,43 @@ def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(ti
     assert recorded[2] == []
     torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack(recorded[1]), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
+
+
+def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative", " none at all"])
+    records = [{"text": "good " * (1 + n % 3), "label": n % 3} for n in range(21)]
+    with torch.device("cpu"), head_parameters(model) as parameters:
+        scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
+        setbacks = Setbacks()
+        candidates = Candidates(model, parameters, setbacks)
+        size = sum(len(leaf) for leaf in parameters)
+        points = list(np.random.default_rng(0).normal(0.0, 0.8, (11, size)))
+        expected = [
+            [scores for _, _, scores in candidates.scores(scorer, [batch], [point])]
+            for batch in scorer.batches
+            for point in points
+        ]
+        scorer.recorded = RecordedPasses(model, parameters, setbacks.note)
+        for _ in range(2):  # recorded, replayed
+            found = candidates.scores(scorer, scorer.batches, points)
+            assert [index for index, _, _ in found] == list(range(11)) * len(scorer.batches)
+            for (_, _, scores), (one,) in zip(found, expected, strict=True):
+                torch.testing.assert_close(scores, one, rtol=1e-4, atol=1e-5)
+    assert setbacks.notes == []
+    assert any(copies > 1 for _, _, copies, *_ in scorer.recorded._recorded)
+
+
+def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(tiny_tokenizer) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    task = Task("reviews", prompt="a good story, well told " * 8 + "{text}:", labels=[" positive", " none at all"])
+    records = [{"text": "good " * (1 + n % 5), "label": n % 2} for n in range(21)]
+    with torch.device("cpu"), head_parameters(model) as parameters, torch.no_grad():
+        scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
+        for leaf in parameters:
+            leaf.copy_(torch.linspace(-1.0, 1.5, len(leaf)))
+        whole = label_scores(scorer)
+        torch.testing.assert_close(scores_behind_prefix(scorer), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(tiny_tokenizer) -> None:

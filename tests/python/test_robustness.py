@@ -93,7 +93,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
             for parameter in parameters:
                 parameter.copy_(torch.tensor([0.7, -0.5, 0.0, 1.2]))
         expected = label_scores(scorer)
-        found = scores_behind_prefix(long_model, scorer)
+        found = scores_behind_prefix(scorer)
     assert max(len(tokens) for example in scorer.examples for tokens in example.labels) > 1
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 

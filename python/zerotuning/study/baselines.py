@@ -191,7 +191,7 @@ def _few_shot(draw: Draw) -> Outcome:
 def _scores_with_shots(draw: Draw, scorer: LabelScorer) -> Tensor:
     """At γ = 1; the shots read once."""
     if scorer.task.shots and can_share(scorer):
-        return scores_behind_prefix(draw.setting.loaded()[0], scorer)
+        return scores_behind_prefix(scorer)
     return draw.setting.scores(scorer)
 
 

@@ -236,7 +236,7 @@ class Draw:
         with rounding:
             if part in ("shots", "context") and can_share(scorer):
                 with at_scales(self.setting, log_scale):
-                    scores = scores_behind_prefix(model, scorer)
+                    scores = scores_behind_prefix(scorer)
             else:
                 scores = self.setting.scores(scorer, log_scale)
         right: Tensor = scores.argmax(dim=-1) == scorer.labels

@@ -1,0 +1,252 @@
+"""Candidates of a search measured side by side, and behind a shared prefix, give what each gives by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zerotuning as zt
+from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.candidates import CPU_TOKENS
+from zerotuning.measurement import Measurement, TaskExamples
+from zerotuning.patch import head_parameters, patch
+from zerotuning.processes import Processes
+from zerotuning.scoring import LabelScorer
+from zerotuning.setbacks import Setbacks
+from zerotuning.shared_prefix import can_share
+from zerotuning.single_search import SingleSearch
+from zerotuning.tasks import Task, as_records
+
+FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
+WORDY = Task("wordy", "Review: {text}\nIs it good?", (" not at all", " very much so", " it is good", " no"))
+TEXTS = ("good", "far too long and bad", "a story", "well told", "the film is bad and far too long, the story too")
+RECORDS = [{"text": text, "label": place % 2} for place, text in enumerate(TEXTS)]
+STORIES = Task("stories", "Tell: {text}\n", continuation=" {answer}")
+TOLD = [{"text": text, "answer": "a good story" + " too" * place} for place, text in enumerate(TEXTS)]
+TASKS = {
+    "labels of one token": [(FILMS, RECORDS)],
+    "labels of several tokens": [(WORDY, RECORDS)],
+    "means over tokens": [(replace(WORDY, scoring="mean"), RECORDS)],
+    "continuations": [(STORIES, TOLD)],
+    "two tasks": [(FILMS, RECORDS), (WORDY, RECORDS[:3])],
+}
+
+
+@contextmanager
+def measuring(
+    model: Any, tokenizer: Any, tasks: list[tuple[Task, list[Any]]], **options: Any
+) -> Iterator[tuple[Measurement, list[torch.Tensor]]]:
+    chosen = CalibrationOptions(**{"method": "cma-es", "batch_size": 4, **options})
+    with head_parameters(patch(model)) as parameters:
+        examples = [
+            TaskExamples(task, as_records(records), LabelScorer(model, tokenizer, task, records, batch_size=4))
+            for task, records in tasks
+        ]
+        yield Measurement(model, tokenizer, examples, parameters, chosen, Setbacks(), Processes()), parameters
+
+
+def all_places(measurement: Measurement) -> list[list[int]]:
+    return [list(range(len(task.records))) for task in measurement.tasks]
+
+
+def points_of(method: str, count: int = 7) -> list[np.ndarray]:
+    """What the searches ask for: a population, or heads moved one by one, γ = 1 before them."""
+    if method == "cma-es":
+        return list(np.random.default_rng(0).normal(0.0, 0.8, (count, 8)))
+    return [np.zeros(8), *(np.eye(8)[: count - 1] * math.log(1.5))]
+
+
+def by_themselves(measurement: Measurement, parameters: list[torch.Tensor], point: np.ndarray) -> list[torch.Tensor]:
+    """Every example by itself, without padding, at the point written into the leaves."""
+    with torch.no_grad():
+        for parameter, row in zip(parameters, point.reshape(2, 4), strict=True):
+            parameter.copy_(torch.from_numpy(row))
+        return [
+            torch.cat([task.scorer.scores(task.scorer.batches_of([place], 1)[0]) for place in range(len(task.records))])
+            for task in measurement.tasks
+        ]
+
+
+@contextmanager
+def passes(model: Any) -> Iterator[list[torch.Size]]:
+    """The shapes of the token tables that the model reads."""
+    shapes: list[torch.Size] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, options: shapes.append(options["input_ids"].shape), with_kwargs=True
+    )
+    yield shapes
+    hook.remove()
+
+
+@pytest.mark.parametrize("method", ["cma-es", "paper"])
+@pytest.mark.parametrize("name", list(TASKS))
+def test_candidates_side_by_side_score_as_each_by_itself(
+    tiny_model: Any, tiny_tokenizer: Any, name: str, method: str
+) -> None:
+    points = points_of(method)
+    with measuring(tiny_model, tiny_tokenizer, TASKS[name], method=method) as (measurement, parameters):
+        places = all_places(measurement)
+        with passes(tiny_model) as shapes:
+            found = measurement.scores_at(points, places)
+        batches = sum(len(task.scorer.batches) for task in measurement.tasks)
+        assert len(shapes) < len(points) * batches
+        assert max(shape.numel() for shape in shapes) <= CPU_TOKENS
+        for point, scores in zip(points, found, strict=True):
+            for one, expected in zip(scores, by_themselves(measurement, parameters, point), strict=True):
+                torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_losses_come_in_the_order_of_the_points(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    points = points_of("cma-es")
+    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (measurement, _):
+        places = [[4, 0, 2], [1]]
+        together = measurement.losses(points, places)
+        alone = [measurement.losses([point], places)[0] for point in points]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) == len(points)
+
+
+def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
+    tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = points_of("cma-es")
+    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (measurement, _):
+        places = all_places(measurement)
+        expected = measurement.scores_at(points, places)
+
+        def small_only(_: Any, args: Any, options: dict[str, Any]) -> None:
+            if len(options["input_ids"]) > 9:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = tiny_model.register_forward_pre_hook(small_only, with_kwargs=True)
+        found = measurement.scores_at(points, places)
+        hook.remove()
+        assert measurement.setbacks.together in (1, 2)
+        assert any("candidates in a pass, retried with at most" in note for note in measurement.setbacks.notes)
+        for one, other in zip(found, expected, strict=True):
+            for scores, before in zip(one, other, strict=True):
+                torch.testing.assert_close(scores, before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_candidate_without_finite_scores_is_infinitely_bad_and_the_others_are_not(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    points = points_of("cma-es")
+    points[2] = points[2].copy()
+    points[2][0] = 3.5
+    with measuring(tiny_model, tiny_tokenizer, TASKS["labels of one token"]) as (measurement, _):
+        places = all_places(measurement)
+        expected = measurement.losses(points, places)
+        layer = tiny_model.model.layers[0].self_attn
+
+        def no_numbers_at_the_third(module: Any, args: Any, output: Any) -> Any:
+            scales = layer.zerotuning.current(len(output.logits)).expand(len(output.logits), 4)
+            output.logits = output.logits.masked_fill((scales[:, 0] > 3)[:, None, None], math.nan)
+            return output
+
+        hook = tiny_model.register_forward_hook(no_numbers_at_the_third)
+        found = measurement.losses(points, places)
+        hook.remove()
+    assert found[2] == math.inf
+    assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-5)
+    assert any("no finite loss at some scales" in note for note in measurement.setbacks.notes)
+
+
+@pytest.mark.parametrize("method", ["cma-es", "paper"])
+def test_a_search_that_was_interrupted_ends_with_the_same_bytes(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def run(name: str) -> None:
+        settings = {"records": RECORDS * 3, "objective": "entropy", "guard": False, "steps": 60}
+        zt.calibrate(tiny_model, tiny_tokenizer, FILMS, method=method, output=tmp_path / name, **settings)
+
+    run("whole")
+    advance, left = SingleSearch.advance, [1]
+
+    def interrupted(self: SingleSearch) -> None:
+        if left[0] == 0:
+            left[0] = 1
+            raise KeyboardInterrupt
+        left[0] -= 1
+        advance(self)
+
+    monkeypatch.setattr(SingleSearch, "advance", interrupted)
+    starts = 1
+    while True:
+        try:
+            run("killed")
+            break
+        except KeyboardInterrupt:
+            starts += 1
+    assert starts > 1
+    for name in ("head_scales.safetensors", "zerotuning_config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+# Behind a shared prefix.
+
+
+def with_many_shots(model: Any, task: Task = WORDY) -> tuple[Task, list[Any]]:
+    model.config.max_position_embeddings = 2048
+    shots = [{"text": f"the film is {text}", "label": place % 2} for place, text in enumerate(TEXTS * 2)]
+    return task.with_shots(shots), RECORDS
+
+
+def test_shots_are_read_once_a_candidate_and_the_scores_stay(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    points = points_of("cma-es", 3)
+    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model)]) as (measurement, parameters):
+        (task,) = measurement.tasks
+        assert task.shares_prefix
+        with passes(tiny_model) as shapes:
+            found = measurement.scores_at(points, all_places(measurement))
+        whole = sum(batch.input_ids.numel() for batch in task.scorer.batches)
+        assert sum(shape.numel() for shape in shapes) < len(points) * whole / 4
+        assert len(shapes) == len(points) * (1 + len(task.scorer.batches))
+        for point, (scores,) in zip(points, found, strict=True):
+            (expected,) = by_themselves(measurement, parameters, point)
+            torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_of_whole_prompts_after_scores_behind_a_prefix(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    point = points_of("cma-es", 1)[0]
+    task = with_many_shots(tiny_model)
+    with measuring(tiny_model, tiny_tokenizer, [task], method="gradient", objective="information") as (measurement, _):
+        places = all_places(measurement)
+        loss, gradient = measurement.loss_and_gradient(point, places)
+        step = 1e-2
+        for head in (0, 5):
+            moved = [point + sign * step * np.eye(8)[head] for sign in (1, -1)]
+            up, down = measurement.losses(moved, places)
+            assert gradient[head] == pytest.approx((up - down) / (2 * step), rel=0.05, abs=1e-4)
+        assert loss == pytest.approx(measurement.losses([point], places)[0], abs=1e-5)
+
+
+def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    points = points_of("paper", 2)
+    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (measurement, _):
+        places = all_places(measurement)
+        expected = measurement.losses(points, places)
+
+        def small_only(_: Any, args: Any, options: dict[str, Any]) -> None:
+            if len(options["input_ids"]) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        hook = tiny_model.register_forward_pre_hook(small_only, with_kwargs=True)
+        assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
+        hook.remove()
+        assert measurement.setbacks.largest == 2
+
+
+def test_a_window_that_padding_would_move_keeps_prompts_whole(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    task, records = with_many_shots(tiny_model)
+    scorer = LabelScorer(patch(tiny_model), tiny_tokenizer, task, records)
+    assert can_share(scorer)
+    tiny_model.config.sliding_window = 64
+    assert not can_share(scorer)
