@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +22,7 @@ from zerotuning.processes import Processes
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import is_worth_sharing
+from zerotuning.shared_prefix import behind_prefix, is_worth_sharing
 from zerotuning.tasks import Record, Task
 
 #: Texts that the model wrote and the examples they answer -> a number, the higher the better.
@@ -45,7 +46,7 @@ class TaskExamples:
 
     @cached_property
     def shares_prefix(self) -> bool:
-        """Whether what all prompts begin with is read once a point, where no gradient is taken."""
+        """Whether what all prompts begin with is read once: a point, or a batch where a gradient is taken."""
         return is_worth_sharing(self.scorer)
 
 
@@ -171,7 +172,7 @@ class Measurement:
         self.candidates.set_point(point)
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self.setbacks.saving_memory(self.model):
+            with self._gradient_pass(task):
                 value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
                 return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
 
@@ -194,13 +195,20 @@ class Measurement:
         weight_of = dict(zip(known, weights, strict=True))
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self.setbacks.saving_memory(self.model):
+            with self._gradient_pass(task):
                 found = task.scorer.scores(batch)
                 weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
                 gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
             return self._finite_sums(0.0, gradient, len(batch))
 
         return float(value.detach()), self._summed(task, known, compute)[2:]
+
+    def _gradient_pass(self, task: TaskExamples) -> AbstractContextManager[None]:
+        """What a batch's forward and backward passes go on in. Blocks that are computed twice cannot read on from a
+        cache that their first computation filled."""
+        if task.shares_prefix and not self.setbacks.checkpointed:
+            return behind_prefix(task.scorer)
+        return self.setbacks.saving_memory(self.model)
 
     def _summed(
         self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]

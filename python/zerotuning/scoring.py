@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from zerotuning.errors import ZeroTuningError
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.tasks import Task, as_records
-from zerotuning.tokenizing import TokenizedPrompt, Tokens, tokenize
+from zerotuning.tokenizing import TokenizedPrompt, Tokens, shared_length, tokenize
 
 if TYPE_CHECKING:
     from zerotuning.shared_prefix import SharedPrefix
@@ -149,6 +150,11 @@ class LabelScorer:
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @cached_property
+    def shared_length(self) -> int:
+        """How many tokens all prompts begin with, at least one of each left over."""
+        return shared_length(self.examples)
 
     def batches_of(self, places: Iterable[int], batch_size: int | None = None) -> list[Batch]:
         """Some of the examples, batched like `batches`; `batch_size` in place of the scorer's own if given."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,9 @@ from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
 from zerotuning.scoring import LabelScorer, forward_arguments
-from zerotuning.tokenizing import TokenizedPrompt
 
 #: How many times longer than the rest of a prompt its shared beginning must be.
-WORTH_SHARING = 3
+WORTH_SHARING = 2
 
 
 def is_worth_sharing(scorer: LabelScorer) -> bool:
@@ -24,7 +23,7 @@ def is_worth_sharing(scorer: LabelScorer) -> bool:
     model: Any = scorer.model
     if not (can_share(scorer) and model.get_input_embeddings().weight.device.type == "cpu"):
         return False
-    shared = shared_length(scorer.examples)
+    shared = scorer.shared_length
     left = [len(example.prompt) - shared for example in scorer.examples]
     return shared >= WORTH_SHARING * sum(left) / len(left)
 
@@ -52,23 +51,13 @@ def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
 @contextmanager
 def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
     """Within it the scorer reads what all its prompts begin with once, before the first batch, and of every prompt the
-    rest alone: at the scales of that moment, which must stay. Without gradients."""
-    length = shared_length(scorer.examples)
-    scorer.prefix = SharedPrefix(scorer, length) if length else None
+    rest alone: at the scales of that moment, which must stay. With gradients, for one batch: its backward pass goes
+    through the prefix as well."""
+    scorer.prefix = SharedPrefix(scorer, scorer.shared_length) if scorer.shared_length else None
     try:
         yield
     finally:
         scorer.prefix = None
-
-
-def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
-    """How many tokens all prompts begin with, at least one of each left over."""
-    shortest = min(len(example.prompt) for example in examples) - 1
-    first = examples[0].prompt
-    for place in range(shortest):
-        if any(example.prompt[place] != first[place] for example in examples):
-            return place
-    return shortest
 
 
 class SharedPrefix:

@@ -73,6 +73,16 @@ def tokenize(
     return examples
 
 
+def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
+    """How many tokens all prompts begin with, at least one of each left over."""
+    shortest = min(len(example.prompt) for example in examples) - 1
+    first = examples[0].prompt
+    for place in range(shortest):
+        if any(example.prompt[place] != first[place] for example in examples):
+            return place
+    return shortest
+
+
 class _Reader:
     """Turns prompts of one task into tokens."""
 

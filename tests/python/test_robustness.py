@@ -13,7 +13,7 @@ import torch
 from zerotuning.evaluate import evaluate, label_scores
 from zerotuning.patch import head_parameters, patch
 from zerotuning.scoring import LabelScorer
-from zerotuning.shared_prefix import is_worth_sharing, scores_behind_prefix, shared_length
+from zerotuning.shared_prefix import is_worth_sharing, scores_behind_prefix
 from zerotuning.study import Setting, robustness, run_study
 from zerotuning.study.robustness import GRIDS, PARTS, WORDINGS, Draw, TunedScales, distractors, with_shots
 from zerotuning.study.rounded_weights import ROUNDINGS, eight_bit, four_bit, rounded_weights
@@ -87,7 +87,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
     task = with_shots(Task.load("trec"), shots, 0)
     records = task.examples("test", 5)
     scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
-    assert shared_length(scorer.examples) > (300 if shots else 20)
+    assert scorer.shared_length > (300 if shots else 20)
     with head_parameters(long_model) as parameters:
         with torch.no_grad():
             for parameter in parameters:
@@ -111,7 +111,9 @@ def test_many_shots_are_read_once_and_the_figures_stay(
     hook.remove()
     scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
     assert sum(read) < sum(batch.input_ids.numel() for batch in scorer.batches) / 4
-    assert not is_worth_sharing(LabelScorer(long_model, tiny_tokenizer, Task.load("trec"), records))
+    assert not is_worth_sharing(
+        LabelScorer(long_model, tiny_tokenizer, Task.load("sst2"), Task.load("sst2").examples("test", 5))
+    )
     monkeypatch.setattr(sys.modules["zerotuning.evaluate"], "is_worth_sharing", lambda _: False)
     plain = evaluate(long_model, tiny_tokenizer, task, records)
     assert (found.accuracy, found.examples) == (plain.accuracy, plain.examples)
