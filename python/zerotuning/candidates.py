@@ -15,10 +15,10 @@ from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.setbacks import Setbacks, is_out_of_memory
 from zerotuning.shared_prefix import behind_prefix
 
-#: Tokens of a pass on a processor beyond which a token takes no less time. SmolLM2-135M on two cores with AMX takes 1.3
-#: times as long a token in passes of 160 as in passes of 640 (four times in passes of 24), and no less in longer ones. 16
-#: prompts of SST-2 are 700: candidates share a pass where examples are few or short.
-CPU_TOKENS = 768
+#: Tokens of a pass on a processor beyond which more candidates gain nothing. SmolLM2-135M, one core with AMX, bfloat16: a
+#: candidate's 48 tokens take a third of their time in company, 96 half of it, 192 and more as long as alone (float32: 0.6,
+#: 0.8, 0.9). So candidates share passes where examples are few or short.
+CPU_TOKENS = 512
 #: Candidates that share a pass, at most.
 MOST_TOGETHER = 32
 

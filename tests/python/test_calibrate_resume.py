@@ -163,7 +163,7 @@ def test_two_processes_find_the_scales_of_one(place: Path, objective: str, metho
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("In two: ") == 1
     one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
-    if objective == "task-loss":
+    if objective == "task-loss" and method == "gradient":
         assert bool((one != 1).any())
     assert torch.allclose(one, two, atol=1e-4, rtol=0)
     reports = [json.loads((place / name / "report.json").read_text("utf-8")) for name in ("one", "two")]
