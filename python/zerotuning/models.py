@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from zerotuning import ops
+from zerotuning import device_maps, ops, tensor_parallelism
 from zerotuning.demo_model import demo_model_path
 from zerotuning.errors import ZeroTuningError
 
@@ -30,6 +30,8 @@ def load_model(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer), in evaluation mode, without weight gradients, the tokenizer padding on the left.
 
@@ -37,13 +39,19 @@ def load_model(
     dtype    of the weights, a torch.dtype or its name; None: on a CPU bfloat16 where the processor multiplies
              it natively (AMX, AVX-512), else float32; on a GPU the checkpoint's own (bfloat16 for .gguf)
     device   None: the first GPU if there is one that the operators run on, else the CPU
+    device_map
+             in its place, for a model too big for one GPU: "auto", "balanced", or what else transformers takes; its layers
+             are spread over GPUs, CPU and disk (needs accelerate)
+    tensor_parallel
+             in its place, in processes that torchrun started: transformers cuts the model by its own plan and each process
+             holds a part, on its own GPU (on CPUs where there is none). All of them then have to do the same with it.
     Errors: ZeroTuningError, one line, for a file or folder that is missing, truncated or no model, for
-    weights that do not cover the model, and for a hub name that cannot be reached. Code from the hub is
-    never run.
+    weights that do not cover the model, for a hub name that cannot be reached, and for a model that cannot be placed as
+    asked. Code from the hub is never run.
     """
     text = os.fspath(name)
-    target = _device(device)
     gguf = text == DEMO or text.lower().endswith(".gguf")
+    target, placement = _placement(device, device_map, tensor_parallel, gguf)
     arguments: dict[str, Any] = {}
     if gguf:
         # Before the file is fetched: without the packages that read it, 93 MB would come for nothing.
@@ -59,10 +67,16 @@ def load_model(
         _check_hub(text)
     try:
         with _quiet_transformers(progress=downloads), _gguf_read_once(gguf):
+            if tensor_parallel:
+                config = transformers.AutoConfig.from_pretrained(source)
+                tensor_parallelism.check_plan(text, config, tensor_parallelism.join_processes())
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
+            arguments |= placement | _dense_gguf_weights(gguf)
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=weights, output_loading_info=True, **arguments, **_dense_gguf_weights(gguf)
+                source, dtype=weights, output_loading_info=True, **arguments
             )
+    except ZeroTuningError:
+        raise
     except Exception as error:  # the readers below transformers raise anything, struct.error among them
         raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads)}") from error
     missing = sorted(report["missing_keys"])
@@ -76,7 +90,9 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(target).eval().requires_grad_(False), tokenizer
+    if not placement:
+        model = model.to(target)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def default_cpu_dtype() -> torch.dtype:
@@ -86,6 +102,26 @@ def default_cpu_dtype() -> torch.dtype:
         if supported is not None and supported():
             return torch.bfloat16
     return torch.float32
+
+
+def _placement(
+    device: torch.device | str | None, device_map: Any, tensor_parallel: bool, gguf: bool
+) -> tuple[torch.device, dict[str, Any]]:
+    """The device that the weights' type is chosen for; and what tells transformers where they go, nothing where they go
+    to that device as they are."""
+    given = {"device": device is not None, "device_map": device_map is not None, "tensor_parallel": tensor_parallel}
+    named = [name for name, is_given in given.items() if is_given]
+    if len(named) > 1:
+        raise ZeroTuningError(f"{' and '.join(named)} each say where the model goes: give one of them")
+    if device_map is not None:
+        types = device_maps.device_types(device_map)
+        return torch.device("cpu" if types == {"cpu"} else "cuda"), {"device_map": device_map}
+    if tensor_parallel:
+        if gguf:
+            raise ZeroTuningError("tensor_parallel cannot cut a .gguf model: name a folder or a hub name")
+        count = tensor_parallelism.join_processes()
+        return _device(None), tensor_parallelism.load_arguments(count)
+    return _device(device), {}
 
 
 def _device(device: torch.device | str | None) -> torch.device:

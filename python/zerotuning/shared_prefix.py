@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from zerotuning.device_maps import input_device
 from zerotuning.scoring import LabelScorer, forward_arguments
 from zerotuning.tokenizing import TokenizedPrompt
 
@@ -24,7 +25,7 @@ def is_worth_sharing(scorer: LabelScorer) -> bool:
     known = forward_arguments(model)
     takes_cache = "use_cache" in known and bool(known & {"cache", "past_key_values"})
     keeps_keys = takes_cache and not getattr(model, "_is_stateful", False)
-    if not (can_share(scorer) and keeps_keys and model.get_input_embeddings().weight.device.type == "cpu"):
+    if not (can_share(scorer) and keeps_keys and input_device(model).type == "cpu"):
         return False
     shared = shared_length(scorer.examples)
     left = [len(example.prompt) - shared for example in scorer.examples]
@@ -81,7 +82,7 @@ class _Reader:
 
     def read(self, tokens: Sequence[int], positions: int) -> Tensor:
         """Logits after the last `positions` tokens: float32 [positions, V], on the CPU."""
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         options: dict[str, Any] = {self._cache_name: self.cache, "use_cache": True}
         if self._keeps:
             options["logits_to_keep"] = positions
