@@ -104,9 +104,7 @@ def join(device: str | None, *, tensor_parallel: bool = False) -> str | None:
     if _name_of_gpu(chosen):
         torch.cuda.set_device(torch.device(chosen))  # type: ignore[arg-type]
     store = dist.PrefixStore("default_pg", store)
-    dist.init_process_group(
-        "nccl" if have_own else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE
-    )
+    dist.init_process_group("nccl" if have_own else "gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
     return chosen
 
 
