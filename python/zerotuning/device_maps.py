@@ -50,14 +50,18 @@ def _device_type(place: Any) -> str:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its inputs: its input embedding's device, or where that computes if it is not there yet."""
+    """Where a model takes its inputs: its input embedding's device, or where that computes if it is not there yet.
+
+    Errors: ZeroTuningError for weights that are nowhere and that nothing brings, as transformers 5.6 leaves a model of
+    which every part is to wait on the disk.
+    """
     embedding = model.get_input_embeddings()
     if not embedding.weight.is_meta:
         return embedding.weight.device  # type: ignore[no-any-return]
     for hook in _hooks(embedding):
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
-    return torch.device("meta")
+    raise ZeroTuningError("the model's weights are nowhere (device meta): give device_map a device for some part of it")
 
 
 def is_offloaded(model: nn.Module) -> bool:

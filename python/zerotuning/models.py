@@ -85,6 +85,8 @@ def load_model(
         raise ZeroTuningError(
             f"cannot load model {text}: {len(missing)} weights are not in it, {missing[0]} among them"
         )
+    if device_map is not None:
+        device_maps.input_device(model)
     if gguf:
         model.name_or_path = model.config._name_or_path = path.name  # transformers has the folder's name there
     if tokenizer.pad_token is None:
@@ -262,10 +264,11 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
     """No warnings from transformers while it loads; progress bars only for downloads, only on a terminal."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [other.level for other in others]
     log.set_verbosity(logging.CRITICAL)
-    hub.setLevel(logging.ERROR)
+    for other in others:
+        other.setLevel(logging.ERROR)
     if not (progress and sys.stderr.isatty()):
         log.disable_progress_bar()
     try:
@@ -274,6 +277,7 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
+        for other, level in zip(others, levels, strict=True):
+            other.setLevel(level)
         if bars:
             log.enable_progress_bar()

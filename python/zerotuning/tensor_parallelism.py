@@ -94,7 +94,9 @@ class HeadShare:
 
     def of(self, log_scale: Tensor) -> Tensor:
         """log γ of all heads, […, total] -> of this process's, […, count]."""
-        return _OwnHeads.apply(log_scale, self.first, self.count)  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and log_scale.requires_grad:
+            return _OwnHeads.apply(log_scale, self.first, self.count)  # type: ignore[no-any-return]
+        return log_scale[..., self.first : self.first + self.count].contiguous()
 
 
 def head_share(model: Any, layer_name: str, heads: int) -> HeadShare | None:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import zerotuning as zt
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from zerotuning import processes
 from zerotuning.device_maps import input_device
-from zerotuning.patch import head_parameters, head_scales, patched_shape
+from zerotuning.patch import HeadScaling, head_parameters, head_scales, patched_shape
+from zerotuning.tasks import Task
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -27,12 +30,24 @@ SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+PROMPT = "Review: {text}\nSentiment:"
+LABELS = (" negative", " positive")
+TASKS = {
+    "one token": Task("films", PROMPT, LABELS),
+    "several tokens": Task("films", PROMPT, (" far too long", " a good story")),
+    "written": Task("films", PROMPT, LABELS, scoring="generate"),
+}
+RECORDS = [
+    {"text": f"the film is {first} and {second}", "label": int(second != "told")}
+    for first in ("good", "bad", "a good story", "far too long")
+    for second in ("told", "long", "well told", "a story")
+]
 
 
 def save_random_model(folder: Path, kind: str, tokenizer: Any, **changes: Any) -> Path:
     """A checkpoint whose weights are large enough for attention that is far from uniform."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**{**SMALL, "vocab_size": len(tokenizer), **changes})
+    config = CONFIG_MAPPING[kind](**SMALL | {"vocab_size": len(tokenizer)} | changes)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -65,10 +80,9 @@ def figures(model: Any) -> dict[str, Tensor]:
             found["rows"] = model(ids, attention_mask=mask).logits
         with zt.untuned(model):
             found["untuned"] = model(ids, attention_mask=mask).logits
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
     for cache in ("dynamic", "static"):
-        found[cache] = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, cache_implementation=cache
-        )
+        found[cache] = model.generate(input_ids=ids, cache_implementation=cache, **options)
     found["gradient"] = _gradient(model, ids, mask, named["a"])
     zt.unpatch(model)
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
@@ -86,13 +100,33 @@ def _gradient(model: Any, ids: Tensor, mask: Tensor, scales: zt.HeadScales) -> T
     return torch.stack([gradient.cpu() for gradient in gradients])
 
 
-def main() -> None:
-    from zerotuning import processes
+def evaluations(model: Any, tokenizer: Any) -> dict[str, list[float | None]]:
+    """Accuracy, loss and entropy with labels of one token, of several, and as the model writes them."""
+    found = {}
+    for name, task in TASKS.items():
+        of = zt.evaluate(model, tokenizer, task, RECORDS)
+        found[name] = [of.accuracy, of.loss, of.entropy]
+    return found
 
+
+def own_heads(model: Any) -> int:
+    """Heads of the first layer that this process computes."""
+    zt.patch(model)
+    scaling = next(module for module in model.modules() if isinstance(module, HeadScaling))
+    zt.unpatch(model)
+    return scaling.heads if scaling.share is None else scaling.share.count
+
+
+def main() -> None:
     for folder in map(Path, sys.argv[1:]):
-        model, _ = zt.load_model(folder, dtype=torch.float32, tensor_parallel=True)
-        rank = processes.Processes().rank
-        torch.save(figures(model), folder / f"figures-{rank}.pt")
+        model, tokenizer = zt.load_model(folder, dtype=torch.float32, tensor_parallel=True)
+        found = {
+            "figures": figures(model),
+            "evaluations": evaluations(model, tokenizer),
+            "own_heads": own_heads(model),
+            "backend": dist.get_backend(),
+        }
+        torch.save(found, folder / f"process-{dist.get_rank()}.pt")
     processes.leave()
 
 
