@@ -68,7 +68,7 @@ def load_model(
     try:
         with _quiet_transformers(progress=downloads), _gguf_read_once(gguf):
             if tensor_parallel:
-                config = transformers.AutoConfig.from_pretrained(source)
+                config = transformers.AutoConfig.from_pretrained(source, **arguments)
                 tensor_parallelism.check_plan(text, config, tensor_parallelism.join_processes())
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
             arguments |= placement | _dense_gguf_weights(gguf)
@@ -78,7 +78,7 @@ def load_model(
     except ZeroTuningError:
         raise
     except Exception as error:  # the readers below transformers raise anything, struct.error among them
-        raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads)}") from error
+        raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads, bool(placement))}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would only warn, and leave those weights random.
@@ -117,10 +117,10 @@ def _placement(
         raise ZeroTuningError(f"{' and '.join(named)} each say where the model goes: give one of them")
     if device_map is not None:
         types = device_maps.device_types(device_map)
+        if gguf and isinstance(device_map, Mapping) and device_maps.DISK in device_map.values():
+            raise ZeroTuningError("device_map: transformers puts no part of a .gguf model on the disk")
         return torch.device("cpu" if types == {"cpu"} else "cuda"), {"device_map": device_map}
     if tensor_parallel:
-        if gguf:
-            raise ZeroTuningError("tensor_parallel cannot cut a .gguf model: name a folder or a hub name")
         count = tensor_parallelism.join_processes()
         return _device(None), tensor_parallelism.load_arguments(count)
     return _device(device), {}
@@ -242,13 +242,15 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _reason(error: Exception, downloads: bool) -> str:
+def _reason(error: Exception, downloads: bool, placed: bool) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if len(reason) > 200:
         reason = reason[:199] + "…"
     if downloads:
         return _not_given(reason)
+    if placed:  # the files may be sound, and the place unfit
+        return f"{type(error).__name__}: {reason}"
     return f"the files are damaged or of no kind that transformers reads ({type(error).__name__}: {reason})"
 
 

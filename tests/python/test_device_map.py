@@ -114,7 +114,13 @@ def test_a_map_that_leaves_parts_out_is_an_error_that_names_the_model(folder: Pa
         load_error(folder, device_map={}) == "device_map must give every part of the model a device, got an empty one"
     )
     partial = {"model.embed_tokens": "cpu", "model.norm": "disk"}
-    assert f"cannot load model {folder}: " in load_error(folder, device_map=partial)
+    assert f"cannot load model {folder}: ValueError: " in load_error(folder, device_map=partial)
+
+
+def test_parts_of_a_gguf_model_do_not_go_to_the_disk(tmp_path: Path) -> None:
+    assert load_error(tmp_path / "a.gguf", device_map={"": "disk"}) == (
+        "device_map: transformers puts no part of a .gguf model on the disk"
+    )
 
 
 def test_a_missing_gpu_and_a_missing_package_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

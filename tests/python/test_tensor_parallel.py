@@ -150,11 +150,20 @@ def test_one_process_alone_cannot_cut_a_model(place: Path, monkeypatch: pytest.M
         zt.load_model(place / "model", tensor_parallel=True)
 
 
-def test_a_gguf_model_and_a_device_beside_are_refused() -> None:
-    with pytest.raises(ZeroTuningError, match=r"^tensor_parallel cannot cut a \.gguf model"):
-        zt.load_model("demo", tensor_parallel=True)
+def test_a_device_map_beside_is_refused() -> None:
     with pytest.raises(ZeroTuningError, match=r"^device_map and tensor_parallel each say where the model goes"):
         zt.load_model("demo", device_map="auto", tensor_parallel=True)
+
+
+@pytest.mark.model
+def test_heads_that_the_processes_do_not_divide_are_an_error_of_the_command_line(place: Path) -> None:
+    arguments = ["evaluate", "--model", "demo", "--task", "sst2", "--limit", "4", "--tensor-parallel"]
+    together = torchrun(place, "-m", "zerotuning", *arguments)
+    assert together.returncode != 0
+    wanted = (
+        "error: tensor_parallel: the number of processes must divide the 9 heads and 3 key/value heads of model demo"
+    )
+    assert f"{wanted}, got 2\n" in together.stderr
 
 
 def test_a_model_without_a_plan_or_with_heads_that_cannot_be_shared_is_named() -> None:
@@ -185,7 +194,7 @@ processes._name_of_gpu = lambda device: "a GPU" if os.environ["RANK"] == "0" els
 processes.torch.cuda.set_device = lambda device: None
 try:
     processes.join("cpu", tensor_parallel=len(sys.argv) > 1)
-    print(dist.get_backend())
+    print(f"joined over {dist.get_backend()}")
 except ZeroTuningError as error:
     print(error)
 processes.leave()
@@ -194,7 +203,7 @@ processes.leave()
 
 def test_processes_of_which_one_has_a_gpu_agree_on_gloo_or_refuse_to_share_a_model(tmp_path: Path) -> None:
     (tmp_path / "backend.py").write_text(BACKEND, encoding="utf-8")
-    assert torchrun(tmp_path, "backend.py").stdout.split().count("gloo") == 2
+    assert torchrun(tmp_path, "backend.py").stdout.count("joined over gloo") == 2
     refused = torchrun(tmp_path, "backend.py", "tensor-parallel").stdout
     assert refused.count("tensor_parallel needs a GPU for each of the 2 processes, got 1") == 2
 
@@ -215,7 +224,7 @@ calibrate._write = slowly
 processes.join("cpu")
 model, tokenizer = zt.load_model("model", device="cpu")
 zt.calibrate(model, tokenizer, "task.yaml", records="data.jsonl", steps=1, output="out")
-print("written", Path("out/report.json").exists())
+print(f"written: {Path('out/report.json').exists()}")
 processes.leave()
 """
 
@@ -223,7 +232,7 @@ processes.leave()
 def test_calibrate_returns_in_every_process_once_the_first_has_written(place: Path) -> None:
     (place / "slow_writer.py").write_text(SLOW_WRITER, encoding="utf-8")
     together = torchrun(place, "slow_writer.py")
-    assert together.stdout.count("written True") == 2, together.stderr
+    assert together.stdout.count("written: True") == 2, together.stderr
 
 
 # Two GPUs.
