@@ -70,6 +70,8 @@ class Processes:
         content = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device=self._device)
         length = torch.tensor([len(content)], device=self._device)
         dist.broadcast(length, 0)
+        if not int(length):
+            return ""
         if not self.is_first:
             content = torch.empty(int(length), dtype=torch.uint8, device=self._device)
         dist.broadcast(content, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import zerotuning as zt
 from zerotuning import ops
+from zerotuning.cli import main
 from zerotuning.device_maps import input_device, is_offloaded
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patch import HeadScaling
@@ -130,6 +132,31 @@ def test_a_missing_gpu_and_a_missing_package_are_named(folder: Path, monkeypatch
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     wanted = 'device_map needs the package accelerate: pip install "zerotuning[device-map]"'
     assert load_error(folder, device_map="auto") == wanted
+
+
+# The command line.
+
+
+def test_evaluate_takes_a_map(folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    of = ["--model", str(folder), "--task", "sst2", "--limit", "4", "--output", str(output)]
+    assert main(["evaluate", *of, "--device-map", "cpu"]) == 0
+    assert json.loads(output.read_text("utf-8"))["examples"] == 4
+
+
+@pytest.mark.parametrize("name", ["calibrate", "evaluate"])
+def test_the_command_line_takes_one_word_on_where_the_model_goes(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [name, "--model", "m", "--task", "sst2", "--output", "out.json"]
+    assert main([*common, "--device", "cpu", "--device-map", "auto"]) == 2
+    assert "argument --device-map: not allowed with argument --device" in capsys.readouterr().err
+    assert main([*common, "--tensor-parallel", "--device-map", "auto"]) == 2
+    assert "argument --device-map: not allowed with argument --tensor-parallel" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([*common, "--device-map", "auto"]) == 2
+    wanted = "zerotuning: error: --device-map spreads the model of one process, torchrun started several\n"
+    assert capsys.readouterr().err == wanted
 
 
 # Two GPUs.
