@@ -43,6 +43,7 @@ from zerotuning.setbacks import Setbacks
 from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records
+from zerotuning.tensor_parallelism import is_tensor_parallel
 from zerotuning.version import __version__
 
 __all__ = ["METHODS", "Calibration", "calibrate"]
@@ -106,7 +107,8 @@ def calibrate(
     Raises:
         ZeroTuningError: bad input; an `output` that holds a result or the state of another calibration.
 
-    Under torch.distributed all processes call it with the same arguments and get the same result; the first writes.
+    Under torch.distributed all processes call it with the same arguments and get the same result, once the first has
+    written it. They share the examples; with a tensor-parallel model, which they share, each reads all of them.
     """
     chosen = _checked_options(options)
     named = _task_list(task)
@@ -114,7 +116,7 @@ def calibrate(
     examples = [draw_examples(without_shots(one, part), chosen) for one, part in zip(named, given, strict=True)]
     chosen = chosen.resolved(min(map(len, examples)))
     _check_together(named, chosen, metric)
-    processes = Processes()
+    processes = Processes(share_model=is_tensor_parallel(model))
     with _output_folder(output, overwrite, processes) as folder, _patched(model):
         with head_parameters(model) as parameters:
             tasks = [
@@ -138,6 +140,7 @@ def calibrate(
         if folder is not None and processes.is_first:
             _write(folder, scales, report)
         state.clear()
+        processes.wait_for_first()  # a result that is returned is written
     return Calibration(scales, report)
 
 

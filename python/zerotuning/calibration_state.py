@@ -53,8 +53,9 @@ class CalibrationState:
             saved, state = dict(content["calibration"]), dict(content["state"])
         except (ValueError, KeyError, TypeError) as error:
             raise self.damaged(error) from error
-        # Through JSON, so that numbers compare as they were written.
-        for name, value in json.loads(json.dumps(self.identity)).items():
+        # Through JSON, so that numbers compare as they were written. The first process's, which wrote them: of a model that
+        # processes share each may count its own parameters.
+        for name, value in json.loads(self.processes.from_first(json.dumps(self.identity))).items():
             if saved.get(name) != value:
                 raise ZeroTuningError(
                     f"{self.path.parent} holds an unfinished calibration with another {name}: {saved.get(name)!r}, "

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zerotuning.device_maps import input_device
 from zerotuning.patch import candidates
 from zerotuning.recorded_passes import MOST_TOKENS, recorded_tokens
 from zerotuning.scoring import Batch, LabelScorer
@@ -37,7 +38,7 @@ class Candidates:
         self.model = model
         self.parameters = parameters
         self.setbacks = setbacks
-        self._device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        self._device = input_device(model)
         # In one place for good: recorded passes read it there.
         self._table = torch.zeros(MOST_TOGETHER, len(parameters), len(parameters[0]), device=self._device)
 

@@ -18,14 +18,17 @@ def checkpointed_layers(model: nn.Module) -> Iterator[None]:
 
     Unlike transformers' gradient checkpointing it needs no training mode, so that dropout stays off.
     """
-    blocks = [block for block in _blocks(model) if "forward" not in vars(block)]
+    blocks = _blocks(model)
+    own = [vars(block).get("forward") for block in blocks]  # a hook's, such as accelerate's
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             del block.forward  # the class's own again
+            if forward is not None:
+                block.forward = forward
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

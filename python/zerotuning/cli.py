@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -232,7 +232,18 @@ def _add_model_and_task(parser: argparse.ArgumentParser, default_data: str, seve
     parser.add_argument(
         "--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)"
     )
-    parser.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+    place.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="spread the model's layers over GPUs, CPU and disk: auto, balanced or another of transformers' names",
+    )
+    place.add_argument(
+        "--tensor-parallel",
+        action="store_true",
+        help="cut the model among the processes that torchrun started, by transformers' own plan",
+    )
 
 
 def _add_prompts(parser: argparse.ArgumentParser, several: bool = False) -> None:
@@ -466,17 +477,13 @@ def _calibrate(arguments: argparse.Namespace) -> None:
     } | {"penalties": arguments.penalty}
     chosen = CalibrationOptions(**options)
     start = None if arguments.start is None else _scales(arguments.start)
-    from zerotuning import processes
+    from zerotuning.processes import Processes
 
-    several = processes.is_one_of_several()
-    device = processes.join(arguments.device) if several else arguments.device
-    try:
+    with _joined(arguments, share_examples=True) as device:
         with _calibration_folder(arguments) as folder:
             calibration = _calibrated(arguments, tasks, records, options, chosen, start, device, folder)
-        if processes.Processes().is_first:
+        if Processes().is_first:
             _print_calibration(calibration, folder)
-    finally:
-        processes.leave()
 
 
 def _calibrated(
@@ -496,7 +503,9 @@ def _calibrated(
     for task, part in zip(tasks, records, strict=True):
         draw_examples(part, chosen)
         _check_records(task, part, require_label=chosen.objective == "task-loss")
-    model, tokenizer = load_model(arguments.model, arguments.dtype, device)
+    model, tokenizer = load_model(
+        arguments.model, arguments.dtype, device, arguments.device_map, arguments.tensor_parallel
+    )
     return calibrate(
         model,
         tokenizer,
@@ -509,6 +518,27 @@ def _calibrated(
         progress=True,
         **options,
     )
+
+
+@contextmanager
+def _joined(arguments: argparse.Namespace, *, share_examples: bool) -> Iterator[str | None]:
+    """Within it this process works with those that torchrun started beside it, to share examples or a model; gives the
+    device that its model goes to, None where it is placed otherwise."""
+    from zerotuning import processes
+
+    several = processes.is_one_of_several()
+    if several and arguments.device_map is not None:
+        raise ZeroTuningError("--device-map spreads the model of one process, torchrun started several")
+    try:
+        if arguments.tensor_parallel:
+            from zerotuning.tensor_parallelism import join_processes
+
+            join_processes()
+            yield None
+        else:
+            yield processes.join(arguments.device) if several and share_examples else arguments.device
+    finally:
+        processes.leave()
 
 
 def _calibration_folder(arguments: argparse.Namespace) -> Any:
@@ -541,20 +571,37 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     _check_records(task, records, require_label=True)
     output = None if arguments.output is None else check_result_file(arguments.output)
     scales = None if arguments.scales is None else _scales(arguments.scales)
+    from zerotuning.processes import Processes
+
+    with _joined(arguments, share_examples=False) as device:
+        found = _evaluated(arguments, task, records, scales, device)
+        processes = Processes()
+        if processes.is_first:
+            _report_evaluation(arguments, found, output)
+        processes.wait_for_first()
+
+
+def _evaluated(arguments: argparse.Namespace, task: Any, records: list[Any], scales: Any, device: str | None) -> Any:
     from zerotuning.evaluate import evaluate
-    from zerotuning.files import write_json_atomically
     from zerotuning.models import load_model
     from zerotuning.patch import apply_scales
+    from zerotuning.processes import Processes
 
-    model, tokenizer = load_model(arguments.model, arguments.dtype, arguments.device)
+    model, tokenizer = load_model(
+        arguments.model, arguments.dtype, device, arguments.device_map, arguments.tensor_parallel
+    )
     if scales is not None:
         try:
             apply_scales(model, scales)
         except ZeroTuningError as error:
             raise ZeroTuningError(f"scales {arguments.scales} do not fit model {arguments.model}: {error}") from error
-    found = evaluate(
-        model, tokenizer, task, records, batch_size=arguments.batch_size, truncate=arguments.truncate, progress=True
-    )
+    options = {name: getattr(arguments, name) for name in ("batch_size", "truncate")}
+    return evaluate(model, tokenizer, task, records, **options, progress=Processes().is_first)
+
+
+def _report_evaluation(arguments: argparse.Namespace, found: Any, output: Path | None) -> None:
+    from zerotuning.files import write_json_atomically
+
     if output is not None:
         figures = {
             **found.to_json(),
@@ -564,7 +611,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         }
         write_json_atomically(output, figures)
     applied = arguments.scales or "none (γ = 1)"
-    print(f"{task.name}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
+    print(f"{found.task}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
     print("  accuracy     loss   entropy   seconds")
     loss, entropy = ("–" if value is None else f"{value:.4f}" for value in (found.loss, found.entropy))
     print(f"  {_percent(found.accuracy):>8}  {loss:>7}   {entropy:>7}  {found.seconds:8.1f}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zerotuning.device_maps import input_device
 from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.tasks import Record, Task
 from zerotuning.tokenizing import SPARE_TOKENS
@@ -24,7 +25,7 @@ def written_texts(
 ) -> list[str]:
     """What the model writes after each prompt of a batch of the scorer's, greedily, without special tokens."""
     prompts = scorer.prompt_batch(batch.indices.tolist())
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    device = input_device(model)
     ids = model.generate(  # type: ignore[operator]
         input_ids=prompts.input_ids.to(device),
         attention_mask=prompts.attention_mask.to(device),

@@ -253,7 +253,7 @@ class Measurement:
             value = share_right(task.task, texts, records) if self.metric is None else self.metric(texts, records)
             if not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
-            values.append(-float(value))
+            values.append(-float(self.processes.from_first(repr(float(value)))))
         return math.fsum(values) / len(values)
 
     def _written(self, task: TaskExamples, places: Sequence[int]) -> list[str]:

@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import huggingface_hub
 import torch
 import transformers
 
-from zerotuning import ops
+from zerotuning import device_maps, ops, tensor_parallelism
 from zerotuning.demo_model import demo_model_path
 from zerotuning.errors import ZeroTuningError
 
@@ -30,6 +30,8 @@ def load_model(
     name: str | os.PathLike[str],
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: str | int | torch.device | Mapping[str, Any] | None = None,
+    tensor_parallel: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer), in evaluation mode, without weight gradients, the tokenizer padding on the left.
 
@@ -37,13 +39,19 @@ def load_model(
     dtype    of the weights, a torch.dtype or its name; None: on a CPU bfloat16 where the processor multiplies
              it natively (AMX, AVX-512), else float32; on a GPU the checkpoint's own (bfloat16 for .gguf)
     device   None: the first GPU if there is one that the operators run on, else the CPU
+    device_map
+             in its place, for a model too big for one GPU: "auto", "balanced", or what else transformers takes; its layers
+             are spread over GPUs, CPU and disk (needs accelerate)
+    tensor_parallel
+             in its place, in processes that torchrun started: transformers cuts the model by its own plan and each process
+             holds a part, on its own GPU (on CPUs where there is none). All of them then have to do the same with it.
     Errors: ZeroTuningError, one line, for a file or folder that is missing, truncated or no model, for
-    weights that do not cover the model, and for a hub name that cannot be reached. Code from the hub is
-    never run.
+    weights that do not cover the model, for a hub name that cannot be reached, and for a model that cannot be placed as
+    asked. Code from the hub is never run.
     """
     text = os.fspath(name)
-    target = _device(device)
     gguf = text == DEMO or text.lower().endswith(".gguf")
+    target, placement = _placement(device, device_map, tensor_parallel, gguf)
     arguments: dict[str, Any] = {}
     if gguf:
         # Before the file is fetched: without the packages that read it, 93 MB would come for nothing.
@@ -59,24 +67,34 @@ def load_model(
         _check_hub(text)
     try:
         with _quiet_transformers(progress=downloads), _gguf_read_once(gguf):
+            if tensor_parallel:
+                config = transformers.AutoConfig.from_pretrained(source, **arguments)
+                tensor_parallelism.check_plan(text, config, tensor_parallelism.join_processes())
             tokenizer = transformers.AutoTokenizer.from_pretrained(source, **arguments)
+            arguments |= placement | _dense_gguf_weights(gguf)
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                source, dtype=weights, output_loading_info=True, **arguments, **_dense_gguf_weights(gguf)
+                source, dtype=weights, output_loading_info=True, **arguments
             )
+    except ZeroTuningError:
+        raise
     except Exception as error:  # the readers below transformers raise anything, struct.error among them
-        raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads)}") from error
+        raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads, bool(placement))}") from error
     missing = sorted(report["missing_keys"])
     if missing:
         # transformers would only warn, and leave those weights random.
         raise ZeroTuningError(
             f"cannot load model {text}: {len(missing)} weights are not in it, {missing[0]} among them"
         )
+    if device_map is not None:
+        device_maps.input_device(model)
     if gguf:
         model.name_or_path = model.config._name_or_path = path.name  # transformers has the folder's name there
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(target).eval().requires_grad_(False), tokenizer
+    if not placement:
+        model = model.to(target)
+    return model.eval().requires_grad_(False), tokenizer
 
 
 def default_cpu_dtype() -> torch.dtype:
@@ -86,6 +104,26 @@ def default_cpu_dtype() -> torch.dtype:
         if supported is not None and supported():
             return torch.bfloat16
     return torch.float32
+
+
+def _placement(
+    device: torch.device | str | None, device_map: Any, tensor_parallel: bool, gguf: bool
+) -> tuple[torch.device, dict[str, Any]]:
+    """The device that the weights' type is chosen for; and what tells transformers where they go, nothing where they go
+    to that device as they are."""
+    given = {"device": device is not None, "device_map": device_map is not None, "tensor_parallel": tensor_parallel}
+    named = [name for name, is_given in given.items() if is_given]
+    if len(named) > 1:
+        raise ZeroTuningError(f"{' and '.join(named)} each say where the model goes: give one of them")
+    if device_map is not None:
+        types = device_maps.device_types(device_map)
+        if gguf and isinstance(device_map, Mapping) and device_maps.DISK in device_map.values():
+            raise ZeroTuningError("device_map: transformers puts no part of a .gguf model on the disk")
+        return torch.device("cpu" if types == {"cpu"} else "cuda"), {"device_map": device_map}
+    if tensor_parallel:
+        count = tensor_parallelism.join_processes()
+        return _device(None), tensor_parallelism.load_arguments(count)
+    return _device(device), {}
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -204,13 +242,15 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def _reason(error: Exception, downloads: bool) -> str:
+def _reason(error: Exception, downloads: bool, placed: bool) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
     if len(reason) > 200:
         reason = reason[:199] + "…"
     if downloads:
         return _not_given(reason)
+    if placed:  # the files may be sound, and the place unfit
+        return f"{type(error).__name__}: {reason}"
     return f"the files are damaged or of no kind that transformers reads ({type(error).__name__}: {reason})"
 
 
@@ -226,10 +266,11 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
     """No warnings from transformers while it loads; progress bars only for downloads, only on a terminal."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
+    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [other.level for other in others]
     log.set_verbosity(logging.CRITICAL)
-    hub.setLevel(logging.ERROR)
+    for other in others:
+        other.setLevel(logging.ERROR)
     if not (progress and sys.stderr.isatty()):
         log.disable_progress_bar()
     try:
@@ -238,6 +279,7 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
+        for other, level in zip(others, levels, strict=True):
+            other.setLevel(level)
         if bars:
             log.enable_progress_bar()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from zerotuning import ops, packed_sequences, reference
+from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scales import HeadScales
+from zerotuning.tensor_parallelism import HeadShare, head_share
 
 IMPLEMENTATION = "zerotuning"
 #: Name of the child module of each attention layer.
@@ -34,15 +36,19 @@ BYTES = 8
 
 
 class HeadScaling(nn.Module):
-    """The scales of one attention layer: log γ of one or several named settings, float32 whatever the model's dtype."""
+    """The scales of one attention layer: log γ of one or several named settings, float32 whatever the model's dtype.
+
+    Those of all heads, also where this process has a share of them alone.
+    """
 
     log_scale: Tensor
     rows: Tensor | None
 
-    def __init__(self, layer_name: str, heads: int, device: torch.device) -> None:
+    def __init__(self, layer_name: str, heads: int, device: torch.device, share: HeadShare | None = None) -> None:
         super().__init__()
         self.layer_name = layer_name
         self.heads = heads
+        self.share = share
         self.enabled = True
         # [settings, heads]. Not persistent: a patched model saves as it did before.
         self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
@@ -59,23 +65,27 @@ class HeadScaling(nn.Module):
         return self
 
     def current(self, batch: int) -> Tensor:
-        """log γ for a batch: [heads], or [batch, heads] where `rows` or `candidates` chose."""
+        """log γ for a batch, of this process's heads: [heads], or [batch, heads] where `rows` or `candidates` chose."""
         if not self.enabled:
-            return torch.zeros_like(self.log_scale[0])
+            return self._own(torch.zeros_like(self.log_scale[0]))
         if self.parameter is not None:
             alone = self.parameter.dim() == 1
-            return self.parameter if alone else _for_batch(self.parameter, batch, "candidates names the scales")
+            chosen = self.parameter if alone else _for_batch(self.parameter, batch, "candidates names the scales")
+            return self._own(chosen)
         if self.rows is None:
             return self._first_setting()
-        return self.log_scale[_for_batch(self.rows, batch, "rows names the scales")]
+        return self._own(self.log_scale[_for_batch(self.rows, batch, "rows names the scales")])
+
+    def _own(self, log_scale: Tensor) -> Tensor:
+        return log_scale if self.share is None else self.share.of(log_scale)
 
     def _first_setting(self) -> Tensor:
         settings = self.log_scale
         if torch.compiler.is_compiling():
-            return settings[0]
+            return self._own(settings[0])
         if self._only is None or self._only[0] is not settings:
             with torch.inference_mode(False):  # a view that training may use as well
-                self._only = settings, settings[0]
+                self._only = settings, self._own(settings[0])
         return self._only[1]
 
 
@@ -395,18 +405,26 @@ AttentionMaskInterface.register(IMPLEMENTATION, zerotuning_mask)
 # Patching.
 
 
+class _Reached(NamedTuple):
+    """An attention layer as it ran: how many heads this process has of it, and where."""
+
+    module: nn.Module
+    heads: int
+    device: torch.device
+
+
 @dataclass
 class _Probe:
     """What a forward pass over two tokens shows of a model: which modules call the attention function, and how."""
 
     active: bool = False
     names: dict[int, str] = field(default_factory=dict)
-    reached: list[tuple[nn.Module, int]] = field(default_factory=list)
+    reached: list[_Reached] = field(default_factory=list)
     sliding: set[int] = field(default_factory=set)  # windows the layers pass
     windows: set[int] = field(default_factory=set)  # windows the masks are made for
 
     def record(self, module: nn.Module, query: Tensor, sliding_window: int | None) -> None:
-        self.reached.append((module, query.shape[1]))
+        self.reached.append(_Reached(module, query.shape[1], query.device))
         if sliding_window is not None:
             self.sliding.add(sliding_window)
 
@@ -509,11 +527,8 @@ def _switch(model: Any, implementation: str) -> None:
 def _run_probe(model: Any) -> _Probe:
     """Runs two tokens through the model, in eval mode, and returns what was seen."""
     global _probe
-    device = model.get_input_embeddings().weight.device
-    if not ops.runs_on(device.type):
-        raise ZeroTuningError(
-            f"the model is on {device}, where this build of zerotuning has no operators; move it to the CPU"
-        )
+    device = input_device(model)
+    _check_device(device)
     training = [module for module in model.modules() if module.training]
     _probe = _Probe(active=True, names={id(module): name for name, module in model.named_modules()})
     try:
@@ -528,6 +543,13 @@ def _run_probe(model: Any) -> _Probe:
         for module in training:
             module.training = True
         _probe = _Probe()
+
+
+def _check_device(device: torch.device) -> None:
+    if not ops.runs_on(device.type):
+        raise ZeroTuningError(
+            f"the model is on {device}, where this build of zerotuning has no operators; move it to the CPU"
+        )
 
 
 @contextmanager
@@ -547,9 +569,9 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[nn.Module]
 def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling | None], list[nn.Module], int]:
     """The scales of every layer, by layer index, and the attention modules that get them."""
     total = model.config.get_text_config(decoder=True).num_hidden_layers
-    named: list[Any] = [getattr(module, "layer_idx", None) for module, _ in probe.reached]
+    named: list[Any] = [getattr(one.module, "layer_idx", None) for one in probe.reached]
     places: list[int] = list(range(len(named))) if None in named else named
-    if len(set(places)) < len(places) or len({id(module) for module, _ in probe.reached}) < len(places):
+    if len(set(places)) < len(places) or len({id(one.module) for one in probe.reached}) < len(places):
         raise ZeroTuningError(
             f"{type(model).__name__} runs one attention layer several times, which zerotuning does not support"
         )
@@ -560,18 +582,24 @@ def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling 
         raise ZeroTuningError(
             f"{type(model).__name__} masks a sliding window of {min(probe.windows - probe.sliding)} keys that no layer names"
         )
-    heads = {count for _, count in probe.reached}
+    layers: list[HeadScaling | None] = [None] * total
+    modules = []
+    for place, one in sorted(zip(places, probe.reached, strict=True), key=lambda pair: pair[0]):
+        layers[place] = _head_scaling(model, probe.names[id(one.module)], one)
+        modules.append(one.module)
+    heads = {layer.heads for layer in layers if layer is not None}
     if len(heads) > 1:
         raise ZeroTuningError(
             f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs one number"
         )
-    layers: list[HeadScaling | None] = [None] * total
-    modules = []
-    for place, (module, count) in sorted(zip(places, probe.reached, strict=True), key=lambda pair: pair[0]):
-        device = next(module.parameters()).device
-        layers[place] = HeadScaling(probe.names[id(module)], count, device)
-        modules.append(module)
     return layers, modules, heads.pop()
+
+
+def _head_scaling(model: Any, name: str, reached: _Reached) -> HeadScaling:
+    """The scales of a layer, where it computes: its weights may be elsewhere until then."""
+    _check_device(reached.device)
+    share = head_share(model, name, reached.heads)
+    return HeadScaling(name, reached.heads if share is None else share.total, reached.device, share)
 
 
 def _missing_text(model: Any, missing: Sequence[int], total: int) -> str:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zerotuning.tensor_parallelism import is_tensor_parallel
+
 #: Sequences x tokens beyond which the GPU is busy all the time, and recording only takes memory.
 MOST_TOKENS = 6144
 #: Lengths and numbers of sequences are rounded up, so that few shapes are recorded.
@@ -39,10 +41,12 @@ class RecordedPasses:
 
     @staticmethod
     def possible(model: nn.Module) -> bool:
-        """Whether the model is on one GPU as a whole, with nothing that moves its weights about."""
+        """Whether the model is on one GPU as a whole, with nothing that moves its weights about or talks to other GPUs."""
         tensors = [*model.parameters(), *model.buffers()]
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        return not hooked and not model.training and len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
+        if hooked or model.training or is_tensor_parallel(model):
+            return False
+        return len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
 
     def takes(self, input_ids: Tensor, copies: int = 1) -> bool:
         """Whether a batch is short enough."""

@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.tasks import Task, as_records
+from zerotuning.tensor_parallelism import whole_rows
 from zerotuning.tokenizing import TokenizedPrompt, Tokens, shared_length, tokenize
 
 if TYPE_CHECKING:
@@ -281,7 +283,7 @@ class LabelScorer:
     def _logits(self, batch: Batch, positions: int) -> Tensor:
         """Logits at the last `positions` positions of each sequence: float32 (float64 of a float64 model)
         [S, positions, rows of the output layer]."""
-        device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
+        device = input_device(self.model)
         inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
         if "position_ids" in self._forward_arguments:
             inputs["position_ids"] = batch.position_ids.to(device)
@@ -316,11 +318,11 @@ class _LabelRows(nn.Module):
         index = torch.tensor(rows, device=layer.weight.device)
         # Plain attributes, not parameters: whatever gradient the layer's own weight takes still reaches it.
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        self.weight = layer.weight[index].to(dtype)
-        self.bias = None if layer.bias is None else layer.bias[index].to(dtype)
+        self.weight = whole_rows(layer.weight, index, layer.out_features).to(dtype)
+        self.bias = None if layer.bias is None else whole_rows(layer.bias, index, layer.out_features).to(dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return F.linear(hidden.to(self.weight), self.weight, self.bias)
 
 
 @contextmanager
@@ -330,7 +332,7 @@ def _output_layer_rows(model: nn.Module, rows: list[int]) -> Iterator[bool]:
     layer is no plain nn.Linear with its weights at hand (adapters, quantised or offloaded layers)."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     place = next((name for name, module in model.named_modules() if module is layer), None)
-    if type(layer) is not nn.Linear or not place or layer.weight.is_meta or hasattr(layer, "_hf_hook"):
+    if type(layer) is not nn.Linear or not place or layer.weight.is_meta:
         yield False
         return
     parent_name, _, attribute = place.rpartition(".")

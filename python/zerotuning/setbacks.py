@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from zerotuning.checkpointing import checkpointed_layers
+from zerotuning.device_maps import is_offloaded
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.tensor_parallelism import is_tensor_parallel
 
 T = TypeVar("T")
 
@@ -40,8 +42,8 @@ class Setbacks:
     notes: list[str] = field(default_factory=list)
 
     def saving_memory(self, model: nn.Module) -> AbstractContextManager[None]:
-        """What a pass with gradients goes on in."""
-        return checkpointed_layers(model) if self.checkpointed else nullcontext()
+        """What a pass with gradients goes on in. Without checkpoints a graph would keep offloaded weights on the device."""
+        return checkpointed_layers(model) if self.checkpointed or is_offloaded(model) else nullcontext()
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -62,12 +64,13 @@ class Setbacks:
         """`compute` of the batch or, where memory runs out or it gives None (no finite number), of its halves.
 
         An example that gives None by itself is left out. Errors: ZeroTuningError for an example that is too
-        large for the memory by itself.
+        large for the memory by itself. Of a tensor-parallel model running out of memory is an error at once.
         """
         try:
             value = compute(batch)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            # Of processes that share a model the others, whose memory may have sufficed, wait in the same pass.
+            if not is_out_of_memory(error) or is_tensor_parallel(scorer.model):
                 raise
             value = None
             self._ran_out_of_memory(batch, error)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from zerotuning.device_maps import input_device
 from zerotuning.scoring import LabelScorer, forward_arguments
 
 #: How many times longer than the rest of a prompt its shared beginning must be.
@@ -21,7 +22,7 @@ def is_worth_sharing(scorer: LabelScorer) -> bool:
     """Whether scores behind the prefix come sooner than those of whole prompts: many shots, on the CPU, where it was
     measured; on a GPU the passes of whole prompts may be recorded."""
     model: Any = scorer.model
-    if not (can_share(scorer) and model.get_input_embeddings().weight.device.type == "cpu"):
+    if not (can_share(scorer) and input_device(model).type == "cpu"):
         return False
     shared = scorer.shared_length
     left = [len(example.prompt) - shared for example in scorer.examples]

@@ -1,0 +1,134 @@
+"""What tests of models on several devices or processes compare: figures of one model, however it lies.
+
+Run by torchrun with the folders of checkpoints it loads each as a tensor-parallel model and leaves its figures there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import zerotuning as zt
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from zerotuning import processes
+from zerotuning.device_maps import input_device
+from zerotuning.patch import HeadScaling, head_parameters, head_scales, patched_shape
+from zerotuning.tasks import Task
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
+PROMPT = "Review: {text}\nSentiment:"
+LABELS = (" negative", " positive")
+TASKS = {
+    "one token": Task("films", PROMPT, LABELS),
+    "several tokens": Task("films", PROMPT, (" far too long", " a good story")),
+    "written": Task("films", PROMPT, LABELS, scoring="generate"),
+}
+RECORDS = [
+    {"text": f"the film is {first} and {second}", "label": int(second != "told")}
+    for first in ("good", "bad", "a good story", "far too long")
+    for second in ("told", "long", "well told", "a story")
+]
+
+
+def save_random_model(folder: Path, kind: str, tokenizer: Any, **changes: Any) -> Path:
+    """A checkpoint whose weights are large enough for attention that is far from uniform."""
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](**SMALL | {"vocab_size": len(tokenizer)} | changes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_scales(layers: int, heads: int, seed: int) -> zt.HeadScales:
+    draw = torch.Generator().manual_seed(seed)
+    return zt.HeadScales(torch.empty(layers, heads).uniform_(-2, 2, generator=draw).exp())
+
+
+def figures(model: Any) -> dict[str, Tensor]:
+    """Logits, gradients and texts under random scales, on the CPU; the batch has padding. `model` comes out unpatched."""
+    zt.patch(model)
+    layers, heads = patched_shape(model)
+    named = {"a": random_scales(layers, heads, 1), "b": random_scales(layers, heads, 2)}
+    zt.apply_scales(model, named)
+    draw = torch.Generator().manual_seed(3)
+    device = input_device(model)
+    ids = torch.randint(2, 300, (2, 11), generator=draw).to(device)
+    mask = torch.tensor([[0] * 4 + [1] * 7, [1] * 11], device=device)
+    found = {"shape": torch.tensor([layers, heads]), "scales": head_scales(model).gamma}
+    with torch.no_grad():
+        found["tuned"] = model(ids, attention_mask=mask).logits
+        with zt.rows(model, ["b", "a"]):
+            found["rows"] = model(ids, attention_mask=mask).logits
+        with zt.untuned(model):
+            found["untuned"] = model(ids, attention_mask=mask).logits
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "disable_compile": True}
+    for cache in ("dynamic", "static"):
+        found[cache] = model.generate(input_ids=ids, cache_implementation=cache, **options)
+    found["gradient"] = _gradient(model, ids, mask, named["a"])
+    zt.unpatch(model)
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def _gradient(model: Any, ids: Tensor, mask: Tensor, scales: zt.HeadScales) -> Tensor:
+    """Of the last token's negative log-probability in log γ of every head: [layers, heads]."""
+    with head_parameters(model) as parameters:
+        with torch.no_grad():
+            for parameter, row in zip(parameters, scales.log_scale, strict=True):
+                parameter.copy_(row)
+        logits = model(ids[:, :-1], attention_mask=mask[:, :-1]).logits[:, -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[:, -1].to(logits.device))
+        gradients = torch.autograd.grad(loss, parameters)
+    return torch.stack([gradient.cpu() for gradient in gradients])
+
+
+def evaluations(model: Any, tokenizer: Any) -> dict[str, list[float | None]]:
+    """Accuracy, loss and entropy with labels of one token, of several, and as the model writes them."""
+    found = {}
+    for name, task in TASKS.items():
+        of = zt.evaluate(model, tokenizer, task, RECORDS)
+        found[name] = [of.accuracy, of.loss, of.entropy]
+    return found
+
+
+def own_heads(model: Any) -> int:
+    """Heads of the first layer that this process computes."""
+    zt.patch(model)
+    scaling = next(module for module in model.modules() if isinstance(module, HeadScaling))
+    zt.unpatch(model)
+    return scaling.heads if scaling.share is None else scaling.share.count
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        model, tokenizer = zt.load_model(folder, dtype=torch.float32, tensor_parallel=True)
+        found = {
+            "figures": figures(model),
+            "evaluations": evaluations(model, tokenizer),
+            "own_heads": own_heads(model),
+            "backend": dist.get_backend(),
+        }
+        torch.save(found, folder / f"process-{dist.get_rank()}.pt")
+    processes.leave()
+
+
+if __name__ == "__main__":
+    main()
