@@ -13,7 +13,7 @@ from zerotuning.device_maps import input_device
 from zerotuning.patch import candidates
 from zerotuning.recorded_passes import MOST_TOKENS, recorded_tokens
 from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.setbacks import Setbacks, is_out_of_memory
+from zerotuning.setbacks import Setbacks
 from zerotuning.shared_prefix import behind_prefix
 
 #: Tokens of a pass on a processor beyond which more candidates gain nothing. SmolLM2-135M, one core with AMX, bfloat16: a
@@ -103,7 +103,7 @@ class Candidates:
             with candidates(self.model, table):
                 scores = scorer.scores(batch.repeated(len(points)))
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not self.setbacks.can_be_survived(error, self.model):
                 raise
         if scores is None:  # outside the except block, whose traceback holds the failed pass's tensors
             self.setbacks.ran_out_of_memory_for(len(points))

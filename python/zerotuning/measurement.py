@@ -206,7 +206,7 @@ class Measurement:
     def _gradient_pass(self, task: TaskExamples) -> AbstractContextManager[None]:
         """What a batch's forward and backward passes go on in. Blocks that are computed twice cannot read on from a
         cache that their first computation filled."""
-        if task.shares_prefix and not self.setbacks.checkpointed:
+        if task.shares_prefix and self.setbacks.keeps_activations(self.model):
             return behind_prefix(task.scorer)
         return self.setbacks.saving_memory(self.model)
 

@@ -43,7 +43,16 @@ class Setbacks:
 
     def saving_memory(self, model: nn.Module) -> AbstractContextManager[None]:
         """What a pass with gradients goes on in. Without checkpoints a graph would keep offloaded weights on the device."""
-        return checkpointed_layers(model) if self.checkpointed or is_offloaded(model) else nullcontext()
+        return nullcontext() if self.keeps_activations(model) else checkpointed_layers(model)
+
+    def keeps_activations(self, model: nn.Module) -> bool:
+        return not (self.checkpointed or is_offloaded(model))
+
+    @staticmethod
+    def can_be_survived(error: BaseException, model: nn.Module) -> bool:
+        """Whether less at once may help where memory ran out. Of processes that share a model the others, whose memory
+        may have sufficed, wait in the same pass."""
+        return is_out_of_memory(error) and not is_tensor_parallel(model)
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -69,8 +78,7 @@ class Setbacks:
         try:
             value = compute(batch)
         except (RuntimeError, MemoryError) as error:
-            # Of processes that share a model the others, whose memory may have sufficed, wait in the same pass.
-            if not is_out_of_memory(error) or is_tensor_parallel(scorer.model):
+            if not self.can_be_survived(error, scorer.model):
                 raise
             value = None
             self._ran_out_of_memory(batch, error)
