@@ -78,8 +78,11 @@ class Processes:
         return bytes(content.cpu().tolist()).decode("utf-8")
 
     def wait_for_first(self) -> None:
-        """Returns once the first process is here too: what it did before is done."""
-        self.from_first("")
+        """Returns once the first process, and all others, are here too: what they did before is done."""
+        if self.count > 1:
+            # No broadcast: after one, a thread of gloo's may still hold its tensor, and a process that leaves at once aborts
+            # in that thread's wait for the interpreter (seen with torch 2.10).
+            dist.barrier(device_ids=[self._device.index] if self._device.type == "cuda" else None)
 
 
 def is_one_of_several() -> bool:

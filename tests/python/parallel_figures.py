@@ -127,6 +127,7 @@ def main() -> None:
             "backend": dist.get_backend(),
         }
         torch.save(found, folder / f"process-{dist.get_rank()}.pt")
+    processes.Processes().wait_for_first()
     processes.leave()
 
 
