@@ -102,12 +102,12 @@ def _measurements(
         return where, lambda: sensitivity_rows(device=device)
     if device == "cuda":
         return where, bench_cuda.ROWS[kind]
-    on_cpu: dict[str, Callable[[], Iterable[Row]]] = {
-        "attention": bench_attention,
-        "decode": bench_decode,
-        "calibration": bench_calibration,
-    }
-    return where, on_cpu[kind]
+    if kind == "calibration":
+        from zerotuning.bench_calibration import calibration_rows
+
+        return where, calibration_rows
+    rows: Callable[[], Iterable[Row]] = bench_attention if kind == "attention" else bench_decode
+    return where, rows
 
 
 def _write(output: Path, result: Mapping[str, Any]) -> None:
@@ -389,54 +389,6 @@ def bench_decode(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 
             figures = take_turns({UNTUNED: untuned, OURS: tuned}, seconds)
             shape = f"{batch} x 32/8/128 x {length}"
             yield {"what": "decode", "shape": shape, "dtype": "bfloat16", "peers": figures}
-
-
-def bench_calibration(seconds: float = 10.0) -> list[Row]:
-    """The embedded model, 16 prompts of SST-2 together: forward untuned and patched, and with every head's gradient."""
-    from zerotuning.models import load_model
-    from zerotuning.objectives import task_loss
-    from zerotuning.patch import head_parameters, patch, unpatch
-    from zerotuning.scoring import LabelScorer
-    from zerotuning.tasks import Task
-
-    model, tokenizer = load_model("demo")
-    task = Task.load("sst2")
-    scorer = LabelScorer(model, tokenizer, task, task.examples("validation", 64))
-    batch = scorer.batches[len(scorer.batches) // 2]
-
-    @torch.no_grad()
-    def untuned() -> object:
-        unpatch(model)
-        return scorer.scores(batch)
-
-    @torch.no_grad()
-    def patched() -> object:
-        patch(model)
-        return scorer.scores(batch)
-
-    def gradient() -> object:
-        patch(model)
-        with head_parameters(model) as parameters:
-            return torch.autograd.grad(task_loss(scorer.scores(batch), batch.labels), parameters)
-
-    # Switching happens outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
-    figures = _switching_turns({UNTUNED: untuned, OURS: patched, "forward + gradient of every head": gradient}, seconds)
-    shape = f"{len(batch)} x {batch.input_ids.shape[1]} tokens"
-    dtype = str(model.dtype).removeprefix("torch.")
-    return [{"what": "SmolLM2-135M", "shape": shape, "dtype": dtype, "peers": figures}]
-
-
-def _switching_turns(peers: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """`take_turns` where changing from one peer to the next costs something that is not to be timed."""
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, peer in peers.items():
-            peer()
-            started = time.perf_counter()
-            peer()
-            times[name].append(time.perf_counter() - started)
-    return _summary(times)
 
 
 def as_line(row: Row) -> str:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from zerotuning import bench, reference
+from zerotuning import bench, bench_calibration, reference
 from zerotuning.errors import ZeroTuningError
 
 
@@ -30,6 +30,28 @@ def test_ratios_are_to_the_first_peer_and_every_peer_is_called_in_turn() -> None
     assert calls == ["a", "a", "b", "b"] * 5  # one call to warm up, one that counts
     assert figures["a"]["ratio"] == 1.0
     assert figures["b"]["ms"] > 0
+
+
+def test_a_calibration_s_peers_score_alike_with_and_without_shots(tiny_model, tiny_tokenizer, monkeypatch) -> None:
+    tiny_model.config.max_position_embeddings = 4096
+    monkeypatch.setattr(bench_calibration, "load_model", lambda name: (tiny_model, tiny_tokenizer))
+    found = []
+    monkeypatch.setattr(
+        bench_calibration, "take_turns", lambda peers, _: found.append({n: p() for n, p in peers.items()})
+    )
+    plain, behind_shots = bench_calibration.calibration_rows()
+    assert int(behind_shots["shape"].split()[2]) > 2 * int(plain["shape"].split()[2])
+    for results in found:
+        torch.testing.assert_close(results[bench.OURS], results[bench.UNTUNED], rtol=1e-4, atol=1e-5)
+        assert len(results[bench_calibration.GRADIENT]) == 2
+    once = {
+        name.removesuffix(", shots read once"): result for name, result in found[1].items() if name.endswith("once")
+    }
+    torch.testing.assert_close(once[bench.OURS], found[1][bench.OURS], rtol=1e-4, atol=1e-5)
+    for read_once, read_whole in zip(
+        once[bench_calibration.GRADIENT], found[1][bench_calibration.GRADIENT], strict=True
+    ):
+        torch.testing.assert_close(read_once, read_whole, rtol=1e-3, atol=1e-9)
 
 
 def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, capsys) -> None:
