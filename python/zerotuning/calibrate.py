@@ -310,7 +310,7 @@ class _Run:
             setbacks = self.measurement.setbacks
             noted = saved["setbacks"]
             setbacks.largest, setbacks.notes = noted["largest"], list(noted["notes"])
-            setbacks.together, setbacks.checkpointed = noted["together"], bool(noted["checkpointed"])
+            setbacks.together, setbacks.checkpointed = noted.get("together"), bool(noted["checkpointed"])
         except (ValueError, KeyError, TypeError) as error:
             raise self.state.damaged(error) from error
 

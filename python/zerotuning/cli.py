@@ -345,6 +345,7 @@ def _add_mt_bench(parser: argparse.ArgumentParser) -> None:
         add("--scales", metavar="DIR", help="head scales to apply (default: untuned)")
         add("--dtype", metavar="TYPE", help="of the weights, such as float32 (default: what suits the device)")
         add("--device", metavar="DEVICE", help="such as cpu or cuda:0 (default: a GPU if there is one)")
+        add("--device-map", metavar="MAP", help="in its place: spread the layers over GPUs, CPU and disk, such as auto")
 
     add = part(
         "answer", _mt_bench_answer, "answer both turns of each question; run again, an unfinished file is gone on with"
@@ -668,7 +669,9 @@ def _mt_bench_answer(arguments: argparse.Namespace) -> None:
     model_id = arguments.model_id or "+".join(names)
     settings = answer_settings(arguments.model, model_id, scales, arguments.dtype, decoding)
     file = AnswerFile(arguments.output, settings, load_questions(arguments.limit), overwrite=arguments.overwrite)
-    model, tokenizer = load_scaled_model(arguments.model, arguments.scales, arguments.dtype, arguments.device)
+    model, tokenizer = load_scaled_model(
+        arguments.model, arguments.scales, arguments.dtype, arguments.device, arguments.device_map
+    )
     answer_questions(model, tokenizer, file, decoding, progress=True)
     print(f"{len(file.answers)} answers of {model_id}, two turns each, in {file.path}")
 
@@ -708,7 +711,9 @@ def _mt_bench_proxy(arguments: argparse.Namespace) -> None:
     from zerotuning.mt_bench.proxy import measure_proxy
     from zerotuning.scaled_model import load_scaled_model
 
-    model, tokenizer = load_scaled_model(arguments.model, arguments.scales, arguments.dtype, arguments.device)
+    model, tokenizer = load_scaled_model(
+        arguments.model, arguments.scales, arguments.dtype, arguments.device, arguments.device_map
+    )
     found = measure_proxy(model, tokenizer, answers, progress=True)
     if output is not None:
         of = {"answers_file": arguments.answers, "model": arguments.model, "scales": arguments.scales}

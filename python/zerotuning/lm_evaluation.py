@@ -60,6 +60,7 @@ class ZeroTuningLM(HFLM):
         tokenizer: for a model given as an object (default: its name's).
         dtype, device: as of `load_model`; dtype "auto" is its default, and so is a GPU where there is none, since lm-eval
             names cuda:0 where the user names nothing. Not for a model given as an object.
+        device_map: as of `load_model`, in place of device. Not for a model given as an object.
         batch_size, max_batch_size: as of lm-eval, "auto" among them.
         options: those arguments of lm-eval's `hf` model that say how to use a model, not how to load it.
 
@@ -75,6 +76,7 @@ class ZeroTuningLM(HFLM):
         tokenizer: Any = None,
         dtype: torch.dtype | str | None = None,
         device: str | None = None,
+        device_map: Any = None,
         batch_size: int | str = 1,
         max_batch_size: int = 64,
         **options: Any,
@@ -83,18 +85,20 @@ class ZeroTuningLM(HFLM):
         if unknown:
             raise ZeroTuningError(
                 f"model argument {unknown[0]} is not known: the model zerotuning takes pretrained, scales, tokenizer,"
-                f" dtype, {', '.join(sorted(_OPTIONS))}"
+                f" dtype, device_map, {', '.join(sorted(_OPTIONS))}"
             )
         chosen = None if scales is None else read_scales(scales)
         model, name = pretrained, getattr(pretrained, "name_or_path", "")
         if isinstance(pretrained, (str, os.PathLike)):
             name = os.fspath(pretrained)
-            if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
-                device = None
-            model, own_tokenizer = load_model(pretrained, None if dtype == "auto" else dtype, device)
+            default = str(device).startswith("cuda") and (device_map is not None or not torch.cuda.is_available())
+            model, own_tokenizer = load_model(
+                pretrained, None if dtype == "auto" else dtype, None if default else device, device_map
+            )
             tokenizer = tokenizer or own_tokenizer
-        elif dtype not in (None, "auto"):
-            raise ZeroTuningError(f"dtype must not be given with a model that is loaded already, got {dtype}")
+        elif dtype not in (None, "auto") or device_map is not None:
+            given = f"device_map, got {device_map}" if dtype in (None, "auto") else f"dtype, got {dtype}"
+            raise ZeroTuningError(f"a model that is loaded already takes no {given}")
         patch(model)
         if chosen is not None:
             fit_scales(model, chosen, name, scales)

@@ -20,6 +20,7 @@ def load_scaled_model(
     scales: HeadScales | str | os.PathLike[str] | None = None,
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
+    device_map: Any = None,
 ) -> tuple[Any, Any]:
     """`load_model`, then `apply_scales`; without scales the model stays as transformers has it.
 
@@ -27,7 +28,7 @@ def load_scaled_model(
     Errors: ZeroTuningError as of both, and for scales of another shape, which names scales and model.
     """
     chosen = None if scales is None else read_scales(scales)
-    model, tokenizer = load_model(name, dtype, device)
+    model, tokenizer = load_model(name, dtype, device, device_map)
     if chosen is not None:
         fit_scales(model, chosen, os.fspath(name), scales)
     return model, tokenizer

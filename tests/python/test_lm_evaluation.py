@@ -14,6 +14,7 @@ import pytest
 import torch
 import zerotuning as zt
 from zerotuning.cli import main
+from zerotuning.errors import ZeroTuningError
 from zerotuning.scales import HeadScales
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -157,13 +158,21 @@ def test_simple_evaluate_takes_names_and_models_that_are_patched_already(
     by_name = ZeroTuningLM("model", scales="scales", dtype="float32", device="cpu", batch_size=16)
     zt.apply_scales(tiny_model, HeadScales(GAMMA))
     by_object = ZeroTuningLM(tiny_model, tokenizer=tiny_tokenizer, batch_size=3)
-    for model in (by_name, by_object):
+    mapped = ZeroTuningLM("model", scales="scales", dtype="float32", device="cuda:0", device_map="cpu", batch_size=16)
+    for model in (by_name, by_object, mapped):
         found = lm_eval.simple_evaluate(
             model=model, tasks=["films"], task_manager=TaskManager(include_path="tasks"), bootstrap_iters=0
         )
         assert found["results"]["films"]["acc,none"] == pytest.approx(accuracy(scores))
         logs = [[float(pair[0][0]) for pair in sample["resps"]] for sample in found["samples"]["films"]]
         assert logs == [pytest.approx(row, abs=1e-4) for row in scores]
+
+
+def test_a_model_that_is_loaded_already_is_not_placed_or_converted(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    with pytest.raises(ZeroTuningError, match="a model that is loaded already takes no device_map, got auto"):
+        ZeroTuningLM(tiny_model, tokenizer=tiny_tokenizer, device_map="auto")
+    with pytest.raises(ZeroTuningError, match="a model that is loaded already takes no dtype, got float32"):
+        ZeroTuningLM(tiny_model, tokenizer=tiny_tokenizer, dtype="float32")
 
 
 def test_a_patched_model_keeps_its_scales_and_given_scales_replace_them(tiny_model: Any, tiny_tokenizer: Any) -> None:

@@ -127,6 +127,9 @@ def test_answers_have_fastchats_fields_and_scales_change_them(place: Path) -> No
             assert line["tstamp"] == pytest.approx(time.time(), abs=600)
     assert len({line["answer_id"] for line in lines("answers.jsonl")}) == 4
     assert turns("answers.jsonl") != turns("tuned.jsonl")
+    command = [part.replace("--device", "--device-map") for part in answer(output="mapped.jsonl")]
+    assert main([*command, "--scales", "scales"]) == 0
+    assert turns("mapped.jsonl") == turns("tuned.jsonl")
 
 
 def test_a_tokenizer_without_template_gets_the_plain_dialogue(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_lines_atomically
 from zerotuning.mt_bench.conversation import Conversation
@@ -222,7 +223,7 @@ def _same_room(rooms: Sequence[int], full: int) -> list[list[int]]:
 def _drawn_from(model: Any, source: str) -> Iterator[None]:
     """Within it torch draws from a seed of its own; afterwards it goes on as before."""
     seed = int.from_bytes(hashlib.sha256(source.encode()).digest()[:7], "big")
-    devices = [model.device] if model.device.type == "cuda" else []
+    devices = sorted({weight.device for weight in model.parameters() if weight.is_cuda}, key=str)
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
@@ -238,8 +239,8 @@ def _generate(
     ids = torch.tensor([[padding] * (length - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     output = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        input_ids=ids.to(input_device(model)),
+        attention_mask=mask.to(input_device(model)),
         max_new_tokens=room,
         pad_token_id=padding,
         **decoding.arguments(),

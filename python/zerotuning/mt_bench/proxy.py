@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.mt_bench.conversation import Conversation
 from zerotuning.mt_bench.means import Row, means
@@ -77,7 +78,7 @@ def _place(answer: Answer, turn: int) -> str:
 @torch.no_grad()
 def _figures(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[float, float]:
     """Mean log-probability of the tokens after the prompt, and mean entropy where they stand, nats."""
-    ids = torch.tensor([[*prompt, *tokens]], device=model.device)
+    ids = torch.tensor([[*prompt, *tokens]], device=input_device(model))
     known = inspect.signature(model.forward).parameters
     options = {"logits_to_keep": len(tokens) + 1} if "logits_to_keep" in known else {}
     logits = model(input_ids=ids, use_cache=False, **options).logits[0, -len(tokens) - 1 : -1]
