@@ -271,14 +271,18 @@ void add_piece(const Problem& p, const Group& group, const Piece& piece, const G
   add_rows(p, group, total.value, piece.key_begin, part.value, piece.reversed);
 }
 
-// torch's 16-bit backward kernel spends more on packing its tiles than short sequences have work:
-// up to this many keys float32 is faster, conversions included (and more exact). Measured with
-// `zerotuning bench attention`.
-constexpr int64_t longest_float32_backward = 128;
+// torch's 16-bit backward kernel spends more on packing its tiles than short sequences, and few
+// queries of small heads, have work: there float32 is faster, conversions included (and more
+// exact). Measured on a processor with AMX; without it the 16-bit kernel is slower still.
+constexpr int64_t largest_float32_keys = int64_t{128} * 128, most_float32_queries = 128;
+constexpr int64_t largest_few_query_head = 64;
 
 bool prefers_float32_backward(const Problem& p) {
   const bool half = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
-  return half && p.keys <= longest_float32_backward;
+  const int64_t columns = std::max(p.head_size, p.value_head_size);
+  const bool short_sequence = p.keys * columns <= largest_float32_keys;
+  const bool few_queries = p.queries <= most_float32_queries && columns <= largest_few_query_head;
+  return half && (short_sequence || few_queries);
 }
 
 // A copy in another dtype that keeps the layout of rows and heads.
