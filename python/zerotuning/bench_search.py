@@ -193,7 +193,7 @@ class MethodRun:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.count, self.seed, self.batch_size, self.ours = count, seed, bench.batch_size, ours
-        learns = count > bench.shots
+        learns = count > bench.shots  # a method that does not still has its shots from the largest draw
         drawing = CalibrationOptions(examples=count if learns else max(bench.examples), seed=seed)
         drawn = draw_examples(task.examples("validation"), drawing)
         self.task = task.with_shots(draw_shots(task, drawn, bench.shots, seed))

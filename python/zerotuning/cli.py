@@ -499,14 +499,11 @@ def _calibrated(
 ) -> Any:
     from zerotuning.calibrate import calibrate
     from zerotuning.example_folds import draw_examples
-    from zerotuning.models import load_model
 
     for task, part in zip(tasks, records, strict=True):
         draw_examples(part, chosen)
         _check_records(task, part, require_label=chosen.objective == "task-loss")
-    model, tokenizer = load_model(
-        arguments.model, arguments.dtype, device, arguments.device_map, arguments.tensor_parallel
-    )
+    model, tokenizer = _loaded(arguments, device)
     return calibrate(
         model,
         tokenizer,
@@ -519,6 +516,13 @@ def _calibrated(
         progress=True,
         **options,
     )
+
+
+def _loaded(arguments: argparse.Namespace, device: str | None) -> tuple[Any, Any]:
+    """Model and tokenizer, placed as the arguments say."""
+    from zerotuning.models import load_model
+
+    return load_model(arguments.model, arguments.dtype, device, arguments.device_map, arguments.tensor_parallel)
 
 
 @contextmanager
@@ -584,18 +588,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _evaluated(arguments: argparse.Namespace, task: Any, records: list[Any], scales: Any, device: str | None) -> Any:
     from zerotuning.evaluate import evaluate
-    from zerotuning.models import load_model
-    from zerotuning.patch import apply_scales
     from zerotuning.processes import Processes
+    from zerotuning.scaled_model import fit_scales
 
-    model, tokenizer = load_model(
-        arguments.model, arguments.dtype, device, arguments.device_map, arguments.tensor_parallel
-    )
+    model, tokenizer = _loaded(arguments, device)
     if scales is not None:
-        try:
-            apply_scales(model, scales)
-        except ZeroTuningError as error:
-            raise ZeroTuningError(f"scales {arguments.scales} do not fit model {arguments.model}: {error}") from error
+        fit_scales(model, scales, arguments.model, arguments.scales)
     options = {name: getattr(arguments, name) for name in ("batch_size", "truncate")}
     return evaluate(model, tokenizer, task, records, **options, progress=Processes().is_first)
 

@@ -14,7 +14,8 @@ from transformers.cache_utils import DynamicLayer
 from zerotuning.device_maps import input_device
 from zerotuning.scoring import LabelScorer, forward_arguments
 
-#: How many times longer than the rest of a prompt its shared beginning must be.
+#: How many times longer than the rest of a prompt its shared beginning must be. SmolLM2-135M on two cores with AMX: nothing
+#: gained at half the rest, 0.7 of a gradient's time at twice, 0.35 at seven times.
 WORTH_SHARING = 2
 
 
@@ -54,7 +55,7 @@ def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
     """Within it the scorer reads what all its prompts begin with once, before the first batch, and of every prompt the
     rest alone: at the scales of that moment, which must stay. With gradients, for one batch: its backward pass goes
     through the prefix as well."""
-    scorer.prefix = SharedPrefix(scorer, scorer.shared_length) if scorer.shared_length else None
+    scorer.prefix = SharedPrefix(scorer) if scorer.shared_length else None
     try:
         yield
     finally:
@@ -62,11 +63,12 @@ def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
 
 
 class SharedPrefix:
-    """The first `length` tokens of all prompts, read when they are needed first."""
+    """What all prompts of a scorer begin with, read when it is needed first."""
 
-    def __init__(self, scorer: LabelScorer, length: int) -> None:
+    def __init__(self, scorer: LabelScorer) -> None:
         self._model: Any = scorer.model
-        self._tokens, self._length = scorer.examples[0].prompt[:length], length
+        self._length = scorer.shared_length
+        self._tokens = scorer.examples[0].prompt[: self._length]
         known = forward_arguments(self._model)
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # the older name warns since 5.20
         self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import zerotuning as zt
+from random_models import random_model
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from zerotuning import processes
 from zerotuning.device_maps import input_device
 from zerotuning.patch import HeadScaling, head_parameters, head_scales, patched_shape
@@ -45,15 +45,8 @@ RECORDS = [
 
 
 def save_random_model(folder: Path, kind: str, tokenizer: Any, **changes: Any) -> Path:
-    """A checkpoint whose weights are large enough for attention that is far from uniform."""
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**SMALL | {"vocab_size": len(tokenizer)} | changes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
-    model.save_pretrained(folder)
+    """A checkpoint with its tokenizer."""
+    random_model(kind, **SMALL | {"vocab_size": len(tokenizer)} | changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import zerotuning as zt
+from limited_memory import memory_for
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.checkpointing import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
@@ -276,18 +277,10 @@ def test_cma_es_takes_any_metric_of_generated_text(tiny: Any) -> None:
 # Setbacks.
 
 
-def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any, monkeypatch: Any) -> None:
+def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any) -> None:
     whole = calibrate(tiny)
-    forward = type(tiny[0]).forward
-
-    def small_only(self: Any, input_ids: Any = None, **more: Any) -> Any:
-        if input_ids.shape[0] > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, input_ids=input_ids, **more)
-
-    small_only.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(tiny[0]), "forward", small_only)
-    found = calibrate(tiny)
+    with memory_for(tiny[0], 3):
+        found = calibrate(tiny)
     assert any("not enough memory for a batch of" in note for note in found.report["setbacks"])
     assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import zerotuning as zt
+from several_processes import torchrun
 from zerotuning.errors import ZeroTuningError
 from zerotuning.folded_search import FoldedSearch
 from zerotuning.scales import HeadScales
@@ -139,19 +140,6 @@ def test_a_damaged_state_is_refused(
             run()
 
 
-def torchrun(place: Path, count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.run(
-        [*launcher, "-m", "zerotuning", *arguments],
-        cwd=place,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
     ("objective", "method"),
     [("task-loss", "gradient"), ("information", "gradient"), ("task-loss", "cma-es"), ("entropy", "paper")],
@@ -159,7 +147,7 @@ def torchrun(place: Path, count: int, *arguments: str) -> subprocess.CompletedPr
 def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str) -> None:
     options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method)
     finish(start(place, *command("one", *options)))
-    together = torchrun(place, 2, *command("two", *options))
+    together = torchrun(place, "-m", "zerotuning", *command("two", *options))
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("In two: ") == 1
     one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
@@ -172,7 +160,7 @@ def test_two_processes_find_the_scales_of_one(place: Path, objective: str, metho
 
 
 def test_bad_input_ends_all_processes(place: Path) -> None:
-    together = torchrun(place, 2, *command("two", "--layers", "9"))
+    together = torchrun(place, "-m", "zerotuning", *command("two", "--layers", "9"))
     assert together.returncode != 0
     assert "layers: the model's layers are 0 to 1, got 9" in together.stderr
     assert not (place / "two").exists()

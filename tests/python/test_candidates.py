@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import zerotuning as zt
+from limited_memory import memory_for
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.candidates import CPU_TOKENS
 from zerotuning.measurement import Measurement, TaskExamples
@@ -120,14 +121,8 @@ def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
     with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (measurement, _):
         places = all_places(measurement)
         expected = measurement.scores_at(points, places)
-
-        def small_only(_: Any, args: Any, options: dict[str, Any]) -> None:
-            if len(options["input_ids"]) > 9:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        hook = tiny_model.register_forward_pre_hook(small_only, with_kwargs=True)
-        found = measurement.scores_at(points, places)
-        hook.remove()
+        with memory_for(tiny_model, 9):
+            found = measurement.scores_at(points, places)
         assert measurement.setbacks.together in (1, 2)
         assert any("candidates in a pass, retried with at most" in note for note in measurement.setbacks.notes)
         for one, other in zip(found, expected, strict=True):
@@ -246,14 +241,8 @@ def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tin
     with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (measurement, _):
         places = all_places(measurement)
         expected = measurement.losses(points, places)
-
-        def small_only(_: Any, args: Any, options: dict[str, Any]) -> None:
-            if len(options["input_ids"]) > 2:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        hook = tiny_model.register_forward_pre_hook(small_only, with_kwargs=True)
-        assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
-        hook.remove()
+        with memory_for(tiny_model, 2):
+            assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
         assert measurement.setbacks.largest == 2
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from random_models import random_model
 from zerotuning.cli import main
 from zerotuning.demo_model import demo_model_path
 from zerotuning.scales import HeadScales
@@ -62,13 +61,7 @@ def evaluated(*arguments: str) -> dict[str, Any]:
 def test_a_saved_checkpoint_is_evaluated_calibrated_and_evaluated_again(
     family: str, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](vocab_size=len(tiny_tokenizer), **{**SMALL, **FAMILIES[family]})
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(std=0.15)
+    model = random_model(family, vocab_size=len(tiny_tokenizer), **{**SMALL, **FAMILIES[family]})
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("model")
     tiny_tokenizer.save_pretrained("model")

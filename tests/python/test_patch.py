@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from random_models import random_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
@@ -71,14 +72,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def small_model(kind: str, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[kind](**{**SMALL, **MODELS.get(kind, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:  # larger weights than the default: attention that is far from uniform
-                parameter.normal_(std=0.15)
-    return model
+    return random_model(kind, "sdpa", **{**SMALL, **MODELS.get(kind, {}), **changes})
 
 
 def random_scales(model: nn.Module, seed: int = 0) -> HeadScales:

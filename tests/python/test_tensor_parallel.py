@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import parallel_figures
 import pytest
 import torch
 import zerotuning as zt
+from several_processes import torchrun
 from transformers import GPT2Config, LlamaConfig
 from zerotuning import ops, tensor_parallelism
 from zerotuning.errors import ZeroTuningError
@@ -36,21 +34,6 @@ TASK = f"name: films\nprompt: {json.dumps(parallel_figures.PROMPT)}\nlabels: {js
 two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2 or not ops.runs_on("cuda"), reason="needs two GPUs and a CUDA build"
 )
-
-
-def torchrun(place: Path, *arguments: str | Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
-    """Two processes of a script, or of a module after -m."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [*launcher, *map(str, arguments)],
-        cwd=place,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **hidden},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def save_models(place: Path, tokenizer: Any) -> list[Path]:

@@ -1,0 +1,24 @@
+"""A memory that holds only so much, without one that is full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def memory_for(model: Any, sequences: int) -> Iterator[None]:
+    """Within it the model runs out of memory in passes of more sequences."""
+
+    def refuse(_: Any, args: Any, options: dict[str, Any]) -> None:
+        if len(options["input_ids"]) > sequences:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
