@@ -59,6 +59,50 @@ def test_gradient_and_cma_es_find_the_optimum() -> None:
     np.testing.assert_allclose(cma_es.best(), TARGET, atol=1e-4)
 
 
+def sphere(point: np.ndarray) -> float:
+    return float((point**2).sum())
+
+
+def ellipsoid(point: np.ndarray) -> float:
+    return float((10 ** (6 * np.arange(point.size) / (point.size - 1)) * point**2).sum())
+
+
+def rosenbrock(point: np.ndarray) -> float:
+    return float((100 * (point[1:] - point[:-1] ** 2) ** 2 + (1 - point[:-1]) ** 2).sum())
+
+
+def spent_by_pycma(function: Any, start: np.ndarray, seed: int) -> float:
+    """Evaluations that the reference implementation of CMA-ES needs for a loss of 1e-9; inf where it ends in
+    Rosenbrock's other valley, at 3.99."""
+    cma = pytest.importorskip("cma")
+    search = cma.CMAEvolutionStrategy(start, 0.5, {"seed": seed + 1, "verbose": -9, "ftarget": 1e-9})
+    search.optimize(function)
+    return float(search.result.evaluations) if search.result.fbest <= 1e-9 else math.inf
+
+
+def spent_by_ours(function: Any, start: np.ndarray, seed: int) -> float:
+    options = {"evaluations": 40_000, "tolfun": 1e-30, "tolx": 1e-30, "held_out": False}
+    search = _search.CmaEsOptimizer(start.size, sigma=0.5, seed=seed, start=start, **options)
+    spent = 0
+    while not search.finished():
+        losses = [function(wanted.point) for wanted in search.ask()]
+        spent += len(losses)
+        if min(losses) <= 1e-9:
+            return spent
+        search.tell([(loss, None) for loss in losses])
+    return math.inf
+
+
+@pytest.mark.parametrize("dimension", [5, 10, 20])
+@pytest.mark.parametrize(("function", "start"), [(sphere, 1.0), (ellipsoid, 1.0), (rosenbrock, 0.0)])
+def test_cma_es_needs_at_most_half_more_evaluations_than_pycma(function: Any, start: float, dimension: int) -> None:
+    first = np.full(dimension, start)
+    reference, ours = (
+        np.median([spent(function, first, seed) for seed in range(7)]) for spent in (spent_by_pycma, spent_by_ours)
+    )
+    assert ours <= 1.5 * reference < math.inf
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_points_are_float64_vectors_that_the_caller_owns(method: str) -> None:
     optimizer = make(method)
