@@ -12,7 +12,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zerotuning import ops, reference
+from zerotuning import objectives, ops, reference
 from zerotuning.bench import (
     OURS,
     Row,
@@ -31,12 +32,16 @@ from zerotuning.bench import (
     ours,
     paper_eager,
 )
-from zerotuning.scoring import GRADIENT_TOKENS
+from zerotuning.patch import head_parameters
+from zerotuning.scoring import GRADIENT_TOKENS, Batch, LabelScorer
+from zerotuning.shared_prefix import behind_prefix
+from zerotuning.tasks import Record, Task
 
 CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
+SHOTS = 4
 LARGEST_MATRIX = 8 * 2**30
 ROUNDS = 25
 Peers = Mapping[str, Callable[[], object]]
@@ -252,7 +257,7 @@ def _repeated(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> T
 def calibration_rows() -> Iterator[Row]:
     """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, the objective and its gradient, generation."""
     model = _llama_8b()
-    for part in (_prefill, _objective, _sensitivities, _generation):
+    for part in (_prefill, _objective, _behind_shots, _sensitivities, _generation):
         try:
             yield from part(model)
         except Exception as error:  # one part's failure leaves the others' figures
@@ -363,8 +368,6 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]
 
 def _loss_and_gradient(model: Any, ids: Tensor) -> Tensor:
     """The mean loss' gradient of every head; prompts of more than GRADIENT_TOKENS together go in parts."""
-    from zerotuning.patch import head_parameters
-
     with head_parameters(model) as parameters:
         gradient = torch.zeros(len(parameters), parameters[0].numel(), device="cuda")
         for part in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1])):
@@ -393,6 +396,52 @@ def _objective(model: Any) -> Iterator[Row]:
             "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
         }
         yield {"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
+
+
+def _behind_shots(model: Any, prompts: int = 64, words: int = 64) -> Iterator[Row]:
+    """Prompts of 64 tokens behind four more that are solved, which are read with each prompt or once a pass."""
+    records = [
+        Record({"text": " ".join(map(str, torch.randint(2, 10000, (words,)).tolist())), "label": n % 2}, f"prompt {n}")
+        for n in range(prompts + SHOTS)
+    ]
+    task = Task("numbers", "{text}", (" 0", " 1")).with_shots(records[:SHOTS])
+    scorer = LabelScorer(model, _numbers(), task, records[SHOTS:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS)
+
+    @torch.no_grad()
+    def forward(batches: list[Batch], together: Callable[[], AbstractContextManager[None]]) -> None:
+        with together():
+            for batch in batches:
+                scorer.scores(batch)
+
+    def gradient(batches: list[Batch], together: Callable[[], AbstractContextManager[None]]) -> None:
+        with head_parameters(model) as parameters:
+            for batch in batches:
+                with together():
+                    torch.autograd.grad(objectives.task_loss(scorer.scores(batch), batch.labels.cuda()), parameters)
+
+    with _tuned(model):
+        whole = scorer.batches
+        scorer.uncounted = scorer.shared_length
+        once = scorer.batches_of(range(prompts))
+        for what, call in (("forward", forward), ("forward + gradient of every head", gradient)):
+            plain = _seconds(partial(call, whole, nullcontext))
+            shared = _seconds(partial(call, once, partial(behind_prefix, scorer)))
+            figures = {
+                "whole prompts": {"ms": 1e3 * plain, "ratio": 1.0},
+                "shots read once": {"ms": 1e3 * shared, "ratio": shared / plain},
+            }
+            shape = f"{prompts} x {scorer.examples[0].longest}, {scorer.shared_length} of them shots"
+            yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": figures}
+
+
+def _numbers() -> Any:
+    """A tokenizer whose tokens are numbers from 0 to 9,999."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(n): n for n in range(10000)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def _sensitivities(model: Any) -> Iterator[Row]:

@@ -40,6 +40,7 @@ from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
+from zerotuning.shared_prefix import is_worth_sharing
 from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records
@@ -221,6 +222,8 @@ def _prepared(
         require_labels=need_labels,
         truncate=options.truncate,
     )
+    if is_worth_sharing(scorer):
+        scorer.uncounted = scorer.shared_length
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     return TaskExamples(task, records, scorer, prior)
 

@@ -48,9 +48,9 @@ class RecordedPasses:
             return False
         return len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
 
-    def takes(self, input_ids: Tensor, copies: int = 1) -> bool:
-        """Whether a batch is short enough."""
-        return self._pool is not None and recorded_tokens(input_ids, copies) <= MOST_TOKENS
+    def takes(self, input_ids: Tensor, copies: int = 1, read_first: int = 0) -> bool:
+        """Whether a batch is short enough, together with so many tokens that its pass reads first."""
+        return self._pool is not None and read_first + recorded_tokens(input_ids, copies) <= MOST_TOKENS
 
     def logits(
         self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...], copies: int = 1
@@ -68,7 +68,8 @@ class RecordedPasses:
             generator = torch.cuda.default_generators[padded["input_ids"].get_device()]
             before = generator.clone_state()
             try:
-                self._recorded[key] = self._record(padded, forward, copies == 1), self.model.get_output_embeddings()  # type: ignore[operator]
+                held = (self.model.get_output_embeddings(), forward)  # type: ignore[operator]  # what it reads
+                self._recorded[key] = self._record(padded, forward, copies == 1), held
             except RuntimeError as error:
                 # A recording that broke off leaves the GPU's random numbers waiting for its end.
                 generator.graphsafe_set_state(before)

@@ -143,6 +143,8 @@ class LabelScorer:
         self.recorded: RecordedPasses | None = None
         #: What all prompts begin with, while `shared_prefix.behind_prefix` has it read once for all.
         self.prefix: SharedPrefix | None = None
+        #: How much of each prompt does not count toward `batch_tokens`, because it is read once a batch.
+        self.uncounted = 0
         self._padding = getattr(tokenizer, "pad_token_id", None) or 0
         self._forward_arguments = forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
@@ -247,7 +249,7 @@ class LabelScorer:
         for index in sorted(places, key=lambda i: self.examples[i].longest):
             added = len(self.examples[index].beginnings)
             # The longest comes last, so it sets the padded length.
-            tokens = (sequences + added) * self.examples[index].longest
+            tokens = (sequences + added) * (self.examples[index].longest - self.uncounted)
             if group and (sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)):
                 yield group
                 group, sequences = [], 0
@@ -283,27 +285,34 @@ class LabelScorer:
     def _logits(self, batch: Batch, positions: int) -> Tensor:
         """Logits at the last `positions` positions of each sequence: float32 (float64 of a float64 model)
         [S, positions, rows of the output layer]."""
-        device = input_device(self.model)
-        inputs = {"input_ids": batch.input_ids.to(device), "attention_mask": batch.attention_mask.to(device)}
+        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "position_ids" in self._forward_arguments:
-            inputs["position_ids"] = batch.position_ids.to(device)
+            inputs["position_ids"] = batch.position_ids
+        prefix = self.prefix
+        if prefix is not None:
+            inputs = prefix.rest_of(inputs)
+        device = input_device(self.model)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
         options: dict[str, Any] = {}
         if "use_cache" in self._forward_arguments:
             options["use_cache"] = False
         if "logits_to_keep" in self._forward_arguments:
             options["logits_to_keep"] = positions
 
-        def forward(tensors: dict[str, Any]) -> Tensor:
+        def forward(tensors: Mapping[str, Any]) -> Tensor:
             logits: Tensor = self.model(**{**options, **tensors}).logits[:, -positions:]
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-        if self.prefix is not None:
-            return forward(self.prefix.rest_of(inputs))
-        if self.recorded is not None and self.recorded.takes(inputs["input_ids"], batch.copies):
-            replayed = self.recorded.logits(inputs, forward, (id(self), positions), batch.copies)
+        def whole(tensors: Mapping[str, Tensor]) -> Tensor:
+            return forward(tensors if prefix is None else prefix.before(tensors, prefix.read()))
+
+        read_first = 0 if prefix is None else prefix.length
+        if self.recorded is not None and self.recorded.takes(inputs["input_ids"], batch.copies, read_first):
+            kind = (id(self), positions, read_first)
+            replayed = self.recorded.logits(inputs, whole, kind, batch.copies)
             if replayed is not None:
                 return replayed
-        return forward(inputs)
+        return forward(inputs if prefix is None else prefix.before(inputs, prefix.kept()))
 
 
 class _LabelRows(nn.Module):

@@ -20,10 +20,8 @@ WORTH_SHARING = 2
 
 
 def is_worth_sharing(scorer: LabelScorer) -> bool:
-    """Whether scores behind the prefix come sooner than those of whole prompts: many shots, on the CPU, where it was
-    measured; on a GPU the passes of whole prompts may be recorded."""
-    model: Any = scorer.model
-    if not (can_share(scorer) and input_device(model).type == "cpu"):
+    """Whether scores behind the prefix come sooner than those of whole prompts: many shots."""
+    if not can_share(scorer):
         return False
     shared = scorer.shared_length
     left = [len(example.prompt) - shared for example in scorer.examples]
@@ -63,34 +61,42 @@ def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
 
 
 class SharedPrefix:
-    """What all prompts of a scorer begin with, read when it is needed first."""
+    """What all prompts of a scorer begin with.
+
+    length    tokens of it, P
+    """
 
     def __init__(self, scorer: LabelScorer) -> None:
         self._model: Any = scorer.model
-        self._length = scorer.shared_length
-        self._tokens = scorer.examples[0].prompt[: self._length]
+        self.length = scorer.shared_length
+        self._ids = torch.tensor([scorer.examples[0].prompt[: self.length]], device=input_device(self._model))
         known = forward_arguments(self._model)
         self._cache_name = "cache" if "cache" in known else "past_key_values"  # the older name warns since 5.20
         self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._cache: Cache | None = None
+        self._kept: Cache | None = None
 
-    def rest_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the model is given in place of a batch of whole, left-padded prompts [S, T]: what comes after the prefix,
-        [S, longest rest], padded between the two."""
-        rest = inputs["attention_mask"].cumsum(dim=-1) > self._length
+    def rest_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of a batch of whole, left-padded prompts [S, T] what comes after the prefix, left-padded: [S, longest rest]."""
+        rest = inputs["attention_mask"].cumsum(dim=-1) > self.length
         width = int(rest.sum(dim=-1).max())
         cut = {name: tensor[:, -width:] for name, tensor in inputs.items()}
-        mask = torch.nn.functional.pad(rest[:, -width:], (self._length, 0), value=True)
-        cut["attention_mask"] = mask.to(inputs["attention_mask"].dtype)
-        return {**cut, self._cache_name: self._read(inputs["input_ids"].device), "use_cache": True}
+        return {**cut, "attention_mask": rest[:, -width:].to(inputs["attention_mask"].dtype)}
 
-    def _read(self, device: torch.device) -> Cache:
-        if self._cache is None:
-            cache = Cache(layer_class_to_replicate=_PrefixLayer)
-            ids = torch.tensor([self._tokens], device=device)
-            self._model(input_ids=ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
-            self._cache = cache
-        return self._cache
+    def read(self) -> Cache:
+        cache = Cache(layer_class_to_replicate=_PrefixLayer)
+        self._model(input_ids=self._ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
+        return cache
+
+    def kept(self) -> Cache:
+        """What `read` gave the first time."""
+        if self._kept is None:
+            self._kept = self.read()
+        return self._kept
+
+    def before(self, rest: Mapping[str, Tensor], cache: Cache) -> dict[str, Any]:
+        """What the model is given to read `rest` after the prefix, which is in `cache`."""
+        mask = torch.nn.functional.pad(rest["attention_mask"], (self.length, 0), value=1)
+        return {**rest, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
 
 
 class _PrefixLayer(DynamicLayer):
@@ -98,8 +104,9 @@ class _PrefixLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            kept: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return kept
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
         return _behind(self.keys, key_states), _behind(self.values, value_states)
 
 

@@ -19,7 +19,7 @@ from zerotuning.candidates import CPU_TOKENS
 from zerotuning.measurement import Measurement, TaskExamples
 from zerotuning.patch import head_parameters, patch
 from zerotuning.processes import Processes
-from zerotuning.scoring import LabelScorer
+from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
 from zerotuning.shared_prefix import can_share
 from zerotuning.single_search import SingleSearch
@@ -234,6 +234,15 @@ def test_gradients_go_through_shots_that_are_read_once_a_batch(
         for found in ((loss, gradient), kept_less):
             assert found[0] == pytest.approx(expected[0], abs=1e-5)
             np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-4 * np.abs(expected[1]).max())
+
+
+def test_what_is_read_once_does_not_count_toward_the_tokens_of_a_pass(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    task, records = with_many_shots(tiny_model)
+    length = LabelScorer(tiny_model, tiny_tokenizer, task, records).shared_length
+    with passes(tiny_model) as shapes:
+        zt.calibrate(tiny_model, tiny_tokenizer, task, records=records * 8, batch_size=64, steps=1, folds=2)
+    assert any(rows * (length + width) > GRADIENT_TOKENS for rows, width in shapes)
+    assert all(rows * width <= GRADIENT_TOKENS for rows, width in shapes)
 
 
 def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tiny_tokenizer: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import LabelScorer
 from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import scores_behind_prefix
+from zerotuning.shared_prefix import behind_prefix, scores_behind_prefix
 from zerotuning.tasks import Task
 
 pytestmark = [
@@ -446,9 +448,12 @@ def test_scales_expanded_over_the_batch_get_a_gradient_for_each_sample() -> None
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-def _loss_and_gradient(model: Any, tokenizer: Any, recorded: bool) -> tuple[list[float], list[Tensor], list[str]]:
-    """Of 21 examples of two lengths, in batches, at three points; replayed or not."""
-    task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative"])
+def _loss_and_gradient(
+    model: Any, tokenizer: Any, recorded: bool, told: str = "", read_once: bool = False
+) -> tuple[list[float], list[Tensor], list[str]]:
+    """Of 21 examples of two lengths, in batches, at three points; replayed or not. What is told before each of them may
+    be read once a batch."""
+    task = Task("reviews", prompt=told + "Review: {text} Sentiment:", labels=[" positive", " negative"])
     records = [{"text": "good " * (1 + n % 3), "label": n % 2} for n in range(21)]
     losses, gradients, notes = [], [], []
     with torch.device("cpu"), head_parameters(model) as parameters:
@@ -461,10 +466,13 @@ def _loss_and_gradient(model: Any, tokenizer: Any, recorded: bool) -> tuple[list
                 for leaf in parameters:
                     leaf.fill_(value)
             for batch in scorer.batches:
-                loss = F.cross_entropy(scorer.scores(batch), batch.labels.cuda())
-                gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
-                with torch.no_grad():
-                    losses.append(float(F.cross_entropy(scorer.scores(batch), batch.labels.cuda())))
+                with behind_prefix(scorer) if read_once else nullcontext():
+                    loss = F.cross_entropy(scorer.scores(batch), batch.labels.cuda())
+                    gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
+            with torch.no_grad(), behind_prefix(scorer) if read_once else nullcontext():
+                losses += [
+                    float(F.cross_entropy(scorer.scores(batch), batch.labels.cuda())) for batch in scorer.batches
+                ]
     return losses, gradients, notes
 
 
@@ -474,6 +482,31 @@ def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(ti
     assert recorded[2] == []
     torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack(recorded[1]), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_what_all_prompts_begin_with_is_read_once_a_pass(tiny_tokenizer, recorded: bool) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    told = "a good story, well told " * 8
+    whole = _loss_and_gradient(model, tiny_tokenizer, False, told)
+    read: Counter[torch.Size] = Counter()
+    hook = model.register_forward_pre_hook(
+        lambda _, args, options: read.update([options["input_ids"].shape]), with_kwargs=True
+    )
+    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, recorded, told, read_once=True)
+    hook.remove()
+    assert notes == []
+    beginnings = sum(times for shape, times in read.items() if shape[0] == 1)
+    rests = {shape: times for shape, times in read.items() if shape[0] > 1}
+    if recorded:  # two rehearsals, one recording of each shape
+        assert set(rests.values()) == {3}
+        assert beginnings == sum(rests.values())
+    else:  # once a batch with gradients, once for all without
+        assert beginnings == 3 * (3 + 1)
+        assert sum(rests.values()) == 3 * (3 + 3)
+    assert max(shape[1] for shape in rests) < 40
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(whole[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(gradients), torch.stack(whole[1]), rtol=1e-3, atol=1e-5)
 
 
 def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer) -> None:
