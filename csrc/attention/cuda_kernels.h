@@ -80,18 +80,27 @@ int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // by
 cudaError_t attention_backward_plain(const CudaAttention& arguments,
                                      const CudaAttentionGradients& gradients, cudaStream_t stream);
 
-// Gradients by a stock kernel that had rows first_row, first_row + 1, ... of query and of key.
+// Gradients of query by a stock kernel that left the initial token's key out, or that had the
+// second key in its place as well (double_second_key).
 struct StockGradients {
-  Array4 query, key, value;
-  int32_t first_row;
+  Array4 query;  // may be grad_query itself
+  bool second_key_doubled;
 };
+
+// The stock kernel's key and value rows: the call's, with those of the second key in the place of
+// the initial token's. So it reads whole tiles from where they begin, no weight is larger than 1
+// (that of the initial token's own row is not used), and what it says of a key 0 is that of key 1:
+// a part of grad_query that initial_token_backward takes away.
+cudaError_t double_second_key(const CudaAttention& arguments, const Array4& key,
+                              const Array4& value, cudaStream_t stream);
 
 // The gradients of all keys, from those of the others and the initial token's part (key 0): with
 // a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o):
 //   grad_query = stock.query + scale ds k_0;  grad_key[0] = sum scale ds q;
 //   grad_value[0] = sum a do;  grad_log_scale = sum ds.                       (design.md section 4)
-// The scaled key is the only one of its sample's span; what the stock kernel says of it does not
-// count. 16-bit dtypes. The sums are made in a fixed order.
+// Other rows of grad_key and grad_value are the stock kernel's already. The scaled key is the only
+// one of its sample's span; what the stock kernel says of it does not count. 16-bit dtypes. The
+// sums are made in a fixed order.
 int64_t initial_token_backward_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t initial_token_backward(const CudaAttention& arguments,
                                    const CudaAttentionGradients& gradients,

@@ -97,16 +97,21 @@ __device__ __forceinline__ int64_t part_size(const CudaAttention& c) {
 
 template <typename T, int lanes>
 __global__ void __launch_bounds__(threads)
-    backward(const CudaAttention c, const CudaAttentionGradients g, const Array4 part_query,
-             int first_row, int row_blocks, float* parts) {
+    backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
+             int row_blocks, float* parts) {
   constexpr int row_step = threads / lanes, unrolled = 2;
   const Work w(c, row_blocks);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
-  Chunk key{}, value{}, grad_key{}, grad_value{};
+  const bool doubled = stock.second_key_doubled;
+  Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
   float grad_log_scale = 0;
   if (w.key < c.keys) {
     key = unpack<T>(read<T>(c.key, w.sample, w.key_head, w.key, lane, c.head_size));
     value = unpack<T>(read<T>(c.value, w.sample, w.key_head, w.key, lane, c.value_head_size));
+  }
+  if (doubled) {
+    second_key = unpack<T>(read<T>(c.key, w.sample, w.key_head, 1, lane, c.head_size));
+    second_value = unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size));
   }
   const float scale = static_cast<float>(c.scale);
   for (int row0 = w.begin + row_thread; row0 - row_thread < w.end; row0 += unrolled * row_step) {
@@ -122,18 +127,23 @@ __global__ void __launch_bounds__(threads)
       grad_output[u] = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
       output[u] = read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size);
       logsumexp[u] = *row_of<float>(c.logsumexp, w.sample, w.head, row);
-      if (row >= first_row)
-        part[u] = read<T>(part_query, w.sample, w.head, row - first_row, lane, c.head_size);
+      // Row 0 sees no second key; what a stock kernel says of it may be infinite.
+      if (row > 0 || !doubled)
+        part[u] = read<T>(stock.query, w.sample, w.head, row, lane, c.head_size);
     }
 #pragma unroll
     for (int u = 0; u < unrolled; ++u) {
       const int row = row0 + u * row_step;
       const Chunk q = unpack<T>(query[u]), d = unpack<T>(grad_output[u]);
-      Chunk difference = unpack<T>(output[u]);
-#pragma unroll
-      for (int i = 0; i < chunk; ++i) difference.x[i] = value.x[i] - difference.x[i];
+      const Chunk o = unpack<T>(output[u]);
       const float product = lane_sum<lanes>(dot(q, key));
-      const float change = lane_sum<lanes>(dot(d, difference));  // do·v_0 - do·o
+      const float change = lane_sum<lanes>(dot(d, less(value, o)));  // do·v_0 - do·o
+      float second_gradient = 0;
+      if (doubled) {
+        const float logit = scale * lane_sum<lanes>(dot(q, second_key));
+        const float second_change = lane_sum<lanes>(dot(d, less(second_value, o)));
+        if (row > 0) second_gradient = expf(logit - logsumexp[u]) * second_change;
+      }
       if (row >= w.end) continue;
       const bool sees = w.sees(row, c.keys) && logsumexp[u] != -INFINITY;
       const float weight = sees ? expf(scale * product + w.bias - logsumexp[u]) : 0;
@@ -141,7 +151,7 @@ __global__ void __launch_bounds__(threads)
       Chunk grad_query = unpack<T>(part[u]);
 #pragma unroll
       for (int i = 0; i < chunk; ++i) {
-        grad_query.x[i] += scale * gradient * key.x[i];
+        grad_query.x[i] += scale * (gradient * key.x[i] - second_gradient * second_key.x[i]);
         grad_key.x[i] += gradient * q.x[i];
         grad_value.x[i] += weight * d.x[i];
       }
@@ -170,10 +180,9 @@ __global__ void __launch_bounds__(threads)
 }
 
 // What is left of the gradients, in one launch: its first blocks add the parts of the initial
-// token's rows, the next ones those of log_scale, all others copy the stock kernel's rows.
+// token's rows, the others those of log_scale.
 struct LastStep {
-  Array4 part_key, part_value;  // of keys first_key, first_key + 1, ...
-  int first_key, row_blocks, row_sum_blocks, log_scale_blocks;
+  int row_blocks, row_sum_blocks;
 };
 
 __host__ __device__ constexpr int column_blocks(int columns) { return (columns + 31) / 32; }
@@ -228,41 +237,43 @@ __device__ __forceinline__ void write_log_scale(const CudaAttention& c,
   if (lane == 0) static_cast<float*>(g.grad_log_scale)[entry] = static_cast<float>(sum);
 }
 
-// A block's share of all rows but the initial token's, 16 bytes a thread.
 template <typename T>
-__device__ void copy_rows(const CudaAttention& c, const Array4& from, const Array4& to, int columns,
-                          int first_key, int block, int blocks) {
-  const int chunks = columns / chunk, rows = c.keys - first_key;
-  const int count = c.batch * rows * c.key_heads * chunks, step = blocks * threads;
-#pragma unroll 4
-  for (int i = block * threads + threadIdx.x; i < count; i += step) {
-    const int column = i % chunks * chunk, head = i / chunks % c.key_heads;
-    const int row = i / chunks / c.key_heads % rows, sample = i / chunks / c.key_heads / rows;
-    const Sight s = sight_of(c, sample);
-    if (row + first_key == s.span_begin && s.span_begin < s.span_end) continue;
-    *reinterpret_cast<uint4*>(written_row_of<T>(to, sample, head, row + first_key) + column) =
-        *reinterpret_cast<const uint4*>(row_of<T>(from, sample, head, row) + column);
+__global__ void __launch_bounds__(threads)
+    write_sums(const CudaAttention c, const CudaAttentionGradients g, const LastStep last,
+               const float* parts) {
+  const int block = blockIdx.x, entry_block = block - last.row_sum_blocks;
+  if (entry_block < 0) {
+    write_initial_rows<T>(c, g, last.row_blocks, parts, block);
+  } else {
+    write_log_scale(c, g, last.row_blocks, parts, (entry_block * threads + threadIdx.x) / 32);
   }
+}
+
+// Rows of keys with row 1 in the place of row 0 as well; 16 bytes a thread.
+template <typename T>
+__device__ __forceinline__ void copy_doubled(const Array4& from, const Array4& to, int keys,
+                                             int heads, int columns, int64_t i) {
+  const int chunks = columns / chunk;
+  const int column = static_cast<int>(i % chunks) * chunk;
+  i /= chunks;
+  const int head = static_cast<int>(i % heads), row = static_cast<int>(i / heads % keys),
+            sample = static_cast<int>(i / heads / keys);
+  *reinterpret_cast<uint4*>(written_row_of<T>(to, sample, head, row) + column) =
+      *reinterpret_cast<const uint4*>(row_of<T>(from, sample, head, max(row, 1)) + column);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(threads)
-    write_gradients(const CudaAttention c, const CudaAttentionGradients g, const LastStep last,
-                    const float* parts) {
-  int block = blockIdx.x;
-  if (block < last.row_sum_blocks) {
-    write_initial_rows<T>(c, g, last.row_blocks, parts, block);
-    return;
-  }
-  block -= last.row_sum_blocks;
-  if (block < last.log_scale_blocks) {
-    write_log_scale(c, g, last.row_blocks, parts, (block * threads + threadIdx.x) / 32);
-    return;
-  }
-  block -= last.log_scale_blocks;
-  const int blocks = gridDim.x - last.row_sum_blocks - last.log_scale_blocks;
-  copy_rows<T>(c, last.part_key, g.grad_key, c.head_size, last.first_key, block, blocks);
-  copy_rows<T>(c, last.part_value, g.grad_value, c.value_head_size, last.first_key, block, blocks);
+    double_rows(const CudaAttention c, const Array4 key, const Array4 value) {
+  const int64_t rows = int64_t{c.batch} * c.keys * c.key_heads;
+  const int64_t keys = rows * (c.head_size / chunk), values = rows * (c.value_head_size / chunk);
+  const int64_t step = int64_t{gridDim.x} * threads;
+#pragma unroll 4
+  for (int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x; i < keys; i += step)
+    copy_doubled<T>(c.key, key, c.keys, c.key_heads, c.head_size, i);
+#pragma unroll 4
+  for (int64_t i = int64_t{blockIdx.x} * threads + threadIdx.x; i < values; i += step)
+    copy_doubled<T>(c.value, value, c.keys, c.key_heads, c.value_head_size, i);
 }
 
 int row_blocks_of(const CudaAttention& c) { return (c.queries + block_rows - 1) / block_rows; }
@@ -292,25 +303,27 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
   const int row_blocks = row_blocks_of(c);
   float* parts = static_cast<float*>(g.scratch);
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
-    backward<T, decltype(lanes)::value><<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(
-        c, g, stock.query, stock.first_row, row_blocks, parts);
+    backward<T, decltype(lanes)::value>
+        <<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(c, g, stock, row_blocks, parts);
     return cudaGetLastError();
   });
   if (error != cudaSuccess) return error;
   const int entries = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
-  const LastStep last{stock.key,
-                      stock.value,
-                      stock.first_row,
-                      row_blocks,
-                      c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size),
-                      (entries * 32 + threads - 1) / threads};
-  constexpr int thread_chunks = 4, most_copy_blocks = 4096;
+  const LastStep last{row_blocks,
+                      c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size)};
+  const int log_scale_blocks = (entries * 32 + threads - 1) / threads;
+  write_sums<T><<<last.row_sum_blocks + log_scale_blocks, threads, 0, stream>>>(c, g, last, parts);
+  return cudaGetLastError();
+}
+
+template <typename T>
+cudaError_t launch_doubling(const CudaAttention& c, const Array4& key, const Array4& value,
+                            cudaStream_t stream) {
+  constexpr int thread_chunks = 4, most_blocks = 4096;
   const int64_t chunks = int64_t{c.batch} * c.key_heads * c.keys * c.head_size / chunk;
-  const int copy_blocks = static_cast<int>(
-      std::clamp<int64_t>(chunks / (threads * thread_chunks), 1, most_copy_blocks));
-  write_gradients<T>
-      <<<last.row_sum_blocks + last.log_scale_blocks + copy_blocks, threads, 0, stream>>>(
-          c, g, last, parts);
+  const int blocks =
+      static_cast<int>(std::clamp<int64_t>(chunks / (threads * thread_chunks), 1, most_blocks));
+  double_rows<T><<<blocks, threads, 0, stream>>>(c, key, value);
   return cudaGetLastError();
 }
 
@@ -336,6 +349,13 @@ cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGr
   return c.dtype == DType::float16
              ? initial_token::launch_backward<__half>(c, g, stock, stream)
              : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, stream);
+}
+
+cudaError_t double_second_key(const CudaAttention& c, const Array4& key, const Array4& value,
+                              cudaStream_t stream) {
+  return c.dtype == DType::float16
+             ? initial_token::launch_doubling<__half>(c, key, value, stream)
+             : initial_token::launch_doubling<__nv_bfloat16>(c, key, value, stream);
 }
 
 }  // namespace zerotuning::attention

@@ -211,9 +211,17 @@ std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call) {
   return {Tensor(results[0]), Tensor(results[1])};
 }
 
+Tensor gradient_like(const Tensor& t) {
+  return new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
+}
+
 struct Gradients {
   Tensor query, key, value;
 };
+
+Gradients new_gradients(const Problem& p) {
+  return {gradient_like(p.query), gradient_like(p.key), gradient_like(p.value)};
+}
 
 // cuDNN's bias of keys that are not its business: padding and the initial token. [B, 1, 1, T]
 Tensor exclusion_bias(const Problem& p, const Call& call) {
@@ -227,28 +235,31 @@ Tensor exclusion_bias(const Problem& p, const Call& call) {
 // layout.
 Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_output,
                          const Tensor& output, const Tensor& logsumexp) {
-  const int64_t first = p.key_mask ? 0 : 1;
   const Tensor seed = aten::empty(p.query, Sizes{}, ScalarType::Long);
-  const Tensor query = rows_from(call.query, first), key = rows_from(call.key, first),
-               value = rows_from(call.value, first);
-  const int64_t rows = p.queries - first;
-  if (!stock_is_cudnn(call.device)) {
-    auto stack = aten::call<3>(
-        "aten::_scaled_dot_product_flash_attention_backward", "", rows_from(grad_output, first),
-        query, key, value, rows_from(output, first), aten::contiguous(rows_from(logsumexp, first)),
-        undefined(), undefined(), rows, rows, 0.0, true, seed, seed, std::optional(p.scale));
-    return {torch::stable::detail::to<Tensor>(stack[0]),
-            torch::stable::detail::to<Tensor>(stack[1]),
-            torch::stable::detail::to<Tensor>(stack[2])};
+  Tensor key = call.key, value = call.value, bias = undefined();
+  if (p.key_mask) {
+    bias = exclusion_bias(p, call);
+  } else {
+    key = gradient_like(p.key);
+    value = gradient_like(p.value);
+    check(attention::double_second_key(call.arguments, array_of(key), array_of(value), call.stream),
+          "keys");
   }
-  const Tensor bias = p.key_mask ? exclusion_bias(p, call) : undefined();
-  const Tensor sums = aten::tensor("aten::unsqueeze", "", rows_from(logsumexp, first), int64_t{3});
-  auto stack = aten::call<3>("aten::_scaled_dot_product_cudnn_attention_backward", "",
-                             rows_from(grad_output, first), query, key, value,
-                             rows_from(output, first), sums, seed, seed, bias, undefined(),
-                             undefined(), rows, rows, 0.0, true, std::optional(p.scale));
-  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-          torch::stable::detail::to<Tensor>(stack[2])};
+  const auto stack = [&] {
+    if (!stock_is_cudnn(call.device)) {
+      return aten::call<3>("aten::_scaled_dot_product_flash_attention_backward", "", grad_output,
+                           call.query, key, value, output, logsumexp, undefined(), undefined(),
+                           p.queries, p.keys, 0.0, true, seed, seed, std::optional(p.scale));
+    }
+    const Tensor sums = aten::tensor("aten::unsqueeze", "", logsumexp, int64_t{3});
+    return aten::call<3>("aten::_scaled_dot_product_cudnn_attention_backward", "", grad_output,
+                         call.query, key, value, output, sums, seed, seed, bias, undefined(),
+                         undefined(), p.queries, p.keys, 0.0, true, std::optional(p.scale));
+  }();
+  const auto rows = [](const Tensor& t) { return in_row_layout(t, t.size(3)); };
+  return {torch::stable::detail::to<Tensor>(stack[0]),
+          rows(torch::stable::detail::to<Tensor>(stack[1])),
+          rows(torch::stable::detail::to<Tensor>(stack[2]))};
 }
 
 // Rows that see no key have logsumexp -inf, of which torch's kernels would make NaN; +inf gives 0.
@@ -271,10 +282,6 @@ Tensor aligned_rows(const Tensor& t) {
   const Tensor copy = new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
   aten::copy_(copy, t);
   return copy;
-}
-
-Tensor gradient_like(const Tensor& t) {
-  return new_rows(t, {t.size(0), t.size(1), t.size(2), t.size(3)}, t.scalar_type());
 }
 
 }  // namespace
@@ -313,15 +320,14 @@ std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
 FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                                     const Tensor& output, const Tensor& logsumexp, Route route) {
   Call call = begin(p);
-  const Tensor grad_query = gradient_like(p.query), grad_key = gradient_like(p.key),
-               grad_value = gradient_like(p.value);
   const Tensor grad_log_scale = torch::stable::empty_like(call.log_scale);
   if (empty(p)) {
-    for (const Tensor* gradient : {&grad_query, &grad_key, &grad_value, &grad_log_scale}) {
+    const Gradients zero = new_gradients(p);
+    for (const Tensor* gradient : {&zero.query, &zero.key, &zero.value, &grad_log_scale}) {
       Tensor zeroed = *gradient;
       torch::stable::zero_(zeroed);
     }
-    return {grad_query, grad_key, grad_value, grad_log_scale};
+    return {zero.query, zero.key, zero.value, grad_log_scale};
   }
   const Tensor grad_rows = aligned_rows(grad_output), output_rows = aligned_rows(output),
                sums = aten::dense(logsumexp);
@@ -329,38 +335,42 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   a.output = array_of(output_rows);
   a.logsumexp = array_of(sums);
   read_key_mask(p, call);
-  attention::CudaAttentionGradients gradients{array_of(grad_rows),
-                                              array_of(grad_query),
-                                              array_of(grad_key),
-                                              array_of(grad_value),
-                                              grad_log_scale.mutable_data_ptr(),
-                                              nullptr};
   if (route == Route::automatic) route = choose_backward(p, call);
+  Tensor memory;
+  attention::CudaAttentionGradients gradients;
+  const auto write_to = [&](const Gradients& g, int64_t scratch_bytes) {
+    memory = scratch(p.query, scratch_bytes);
+    gradients = {array_of(grad_rows),
+                 array_of(g.query),
+                 array_of(g.key),
+                 array_of(g.value),
+                 grad_log_scale.mutable_data_ptr(),
+                 memory.mutable_data_ptr()};
+  };
+  if (route == Route::stock) {
+    require(stock_takes(p, call, 128), "the stock route does not take this call");
+    Gradients g =
+        stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
+    const attention::StockGradients stock{array_of(g.query), !p.key_mask};
+    const Tensor part_query = g.query;
+    if (!has_row_layout(g.query)) g.query = gradient_like(p.query);
+    write_to(g, attention::initial_token_backward_scratch(a));
+    check(attention::initial_token_backward(a, gradients, stock, call.stream),
+          "attention_backward");
+    return {g.query, g.key, g.value, grad_log_scale};
+  }
+  const Gradients g = new_gradients(p);
   if (route == Route::hopper) {
     require(hopper_takes_backward(call), "the hopper route does not take this call");
-    const Tensor memory = scratch(p.query, attention::attention_backward_hopper_scratch(a));
-    gradients.scratch = memory.mutable_data_ptr();
+    write_to(g, attention::attention_backward_hopper_scratch(a));
     check(attention::attention_backward_hopper(a, gradients, call.device.multiprocessors,
                                                call.stream),
           "attention_backward");
-    return {grad_query, grad_key, grad_value, grad_log_scale};
-  }
-  if (route != Route::stock) {
-    const Tensor memory = scratch(p.query, attention::attention_backward_plain_scratch(a));
-    gradients.scratch = memory.mutable_data_ptr();
+  } else {
+    write_to(g, attention::attention_backward_plain_scratch(a));
     check(attention::attention_backward_plain(a, gradients, call.stream), "attention_backward");
-    return {grad_query, grad_key, grad_value, grad_log_scale};
   }
-  require(stock_takes(p, call, 128), "the stock route does not take this call");
-  const Gradients part =
-      stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
-  const attention::StockGradients stock{array_of(part.query), array_of(part.key),
-                                        array_of(part.value),
-                                        static_cast<int32_t>(p.queries - part.query.size(2))};
-  const Tensor memory = scratch(p.query, attention::initial_token_backward_scratch(a));
-  gradients.scratch = memory.mutable_data_ptr();
-  check(attention::initial_token_backward(a, gradients, stock, call.stream), "attention_backward");
-  return {grad_query, grad_key, grad_value, grad_log_scale};
+  return {g.query, g.key, g.value, grad_log_scale};
 }
 
 Tensor decode_attention_cuda(const Problem& p) {
