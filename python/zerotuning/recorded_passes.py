@@ -5,8 +5,10 @@ A pass over few tokens takes longer to launch than to compute; a search makes th
 
 from __future__ import annotations
 
+import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from zerotuning.tensor_parallelism import is_tensor_parallel
 
 #: Sequences x tokens beyond which the GPU is busy all the time, and recording only takes memory.
 MOST_TOKENS = 6144
-#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded.
+#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded: by 8, lengths by up to an eighth.
 STEP = 8
 #: What the tensors of a pass are padded with, on the left and for sequences that nobody reads.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
@@ -37,6 +39,7 @@ class RecordedPasses:
         self.log_scales = [leaf for leaf in log_scales if leaf.is_cuda]
         self._note = note
         self._recorded: dict[tuple[object, ...], tuple[Callable[..., Tensor], object]] = {}
+        self._refused: set[tuple[object, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.log_scales else None
 
     @staticmethod
@@ -59,12 +62,17 @@ class RecordedPasses:
 
         inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T]. copies: of how many candidates (see
         `patch.candidates`), whose equal parts are padded alike; with more than one the pass is not differentiable. None
-        where recording failed: the model does what cannot be recorded, or memory ran out.
+        where recording failed: the model does what cannot be recorded, or the recordings before took the memory.
         """
         sequences, length = _rounded(inputs["input_ids"], copies)
         padded = {name: _padded(tensor, sequences, length, PADDING[name], copies) for name, tensor in inputs.items()}
         key = (sequences, length, copies, *kind)
+        if key in self._refused:
+            return None
         if key not in self._recorded:
+            if not self._has_room(padded["input_ids"].device):
+                self._refused.add(key)
+                return None
             generator = torch.cuda.default_generators[padded["input_ids"].get_device()]
             before = generator.clone_state()
             try:
@@ -80,6 +88,19 @@ class RecordedPasses:
         wanted = len(inputs["input_ids"]) // copies
         return found[:wanted] if copies == 1 else found.unflatten(0, (copies, sequences))[:, :wanted].flatten(0, 1)
 
+    def _has_room(self, device: torch.device) -> bool:
+        """Whether the half of the memory that is left for passes which are not recorded is free. A recording keeps a
+        pass's activations: 1.2 MiB a token of SmolLM2-135M."""
+        free, total = torch.cuda.mem_get_info(device)
+        if free < total // 2:
+            gc.collect()
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info(device)
+        if free >= total // 2:
+            return True
+        self._note("passes of further lengths are not recorded as CUDA graphs: half of the GPU's memory is taken")
+        return False
+
     def _record(self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool) -> Callable[..., Tensor]:
         names = list(inputs)
 
@@ -88,7 +109,7 @@ class RecordedPasses:
                 return forward(dict(zip(names, tensors, strict=False)))
 
         samples = [tensor.clone() for tensor in inputs.values()]
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), warnings.catch_warnings(), _without_collection():
             # Earlier recordings keep the leaves' nodes, made on another stream; nothing accumulates through them.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
             # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
@@ -104,6 +125,18 @@ class RecordedPasses:
         self._note(f"passes are not recorded as CUDA graphs: {' '.join(str(error).split())[:200]}")
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Graphs of an earlier search, which cycles keep, stay for so long: one that goes breaks a recording off."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def recorded_tokens(input_ids: Tensor, copies: int = 1) -> int:
     """Tokens of the recording that a batch [S, T] of so many candidates' copies is run by."""
     sequences, length = _rounded(input_ids, copies)
@@ -115,7 +148,8 @@ def _rounded(input_ids: Tensor, copies: int) -> tuple[int, int]:
     batch has."""
     sequences, length = input_ids.shape[0] // copies, input_ids.shape[1]
     few = 1 << (sequences - 1).bit_length()
-    return few if few <= STEP else -(-sequences // STEP) * STEP, (length // STEP + 1) * STEP
+    step = max(STEP, 1 << max(0, length.bit_length() - 4))
+    return few if few <= STEP else -(-sequences // STEP) * STEP, (length // step + 1) * step
 
 
 def _padded(tensor: Tensor, sequences: int, length: int, value: int, copies: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from contextlib import nullcontext
@@ -100,6 +101,35 @@ def test_routes_equal_the_formula_for_weak_and_strong_sinks(sink, gamma) -> None
         got = by_route([query, key, value, log_scale], grad_output, forward, backward)
         assert error(got[0], wanted[0]) <= 3e-3
         assert all(torch.isfinite(t).all() for t in got)
+
+
+@pytest.mark.parametrize("layout", ["rows", "heads"])
+@pytest.mark.parametrize("rows", [2, 64, 4224])  # the last is long enough for the automatic choice
+def test_gradients_of_torchs_kernel_equal_the_formula_in_either_layout(rows, layout) -> None:
+    torch.manual_seed(rows)
+    inputs = random_inputs((1, 4, 2, rows, rows, 64, 64), torch.bfloat16)
+    if layout == "heads":
+        inputs[:3] = [t.contiguous() for t in inputs[:3]]
+    else:
+        inputs[:3] = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs[:3]]
+    compare(inputs, 0, STOCK)
+    compare(inputs, 0, 0)
+
+
+@pytest.mark.parametrize("sink", [0.5, 0.9, 0.99])
+def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink) -> None:
+    # It stands in the place of the first as well there, and its part is taken away again.
+    query, key, value = (t.bfloat16() for t in inputs_with_sink(sink, "cuda"))
+    order = [1, 0, *range(2, key.shape[2])]
+    log_scale = torch.linspace(-4.0, 4.0, 4)
+    compare([query, key[:, :, order], value[:, :, order], log_scale], 0, STOCK, saturated=True)
+
+
+def test_a_first_row_to_which_the_second_key_would_be_infinite_leaves_the_others_as_they_are() -> None:
+    torch.manual_seed(4)
+    query, key, value, log_scale = random_inputs((1, 2, 1, 200, 200, 64, 64), torch.bfloat16)
+    key[:, :, 1] = 40 * query[:, :1, 0]  # a logit of 320
+    compare([query, key, value, log_scale], 0, STOCK, saturated=True)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (128, 128)], ids=str)
@@ -544,6 +574,33 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(tiny_tokenizer
             leaf.copy_(torch.linspace(-1.0, 1.5, len(leaf)))
         whole = label_scores(scorer)
         torch.testing.assert_close(scores_behind_prefix(scorer), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_graphs_that_nobody_holds_do_not_disturb_a_recording(tiny_tokenizer) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    gc.collect()
+    gc.disable()
+    try:  # garbage in cycles, as after each search
+        for _ in range(2):
+            assert _loss_and_gradient(model, tiny_tokenizer, True)[2] == []
+        gc.enable()
+        gc.set_threshold(1)  # collects all the time
+        assert _loss_and_gradient(model, tiny_tokenizer, True)[2] == []
+    finally:
+        gc.enable()
+        gc.set_threshold(700, 10, 10)
+
+
+def test_lengths_for_which_no_memory_is_left_are_not_recorded(tiny_tokenizer, monkeypatch) -> None:
+    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    plain = _loss_and_gradient(model, tiny_tokenizer, False)
+    free = iter([8, 3, 3])  # room for the first length alone
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free, 3), 10))
+    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, True)
+    assert len(set(notes)) == 1
+    assert "half of the GPU's memory is taken" in notes[0]
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
 
 
 def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(tiny_tokenizer) -> None:
