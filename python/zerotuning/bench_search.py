@@ -1,7 +1,8 @@
 """`zerotuning bench search`: what the same examples of the same tasks are worth to different methods.
 
 Each method sees labelled validation examples of a task (or their texts alone) and is judged on the same test examples.
-A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
+Some of a method's labelled examples stand solved before each prompt; `information`, which has no labels, and one row of
+the untuned model go without. A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ Row = dict[str, Any]
 Outcome = tuple[Tensor, int, float]
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)
+SHOTS = 4
+WITHOUT_LABELS = ("information",)
 #: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
 ADAPTER_EPOCHS = 8
@@ -57,7 +60,7 @@ class SearchBench:
     limit      test examples of a task
     seeds      draws of the examples, 0, 1, …
     methods    names of METHODS
-    shots      of a method's examples stand solved before each prompt; it learns from those that are left
+    shots      of a method's labelled examples stand solved before each prompt; it learns from those that are left
     """
 
     model: str = "demo"
@@ -67,7 +70,7 @@ class SearchBench:
     seeds: int = 1
     methods: Sequence[str] = ()
     batch_size: int = 64
-    shots: int = 0
+    shots: int = SHOTS
     device: str | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
 
@@ -91,33 +94,36 @@ class SearchBench:
         made = []
         for seed in range(self.seeds):
             for name in self.tasks:
-                for method, count in self._plan(seed):
-                    row = known.get((name, method, count, seed, self.shots))
+                for method, count, shots in self._plan(seed):
+                    row = known.get((name, method, count, seed, shots))
                     if row is None:
-                        row = self._row(Task.load(name), name, method, count, seed, known)
+                        row = self._row(name, method, count, seed, shots, known)
                         known[_key(row)] = row
                     made.append(row)
                     yield row
         yield from mean_rows(made)
 
-    def _plan(self, seed: int) -> Iterator[tuple[str, int]]:
+    def _plan(self, seed: int) -> Iterator[tuple[str, int, int]]:
+        """Method, examples, how many of them are shots."""
         for method in self.methods:
             if method == "untuned":
-                if seed == 0 or self.shots:
-                    yield method, self.shots
+                if seed == 0:
+                    yield method, 0, 0
+                if self.shots:
+                    yield method, self.shots, self.shots
             elif method == "gradient":
-                yield from ((method, count) for count in sorted(self.examples))
+                yield from ((method, count, self.shots) for count in sorted(self.examples))
             else:
-                yield method, max(self.examples)
+                yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
-    def _row(self, task: Task, name: str, method: str, count: int, seed: int, known: dict[Any, Row]) -> Row:
-        shape = f"{name}, {count} examples, seed {seed}" + (f", {self.shots} shots" if self.shots else "")
+    def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
+        shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")
         row: Row = {"what": "search", "shape": shape, "dtype": "", "task": name, "method": method, "examples": count}
-        row |= {"seed": seed, "shots": self.shots, "peers": {}}
+        row |= {"seed": seed, "shots": shots, "peers": {}}
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
-        ours = known.get((name, "gradient", count, seed, self.shots))
-        run = MethodRun(model, tokenizer, task, count, seed, self, ours)
+        ours = known.get((name, "gradient", count, seed, shots))
+        run = MethodRun(model, tokenizer, Task.load(name), count, seed, shots, self, ours)
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -184,19 +190,27 @@ class MethodRun:
     """One method's model, examples and tests.
 
     task      with its shots
-    count     labelled examples that the method has, the shots among them
+    count     examples that the method has, the shots among them
     records   those that are no shots, in the order that `calibrate` draws them with the same number and seed
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, task: Task, count: int, seed: int, bench: SearchBench, ours: Row | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        count: int,
+        seed: int,
+        shots: int,
+        bench: SearchBench,
+        ours: Row | None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.count, self.seed, self.batch_size, self.ours = count, seed, bench.batch_size, ours
-        learns = count > bench.shots  # a method that does not still has its shots from the largest draw
+        learns = count > shots  # a method that does not still has its shots from the largest draw
         drawing = CalibrationOptions(examples=count if learns else max(bench.examples), seed=seed)
         drawn = draw_examples(task.examples("validation"), drawing)
-        self.task = task.with_shots(draw_shots(task, drawn, bench.shots, seed))
+        self.task = task.with_shots(draw_shots(task, drawn, shots, seed))
         self.records = without_shots(self.task, drawn)
         self.tests = task.examples("test", bench.limit)
         self.test_scorer = self.scorer(self.tests)

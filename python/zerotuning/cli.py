@@ -181,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seeds", type=_positive, metavar="N", help="draws of the examples (default: 1)")
     search.add_argument("--batch-size", type=_positive, metavar="N", help="prompts at once (default: 64)")
     search.add_argument(
-        "--shots", type=_shots, metavar="N", help="examples that stand solved before each prompt (default: 0)"
+        "--shots", type=_shots, metavar="N", help="labelled examples that stand solved before each prompt (default: 4)"
     )
     return parser
 

@@ -26,7 +26,7 @@ def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
         "examples",
         lambda self, split="test", limit=None: records[20:][:limit] if split == "test" else records[:20],
     )
-    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8)
+    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0)
 
 
 def test_the_interval_is_wilson_s() -> None:
@@ -81,16 +81,17 @@ def test_every_method_gives_a_row_and_leaves_the_model_as_it_was(tiny_bench, tin
 def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
     tiny_model, tiny_tokenizer, tiny_bench, monkeypatch
 ) -> None:
-    tiny_bench.shots, tiny_bench.methods = 2, ("untuned", "gradient")
+    tiny_bench.shots, tiny_bench.methods = 2, ("untuned", "gradient", "information")
     runs = []
     for name in tiny_bench.methods:
         method = bench_search.METHODS[name]
         monkeypatch.setitem(bench_search.METHODS, name, lambda run, method=method: (runs.append(run), method(run))[1])
     rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
     assert [(row["method"], row["examples"], row["shots"]) for row in rows] == [
-        ("untuned", 2, 2), ("gradient", 8, 2), ("gradient", 16, 2),
+        ("untuned", 0, 0), ("untuned", 2, 2), ("gradient", 8, 2), ("gradient", 16, 2), ("information", 16, 0),
     ]  # fmt: skip
-    for run in runs[1:]:
+    assert [len(run.task.shots) for run in runs] == [0, 2, 2, 2, 0]
+    for run in runs[2:4]:
         shots = [shot.prompt for shot in run.task.shots]
         own = [run.task.render(record).own for record in run.records]
         assert len(shots) == 2
