@@ -89,16 +89,16 @@ class RecordedPasses:
         return found[:wanted] if copies == 1 else found.unflatten(0, (copies, sequences))[:, :wanted].flatten(0, 1)
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether the half of the memory that is left for passes which are not recorded is free. A recording keeps a
+        """Whether the quarter of the memory that is left for passes which are not recorded is free. A recording keeps a
         pass's activations: 1.2 MiB a token of SmolLM2-135M."""
         free, total = torch.cuda.mem_get_info(device)
-        if free < total // 2:
+        if free < total // 4:
             gc.collect()
             torch.cuda.empty_cache()
             free, _ = torch.cuda.mem_get_info(device)
-        if free >= total // 2:
+        if free >= total // 4:
             return True
-        self._note("passes of further lengths are not recorded as CUDA graphs: half of the GPU's memory is taken")
+        self._note("passes of further lengths are not recorded as CUDA graphs: a quarter of the GPU's memory is left")
         return False
 
     def _record(self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool) -> Callable[..., Tensor]:
