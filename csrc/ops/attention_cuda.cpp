@@ -337,7 +337,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_backward(p, call);
   Tensor memory;
-  attention::CudaAttentionGradients gradients;
+  attention::CudaAttentionGradients gradients{};
   const auto write_to = [&](const Gradients& g, int64_t scratch_bytes) {
     memory = scratch(p.query, scratch_bytes);
     gradients = {array_of(grad_rows),
