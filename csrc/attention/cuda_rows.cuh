@@ -43,11 +43,11 @@ __device__ __forceinline__ void write(const Array4& a, int sample, int head, int
   *reinterpret_cast<uint4*>(written_row_of<T>(a, sample, head, row) + lane * chunk) = packed<T>(c);
 }
 
-__device__ __forceinline__ Chunk less(const Chunk& a, const Chunk& b) {
-  Chunk difference;
+__device__ __forceinline__ Chunk difference(const Chunk& a, const Chunk& b) {
+  Chunk c;
 #pragma unroll
-  for (int i = 0; i < chunk; ++i) difference.x[i] = a.x[i] - b.x[i];
-  return difference;
+  for (int i = 0; i < chunk; ++i) c.x[i] = a.x[i] - b.x[i];
+  return c;
 }
 
 __device__ __forceinline__ float dot(const Chunk& a, const Chunk& b) {

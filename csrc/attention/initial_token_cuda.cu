@@ -137,11 +137,11 @@ __global__ void __launch_bounds__(threads)
       const Chunk q = unpack<T>(query[u]), d = unpack<T>(grad_output[u]);
       const Chunk o = unpack<T>(output[u]);
       const float product = lane_sum<lanes>(dot(q, key));
-      const float change = lane_sum<lanes>(dot(d, less(value, o)));  // do·v_0 - do·o
+      const float change = lane_sum<lanes>(dot(d, difference(value, o)));  // do·v_0 - do·o
       float second_gradient = 0;
       if (doubled) {
         const float logit = scale * lane_sum<lanes>(dot(q, second_key));
-        const float second_change = lane_sum<lanes>(dot(d, less(second_value, o)));
+        const float second_change = lane_sum<lanes>(dot(d, difference(second_value, o)));
         if (row > 0) second_gradient = expf(logit - logsumexp[u]) * second_change;
       }
       if (row >= w.end) continue;
@@ -178,12 +178,6 @@ __global__ void __launch_bounds__(threads)
     own[i] = sum;
   }
 }
-
-// What is left of the gradients, in one launch: its first blocks add the parts of the initial
-// token's rows, the others those of log_scale.
-struct LastStep {
-  int row_blocks, row_sum_blocks;
-};
 
 __host__ __device__ constexpr int column_blocks(int columns) { return (columns + 31) / 32; }
 
@@ -237,15 +231,17 @@ __device__ __forceinline__ void write_log_scale(const CudaAttention& c,
   if (lane == 0) static_cast<float*>(g.grad_log_scale)[entry] = static_cast<float>(sum);
 }
 
+// What is left of the gradients, in one launch: its first blocks add the parts of the initial
+// token's rows, the others those of log_scale.
 template <typename T>
 __global__ void __launch_bounds__(threads)
-    write_sums(const CudaAttention c, const CudaAttentionGradients g, const LastStep last,
-               const float* parts) {
-  const int block = blockIdx.x, entry_block = block - last.row_sum_blocks;
+    write_sums(const CudaAttention c, const CudaAttentionGradients g, int row_blocks,
+               int row_sum_blocks, const float* parts) {
+  const int block = blockIdx.x, entry_block = block - row_sum_blocks;
   if (entry_block < 0) {
-    write_initial_rows<T>(c, g, last.row_blocks, parts, block);
+    write_initial_rows<T>(c, g, row_blocks, parts, block);
   } else {
-    write_log_scale(c, g, last.row_blocks, parts, (entry_block * threads + threadIdx.x) / 32);
+    write_log_scale(c, g, row_blocks, parts, (entry_block * threads + threadIdx.x) / 32);
   }
 }
 
@@ -309,10 +305,10 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
   });
   if (error != cudaSuccess) return error;
   const int entries = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
-  const LastStep last{row_blocks,
-                      c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size)};
+  const int row_sum_blocks = c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size);
   const int log_scale_blocks = (entries * 32 + threads - 1) / threads;
-  write_sums<T><<<last.row_sum_blocks + log_scale_blocks, threads, 0, stream>>>(c, g, last, parts);
+  write_sums<T><<<row_sum_blocks + log_scale_blocks, threads, 0, stream>>>(c, g, row_blocks,
+                                                                           row_sum_blocks, parts);
   return cudaGetLastError();
 }
 

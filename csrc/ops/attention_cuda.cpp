@@ -159,7 +159,7 @@ constexpr int64_t shortest_stock_backward = 16;
 
 // Up to here one kernel for all keys beats torch's own and the launches around it (on an H100,
 // forward + backward over untuned cuDNN's: 16 x 128 0.60 against 1.33, 1 x 4096 1.04 against 1.06,
-// 1 x 16384 1.13 against 1.05); with padding always, of which torch's kernels skip nothing.
+// 1 x 16384 1.13 against 1.02); with padding always, of which torch's kernels skip nothing.
 constexpr int64_t longest_hopper_backward = 4096;
 
 bool hopper_takes_backward(const Call& call) {
@@ -352,7 +352,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     Gradients g =
         stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
     const attention::StockGradients stock{array_of(g.query), !p.key_mask};
-    const Tensor part_query = g.query;
+    const Tensor part_query = g.query;  // lives until the launch, also where it is not the result
     if (!has_row_layout(g.query)) g.query = gradient_like(p.query);
     write_to(g, attention::initial_token_backward_scratch(a));
     check(attention::initial_token_backward(a, gradients, stock, call.stream),

@@ -400,7 +400,12 @@ def _objective(model: Any) -> Iterator[Row]:
         yield {"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
 
 
-def _behind_shots(model: Any, prompts: int = 64, words: int = 64) -> Iterator[Row]:
+def _behind_shots(model: Any) -> Iterator[Row]:
+    for prompts in (16, 64):
+        yield from _behind_shots_rows(model, prompts)
+
+
+def _behind_shots_rows(model: Any, prompts: int, words: int = 64) -> Iterator[Row]:
     """Prompts of 64 tokens behind four more that are solved, which are read with each prompt or once a pass."""
     records = [
         Record({"text": " ".join(map(str, torch.randint(2, 10000, (words,)).tolist())), "label": n % 2}, f"prompt {n}")
@@ -423,7 +428,7 @@ def _behind_shots(model: Any, prompts: int = 64, words: int = 64) -> Iterator[Ro
 
     with _tuned(model):
         whole = scorer.batches
-        scorer.uncounted = scorer.shared_length
+        scorer.tokens_read_once = scorer.shared_length
         once = scorer.batches_of(range(prompts))
         for what, call in (("forward", forward), ("forward + gradient of every head", gradient)):
             plain = _seconds(partial(call, whole, nullcontext))

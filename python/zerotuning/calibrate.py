@@ -40,7 +40,6 @@ from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
 from zerotuning.scoring import GRADIENT_TOKENS, LabelScorer
 from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import is_worth_sharing
 from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records
@@ -222,10 +221,11 @@ def _prepared(
         require_labels=need_labels,
         truncate=options.truncate,
     )
-    if is_worth_sharing(scorer):
-        scorer.uncounted = scorer.shared_length
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
-    return TaskExamples(task, records, scorer, prior)
+    prepared = TaskExamples(task, records, scorer, prior)
+    if prepared.shares_prefix:
+        scorer.tokens_read_once = scorer.shared_length
+    return prepared
 
 
 def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:

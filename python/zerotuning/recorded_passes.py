@@ -31,7 +31,7 @@ class RecordedPasses:
 
     model           a patched model in evaluation mode, all of it on one GPU
     log_scales      its leaves, from `patch.head_parameters`; the recordings are of no use when that context is closed
-    note            is told, once, why nothing is recorded any more
+    note            is told why something is not recorded
     """
 
     def __init__(self, model: nn.Module, log_scales: Sequence[Tensor], note: Callable[[str], None]) -> None:

@@ -143,8 +143,8 @@ class LabelScorer:
         self.recorded: RecordedPasses | None = None
         #: What all prompts begin with, while `shared_prefix.behind_prefix` has it read once for all.
         self.prefix: SharedPrefix | None = None
-        #: How much of each prompt does not count toward `batch_tokens`, because it is read once a batch.
-        self.uncounted = 0
+        #: Of each prompt, read once a batch: they do not count toward `batch_tokens`.
+        self.tokens_read_once = 0
         self._padding = getattr(tokenizer, "pad_token_id", None) or 0
         self._forward_arguments = forward_arguments(model)
         self._label_ids = sorted({token for e in self.examples for tokens in e.labels for token in tokens})
@@ -249,7 +249,7 @@ class LabelScorer:
         for index in sorted(places, key=lambda i: self.examples[i].longest):
             added = len(self.examples[index].beginnings)
             # The longest comes last, so it sets the padded length.
-            tokens = (sequences + added) * (self.examples[index].longest - self.uncounted)
+            tokens = (sequences + added) * (self.examples[index].longest - self.tokens_read_once)
             if group and (sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)):
                 yield group
                 group, sequences = [], 0

@@ -578,6 +578,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(tiny_tokenizer
 
 def test_graphs_that_nobody_holds_do_not_disturb_a_recording(tiny_tokenizer) -> None:
     model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
+    threshold = gc.get_threshold()
     gc.collect()
     gc.disable()
     try:  # garbage in cycles, as after each search
@@ -588,7 +589,7 @@ def test_graphs_that_nobody_holds_do_not_disturb_a_recording(tiny_tokenizer) -> 
         assert _loss_and_gradient(model, tiny_tokenizer, True)[2] == []
     finally:
         gc.enable()
-        gc.set_threshold(700, 10, 10)
+        gc.set_threshold(*threshold)
 
 
 def test_lengths_for_which_no_memory_is_left_are_not_recorded(tiny_tokenizer, monkeypatch) -> None:
