@@ -2,7 +2,8 @@
 
 Each method sees labelled validation examples of a task (or their texts alone) and is judged on the same test examples.
 Some of a method's labelled examples stand solved before each prompt; `information`, which has no labels, and one row of
-the untuned model go without. A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
+the untuned model go without. Which they are is chosen among several draws and none, once for all methods that see the same
+examples (shot_choice.py). A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluate import label_scores
 from zerotuning.example_folds import LEAST_EXAMPLES, draw_examples
+from zerotuning.label_calibration import fit_label_bias
 from zerotuning.models import load_model
 from zerotuning.patch import apply_scales, unpatch
 from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.shots import draw_shots, without_shots
+from zerotuning.shot_choice import choose_shots, shot_candidates
+from zerotuning.shots import without_shots
 from zerotuning.tasks import Record, Task
 
 Row = dict[str, Any]
@@ -40,6 +43,7 @@ Outcome = tuple[Tensor, int, float]
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)
 SHOTS = 4
+SHOT_DRAWS = 8
 WITHOUT_LABELS = ("information",)
 #: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
@@ -61,6 +65,7 @@ class SearchBench:
     seeds      draws of the examples, 0, 1, …
     methods    names of METHODS
     shots      of a method's labelled examples stand solved before each prompt; it learns from those that are left
+    shot_draws draws of them that are compared, from more than one on with none
     """
 
     model: str = "demo"
@@ -71,8 +76,11 @@ class SearchBench:
     methods: Sequence[str] = ()
     batch_size: int = 64
     shots: int = SHOTS
+    shot_draws: int = SHOT_DRAWS
     device: str | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
+    #: By task, examples and seed: the task behind the chosen shots, and the seconds that it took to choose.
+    _chosen: dict[tuple[str, int, int], tuple[Task, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.methods = tuple(self.methods) or tuple(METHODS)
@@ -87,6 +95,8 @@ class SearchBench:
             raise ZeroTuningError(
                 f"shots must leave {LEAST_EXAMPLES} of the {min(self.examples)} examples, got {self.shots}"
             )
+        if self.shot_draws < 1:
+            raise ZeroTuningError(f"shot_draws must be at least 1, got {self.shot_draws}")
 
     def rows(self, done: Sequence[Row] = ()) -> Iterator[Row]:
         """Those of `done` that belong here and the others as they are made; then the means over tasks."""
@@ -95,7 +105,7 @@ class SearchBench:
         for seed in range(self.seeds):
             for name in self.tasks:
                 for method, count, shots in self._plan(seed):
-                    row = known.get((name, method, count, seed, shots))
+                    row = known.get((name, method, count, seed, shots, self._draws_of(count, shots)))
                     if row is None:
                         row = self._row(name, method, count, seed, shots, known)
                         known[_key(row)] = row
@@ -116,14 +126,21 @@ class SearchBench:
             else:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
+    def _draws_of(self, count: int, shots: int) -> int:
+        """How many draws of shots a row chooses among: a method that does not learn has nothing to choose by."""
+        return self.shot_draws if 0 < shots < count else 1
+
     def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")
         row: Row = {"what": "search", "shape": shape, "dtype": "", "task": name, "method": method, "examples": count}
-        row |= {"seed": seed, "shots": shots, "peers": {}}
+        draws = self._draws_of(count, shots)
+        row |= {"seed": seed, "shots": shots, "shot_draws": draws, "peers": {}}
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
-        ours = known.get((name, "gradient", count, seed, shots))
-        run = MethodRun(model, tokenizer, Task.load(name), count, seed, shots, self, ours)
+        ours = known.get((name, "gradient", count, seed, shots, draws))
+        task, drawn, choosing = self._behind_shots(name, count, seed, shots)
+        row["shot_seed"] = task.shot_seed
+        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self, ours)
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -140,9 +157,25 @@ class SearchBench:
             "high": high,
             "loss": float(objectives.task_loss(scores, labels)),
             "numbers": numbers,
-            "s": seconds,
+            "s": seconds + choosing,
         }
         return row
+
+    def _behind_shots(self, name: str, count: int, seed: int, shots: int) -> tuple[Task, list[Record], float]:
+        """The task with its shots, the examples that a method has, and the seconds that it took to choose the shots."""
+        task = Task.load(name)
+        learns = count > shots  # a method that does not still has its shots from the largest draw
+        drawing = CalibrationOptions(examples=count if learns else max(self.examples), seed=seed)
+        drawn = draw_examples(task.examples("validation"), drawing)
+        if not shots:
+            return task, drawn, 0.0
+        key = (name, count, seed)
+        if key not in self._chosen:
+            candidates = shot_candidates(task, drawn, shots, seed, self._draws_of(count, shots))
+            started = time.perf_counter()
+            choice = choose_shots(*self._model(), candidates, drawn, batch_size=self.batch_size)
+            self._chosen[key] = (choice.task, time.perf_counter() - started)
+        return (self._chosen[key][0], drawn, self._chosen[key][1])
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
@@ -150,8 +183,8 @@ class SearchBench:
         return self._loaded
 
 
-def _key(row: Row) -> tuple[str, str, int, int, int]:
-    return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0)
+def _key(row: Row) -> tuple[str, str, int, int, int, int]:
+    return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0), row.get("shot_draws", 1)
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:
@@ -190,7 +223,9 @@ class MethodRun:
     """One method's model, examples and tests.
 
     task      with its shots
-    count     examples that the method has, the shots among them
+    drawn     examples that the method has, the shots among them
+    choosing  seconds that choosing the shots took
+    count     of the examples; 0 for a method that has none
     records   those that are no shots, in the order that `calibrate` draws them with the same number and seed
     """
 
@@ -199,18 +234,15 @@ class MethodRun:
         model: Any,
         tokenizer: Any,
         task: Task,
+        drawn: list[Record],
+        choosing: float,
         count: int,
         seed: int,
-        shots: int,
         bench: SearchBench,
         ours: Row | None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.task, self.choosing = model, tokenizer, task, choosing
         self.count, self.seed, self.batch_size, self.ours = count, seed, bench.batch_size, ours
-        learns = count > shots  # a method that does not still has its shots from the largest draw
-        drawing = CalibrationOptions(examples=count if learns else max(bench.examples), seed=seed)
-        drawn = draw_examples(task.examples("validation"), drawing)
-        self.task = task.with_shots(draw_shots(task, drawn, shots, seed))
         self.records = without_shots(self.task, drawn)
         self.tests = task.examples("test", bench.limit)
         self.test_scorer = self.scorer(self.tests)
@@ -251,25 +283,9 @@ def _label_bias(run: MethodRun) -> Outcome:
     """A number added to each label's log-probability, fitted to the examples: calibration without touching the model."""
     started = time.perf_counter()
     scorer = run.scorer(run.records)
-    bias = fit_label_bias(label_scores(scorer), scorer.labels)
+    bias = fit_label_bias(label_scores(scorer), scorer.labels, ridge=BIAS_RIDGE)
     seconds = time.perf_counter() - started
     return label_scores(run.test_scorer) + bias, len(bias) - 1, seconds
-
-
-def fit_label_bias(scores: Tensor, labels: Tensor) -> Tensor:
-    """b [C] that minimises the mean cross-entropy of scores [n, C] + b, plus BIAS_RIDGE/2 · |b|²."""
-    bias = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([bias], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
-    wide = scores.double()
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(wide + bias, labels) + BIAS_RIDGE / 2 * bias.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss
-
-    optimizer.step(closure)  # type: ignore[arg-type]
-    return bias.detach().float()
 
 
 def _shared(run: MethodRun) -> Outcome:
@@ -290,7 +306,7 @@ def _paper(run: MethodRun) -> Outcome:
 
 def _paper_in_time(run: MethodRun) -> Outcome:
     """The paper's method stopped after the seconds that `gradient` took on the same examples."""
-    seconds = run.ours["peers"]["gradient"]["s"] if run.ours else run.calibrated()[2]
+    seconds = run.ours["peers"]["gradient"]["s"] - run.choosing if run.ours else run.calibrated()[2]
     return run.calibrated(method="paper", seconds=seconds)
 
 

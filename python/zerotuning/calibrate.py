@@ -414,7 +414,8 @@ class _Run:
 
 
 def _prompt_settings(task: Task) -> dict[str, Any]:
-    return {"task": task.name, "shots": len(task.shots), "chat": task.chat, "scoring": task.scoring}
+    shots = {"shots": len(task.shots)} | ({} if task.shot_seed is None else {"shot_seed": task.shot_seed})
+    return {"task": task.name, **shots, "chat": task.chat, "scoring": task.scoring}
 
 
 def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:

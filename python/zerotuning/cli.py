@@ -183,6 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--shots", type=_shots, metavar="N", help="labelled examples that stand solved before each prompt (default: 4)"
     )
+    search.add_argument(
+        "--shot-draws", type=_positive, metavar="N", help="draws of them to choose among, besides none (default: 4)"
+    )
     return parser
 
 
@@ -258,6 +261,14 @@ def _add_prompts(parser: argparse.ArgumentParser, several: bool = False) -> None
         help=f"solved examples before each, 0 to {MOST_SHOTS} (default: 0)",
     )
     add("--shot-seed", metavar="S", type=_seed, default=0, help="of their draw (default: %(default)s)")
+    if several:
+        add(
+            "--shot-draws",
+            metavar="N",
+            type=_positive,
+            default=1,
+            help="compare the draws of N seeds from S on, and no shots, and take the best (default: %(default)s)",
+        )
     add("--shot-data", metavar="FILE.jsonl", action=action, help=f"draw them from there (default: {source})")
     add(
         "--chat",
@@ -472,7 +483,7 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:
-    tasks, records = _tasks_and_records(arguments)
+    candidates, records = _candidates_and_records(arguments)
     options = {
         name: getattr(arguments, name) for name in CalibrationOptions.__dataclass_fields__ if hasattr(arguments, name)
     } | {"penalties": arguments.penalty}
@@ -482,15 +493,15 @@ def _calibrate(arguments: argparse.Namespace) -> None:
 
     with _joined(arguments, share_examples=True) as device:
         with _calibration_folder(arguments) as folder:
-            calibration = _calibrated(arguments, tasks, records, options, chosen, start, device, folder)
+            calibration = _calibrated(arguments, candidates, records, options, chosen, start, device, folder)
         if Processes().is_first:
             _print_calibration(calibration, folder)
 
 
 def _calibrated(
     arguments: argparse.Namespace,
-    tasks: list[Any],
-    records: list[Any],
+    candidates: list[list[Any]],
+    records: list[list[Any]],
     options: dict[str, Any],
     chosen: CalibrationOptions,
     start: Any,
@@ -500,10 +511,15 @@ def _calibrated(
     from zerotuning.calibrate import calibrate
     from zerotuning.example_folds import draw_examples
 
-    for task, part in zip(tasks, records, strict=True):
-        draw_examples(part, chosen)
-        _check_records(task, part, require_label=chosen.objective == "task-loss")
+    for several, part in zip(candidates, records, strict=True):
+        left = [_without_shots(task, part) for task in several]
+        draw_examples(min(left, key=len), chosen)
+        _check_records(several[0], part, require_label=chosen.objective == "task-loss" or len(several) > 1)
     model, tokenizer = _loaded(arguments, device)
+    tasks = [
+        _chosen(arguments, several, draw_examples(part, chosen), model, tokenizer)
+        for several, part in zip(candidates, records, strict=True)
+    ]
     return calibrate(
         model,
         tokenizer,
@@ -516,6 +532,25 @@ def _calibrated(
         progress=True,
         **options,
     )
+
+
+def _chosen(arguments: argparse.Namespace, candidates: list[Any], judges: list[Any], model: Any, tokenizer: Any) -> Any:
+    """The task behind the best of several draws of shots, which is printed."""
+    if len(candidates) == 1:
+        return candidates[0]
+    from zerotuning.processes import Processes
+    from zerotuning.shot_choice import choose_shots
+
+    options = {name: getattr(arguments, name) for name in ("batch_size", "truncate")}
+    choice = choose_shots(model, tokenizer, candidates, judges, **options)
+    if Processes().is_first:
+        print(f"{choice.task.name}: loss behind shots, label biases and temperature apart")
+        for task, loss in zip(candidates, choice.losses, strict=True):
+            name = "no shots" if task.shot_seed is None else f"--shot-seed {task.shot_seed}"
+            print(f"  {name:<15} {loss:.4f}{'  taken' if task is choice.task else ''}")
+        for note in choice.setbacks:
+            print(f"  survived: {note}")
+    return choice.task
 
 
 def _loaded(arguments: argparse.Namespace, device: str | None) -> tuple[Any, Any]:
@@ -643,7 +678,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench import run_bench
 
-    names = ("model", "tasks", "methods", "examples", "limit", "seeds", "batch_size", "shots")
+    names = ("model", "tasks", "methods", "examples", "limit", "seeds", "batch_size", "shots", "shot_draws")
     options = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if options and arguments.kind != "search":
         raise ZeroTuningError(f"{', '.join(options)}: for bench search alone, got bench {arguments.kind}")
@@ -724,18 +759,19 @@ def _mt_bench_proxy(arguments: argparse.Namespace) -> None:
 # What the commands share.
 
 
-def _tasks_and_records(arguments: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Of `--task` and `--data` given once or several times."""
+def _candidates_and_records(arguments: argparse.Namespace) -> tuple[list[list[Any]], list[list[Any]]]:
+    """Of `--task` and `--data` given once or several times; each task behind every draw of its shots."""
     files = _one_each(arguments.task, arguments.data, "--data")
     shot_files = _one_each(arguments.task, arguments.shot_data, "--shot-data")
-    tasks, records = [], []
+    if arguments.shot_draws > 1 and not arguments.shots:
+        raise ZeroTuningError(f"--shot-draws {arguments.shot_draws} are draws of --shots, which are 0")
+    candidates, records = [], []
     for name, file, shot_file in zip(arguments.task, files, shot_files, strict=True):
         one = argparse.Namespace(**vars(arguments) | {"task": name, "data": file, "shot_data": shot_file})
         task, part = _task_and_records(one, "validation")
-        task, part = _shots_taken_out(one, task, part)
-        tasks.append(task)
+        candidates.append(_behind_shots(one, task, part))
         records.append(part)
-    return tasks, records
+    return candidates, records
 
 
 def _one_each(tasks: Sequence[str], files: Sequence[str] | None, option: str) -> Sequence[str | None]:
@@ -760,23 +796,29 @@ def _task_and_records(arguments: argparse.Namespace, split: str) -> tuple[Any, l
     return task, task.examples(split, None)
 
 
-def _shots_taken_out(arguments: argparse.Namespace, task: Any, records: list[Any]) -> tuple[Any, list[Any]]:
-    """The task with its shots, and the records that are none of them."""
+def _behind_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) -> list[Any]:
+    """The task behind each draw of shots."""
     if not arguments.shots:
-        return task, records
-    from zerotuning.example_folds import LEAST_EXAMPLES
+        return [task]
     from zerotuning.hub_data import read_data
-    from zerotuning.shots import draw_shots, without_shots
+    from zerotuning.shot_choice import shot_candidates
 
     source = records if arguments.shot_data is None else read_data(task, arguments.shot_data, "validation")
-    task = task.with_shots(draw_shots(task, source, arguments.shots, arguments.shot_seed))
+    return shot_candidates(task, source, arguments.shots, arguments.shot_seed, arguments.shot_draws)
+
+
+def _without_shots(task: Any, records: list[Any]) -> list[Any]:
+    """The records that are none of the task's shots, enough of them."""
+    from zerotuning.example_folds import LEAST_EXAMPLES
+    from zerotuning.shots import without_shots
+
     left = without_shots(task, records)
-    if len(left) < LEAST_EXAMPLES:
+    if task.shots and len(left) < LEAST_EXAMPLES:
         raise ZeroTuningError(
-            f"shots {arguments.shots} leave {len(left)} of {len(records)} examples of task {task.name!r}, "
+            f"shots {len(task.shots)} leave {len(left)} of {len(records)} examples of task {task.name!r}, "
             f"calibration needs at least {LEAST_EXAMPLES}: fewer shots or --shot-data"
         )
-    return task, left
+    return left
 
 
 def _with_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) -> Any:
@@ -793,7 +835,8 @@ def _with_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) ->
         raise ZeroTuningError(f"shots of task {task.name!r} need examples to draw from: name a file with --shot-data")
     known = task.examples("validation") if source is None else read_data(task, source, "validation")
     candidates = without_prompts_of(task, known, records)
-    return task.with_shots(draw_shots(task, candidates, arguments.shots, arguments.shot_seed))
+    drawn = draw_shots(task, candidates, arguments.shots, arguments.shot_seed)
+    return task.with_shots(drawn, seed=arguments.shot_seed)
 
 
 def _check_records(task: Any, records: Sequence[Any], *, require_label: bool) -> None:

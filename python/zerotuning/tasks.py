@@ -54,7 +54,7 @@ class Record(dict[str, Any]):
 class Task:
     """A prompt template and its labels. `labels` is a tuple, or "letters" where each example brings its
     choices; empty where `continuation`, a template like the prompt, gives the text that should follow. `shots` are
-    solved examples that stand before every prompt (`with_shots`). With `chat` the prompt is a user's turn in the
+    solved examples that stand before every prompt (`with_shots`), drawn by `shot_seed`. With `chat` the prompt is a user's turn in the
     tokenizer's chat template, and labels lose the space before them. `scoring` is one of SCORINGS; a continuation is
     scored by all its tokens (per token), or generated.
 
@@ -73,6 +73,7 @@ class Task:
     chat: bool = False
     scoring: str = "sum"
     hub: HubSource | None = field(default=None, compare=False)
+    shot_seed: int | None = field(default=None, compare=False)
     _pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
     _continuation_pieces: tuple[tuple[str, str | None], ...] = field(init=False, repr=False, compare=False)
 
@@ -132,10 +133,11 @@ class Task:
             f"unknown task {text!r}{hint} (known tasks: {', '.join(known)}, or the path of a .yaml file)"
         )
 
-    def with_shots(self, records: Iterable[Mapping[str, Any]]) -> Task:
+    def with_shots(self, records: Iterable[Mapping[str, Any]], seed: int | None = None) -> Task:
         """The same task with these examples, solved, before every prompt, in place of any that it had.
 
-        Each is its prompt, its right label or continuation, and a blank line. shots.draw_shots draws them.
+        Each is its prompt, its right label or continuation, and a blank line. shots.draw_shots draws them; `seed` is
+        that of the draw, for reports.
         Errors: ZeroTuningError for a record that lacks a field or its label.
         """
         shots = []
@@ -143,7 +145,7 @@ class Task:
             prompt = self.render(record, require_label=True)
             assert prompt.label is not None
             shots.append(Shot(prompt.own, prompt.labels[prompt.label]))
-        return replace(self, shots=tuple(shots))
+        return replace(self, shots=tuple(shots), shot_seed=seed)
 
     def render(self, record: Mapping[str, Any], *, require_label: bool = False, origin: str | None = None) -> Prompt:
         """The prompt of one example.

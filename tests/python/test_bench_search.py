@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 from zerotuning import bench, bench_search, bench_sensitivity
-from zerotuning.bench_search import SearchBench, fit_label_bias, mean_rows, read_rows, wilson
+from zerotuning.bench_search import SearchBench, mean_rows, read_rows, wilson
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scoring import LabelScorer
+from zerotuning.shot_choice import ShotChoice
 from zerotuning.tasks import Task
 
 
@@ -26,24 +27,13 @@ def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
         "examples",
         lambda self, split="test", limit=None: records[20:][:limit] if split == "test" else records[:20],
     )
-    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0)
+    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0, shot_draws=1)
 
 
 def test_the_interval_is_wilson_s() -> None:
     # Newcombe 1998, table I: 81 of 263 and 0 of 20.
     assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
-
-
-def test_label_biases_are_where_the_penalised_loss_has_no_slope() -> None:
-    torch.manual_seed(0)
-    scores, labels = torch.randn(60, 3).log_softmax(dim=-1), torch.randint(0, 2, (60,))  # label 2 never occurs
-    bias = fit_label_bias(scores, labels).double()
-    predicted = (scores.double() + bias).softmax(dim=-1).mean(dim=0)
-    shares = torch.bincount(labels, minlength=3) / 60
-    torch.testing.assert_close(
-        predicted - shares + bench_search.BIAS_RIDGE * bias, torch.zeros(3).double(), atol=1e-5, rtol=0
-    )
 
 
 def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
@@ -101,6 +91,32 @@ def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
         assert all(shot in text for shot in shots)
     with pytest.raises(ZeroTuningError, match="shots must leave 4 of the 8 examples, got 5"):
         SearchBench(examples=(8, 16), shots=5)
+
+
+def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, monkeypatch) -> None:
+    tiny_bench.shots, tiny_bench.shot_draws = 2, 3
+    tiny_bench.methods = ("untuned", "label-bias", "gradient")
+    asked, taken = [], iter((2, 3))
+
+    def choose(model, tokenizer, candidates, records, batch_size):
+        asked.append((len(records), [task.shot_seed for task in candidates]))
+        place = next(taken) if len(candidates) > 1 else 0
+        return ShotChoice(candidates[place], [0.0] * len(candidates), [])
+
+    monkeypatch.setattr(bench_search, "choose_shots", choose)
+    rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
+    # The untuned model has nothing to choose by; label-bias and gradient share the choice for their 16 examples.
+    assert asked == [(16, [0]), (16, [0, 1, 2, None]), (8, [0, 1, 2, None])]
+    assert [(row["method"], row["examples"], row["shot_draws"], row["shot_seed"]) for row in rows] == [
+        ("untuned", 0, 1, None), ("untuned", 2, 1, 0), ("label-bias", 16, 3, 2), ("gradient", 8, 3, None),
+        ("gradient", 16, 3, 2),
+    ]  # fmt: skip
+    known = [dict(row) for row in rows]
+    assert [row for row in tiny_bench.rows(known) if row["what"] == "search"] == known
+    tiny_bench.shot_draws, tiny_bench.methods = 1, ("gradient",)
+    assert [row["shot_draws"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1, 1]  # made anew
+    with pytest.raises(ZeroTuningError, match="shot_draws must be at least 1, got 0"):
+        SearchBench(shot_draws=0)
 
 
 def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkeypatch, capsys) -> None:

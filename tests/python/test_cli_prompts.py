@@ -87,9 +87,33 @@ def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
     assert main(calibrate("--shots", "4")) == 0
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
     assert report["examples"] == 10
-    assert report["prompts"] == [{"task": "films", "shots": 4, "chat": False, "scoring": "sum"}]
+    assert report["prompts"] == [{"task": "films", "shots": 4, "shot_seed": 0, "chat": False, "scoring": "sum"}]
     config = json.loads((place / "scales/zerotuning_config.json").read_text("utf-8"))
     assert config["calibration"]["prompts"] == report["prompts"]
+
+
+def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Path, capsys: Any) -> None:
+    assert main(calibrate("--shots", "3", "--shot-seed", "4", "--shot-draws", "2")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "films: loss behind shots, label biases and temperature apart"
+    names = ["--shot-seed 4", "--shot-seed 5", "no shots"]
+    losses = [float(line[len(name) + 2 :].split()[0]) for name, line in zip(names, lines[1:4], strict=True)]
+    assert [line.endswith("  taken") for line in lines[1:4]] == [loss == min(losses) for loss in losses]
+    report = json.loads((place / "scales/report.json").read_text("utf-8"))
+    best = losses.index(min(losses))
+    expected = {"shots": 0} if best == 2 else {"shots": 3, "shot_seed": 4 + best}
+    assert report["prompts"] == [{"task": "films", **expected, "chat": False, "scoring": "sum"}]
+    assert report["examples"] == 14 - expected["shots"]
+    assert main(calibrate("--shots", "3", "--shot-draws", "9", "--overwrite", "--examples", "6")) == 0
+
+
+def test_draws_that_cannot_be_compared_are_refused(place: Path, capsys: Any) -> None:
+    assert "--shot-draws 2 are draws of --shots, which are 0" in refusal(capsys, calibrate("--shot-draws", "2"))
+    message = refusal(capsys, calibrate("--shots", "11", "--shot-draws", "2"))
+    assert "shots 11 leave 3 of 14 examples of task 'films', calibration needs at least 4" in message
+    generated = ("--scoring", "generate", "--method", "cma-es")
+    message = refusal(capsys, calibrate("--shots", "2", "--shot-draws", "2", *generated))
+    assert "draws of shots are compared by their loss, which scoring generate does not have" in message
 
 
 def test_a_builtin_tasks_shots_come_from_its_validation_sample(place: Path, capsys: Any, tiny_model: Any) -> None:

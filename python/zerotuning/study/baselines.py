@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from zerotuning import objectives
-from zerotuning.bench_search import fit_label_bias, wilson
+from zerotuning.bench_search import BIAS_RIDGE, wilson
 from zerotuning.calibrate import calibrate
+from zerotuning.label_calibration import fit_label_bias
 from zerotuning.scoring import Batch, LabelScorer
 from zerotuning.shared_prefix import can_share, scores_behind_prefix
 from zerotuning.shots import draw_shots, without_shots
@@ -199,7 +200,7 @@ def _label_bias(draw: Draw) -> Outcome:
     """A number added to each label's log-probability."""
     started = time.perf_counter()
     validation, tests = draw.untuned
-    bias = fit_label_bias(validation, draw.scorers[0].labels)
+    bias = fit_label_bias(validation, draw.scorers[0].labels, ridge=BIAS_RIDGE)
     return Outcome(tests + bias, len(bias) - 1, time.perf_counter() - started, {"bias": bias.tolist()})
 
 
