@@ -141,15 +141,22 @@ def test_a_damaged_state_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("objective", "method"),
-    [("task-loss", "gradient"), ("information", "gradient"), ("task-loss", "cma-es"), ("entropy", "paper")],
+    ("objective", "method", "more"),
+    [
+        ("task-loss", "gradient", ()),
+        ("task-loss", "gradient", ("--shots", "3", "--shot-draws", "3")),
+        ("information", "gradient", ()),
+        ("task-loss", "cma-es", ()),
+        ("entropy", "paper", ()),
+    ],
 )
-def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str) -> None:
-    options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method)
+def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str, more: tuple[str, ...]) -> None:
+    options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method, *more)
     finish(start(place, *command("one", *options)))
     together = torchrun(place, "-m", "zerotuning", *command("two", *options))
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("In two: ") == 1
+    assert together.stdout.count("  taken\n") == bool(more)
     one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
     if objective == "task-loss" and method == "gradient":
         assert bool((one != 1).any())

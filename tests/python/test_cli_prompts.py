@@ -149,7 +149,8 @@ def test_prompts_are_cut_where_the_user_asks(place: Path, capsys: Any) -> None:
     assert main(command) == 0
 
 
-def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def interrupt(monkeypatch: Any, command: list[str]) -> None:
+    """Runs the command and interrupts it before its second step."""
     search = importlib.import_module("zerotuning.folded_search").FoldedSearch
     advance = search.advance
     rounds: list[int] = []
@@ -160,10 +161,23 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
             raise KeyboardInterrupt
         advance(self)
 
-    monkeypatch.setattr(search, "advance", interrupted)
+    with monkeypatch.context() as patched:
+        patched.setattr(search, "advance", interrupted)
+        assert main(command) == 130
+
+
+def test_a_resumed_calibration_takes_the_same_draw(place: Path, capsys: Any, monkeypatch: Any) -> None:
+    command = calibrate("--shots", "2", "--shot-draws", "3")
+    interrupt(monkeypatch, command)
+    assert main(command) == 0
+    assert main([*command, "--output", "whole"]) == 0
+    for name in ("head_scales.safetensors", "zerotuning_config.json"):
+        assert (place / "scales" / name).read_bytes() == (place / "whole" / name).read_bytes()
+
+
+def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, monkeypatch: Any) -> None:
     shot_data = ["--shot-data", "test.jsonl"]
-    assert main(calibrate("--shots", "2", *shot_data)) == 130
-    monkeypatch.setattr(search, "advance", advance)
+    interrupt(monkeypatch, calibrate("--shots", "2", *shot_data))
     for more, message in (
         (["--shots", "3", *shot_data], "another shots: ['2 of SHA-256 "),
         (["--shots", "2", "--shot-seed", "1", *shot_data], "another shots: ['2 of SHA-256 "),
