@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--shots", type=_shots, metavar="N", help="labelled examples that stand solved before each prompt (default: 4)"
     )
     search.add_argument(
-        "--shot-draws", type=_positive, metavar="N", help="draws of them to choose among, besides none (default: 4)"
+        "--shot-draws", type=_positive, metavar="N", help="draws of them to choose among, besides none (default: 8)"
     )
     return parser
 
