@@ -2,7 +2,7 @@
 
 Each method sees labelled validation examples of a task (or their texts alone) and is judged on the same test examples.
 Some of a method's labelled examples stand solved before each prompt; `information`, which has no labels, and one row of
-the untuned model go without. Which they are is chosen among several draws and none, once for all methods that see the same
+the untuned model go without. The shots are the best of several draws and none, chosen once for all methods that see the same
 examples (shot_choice.py). A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
 """
 
@@ -49,8 +49,6 @@ WITHOUT_LABELS = ("information",)
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
 ADAPTER_EPOCHS = 8
 ADAPTER_BATCH = 16
-#: Weight of the squared label biases: what keeps them finite where a label never occurs.
-BIAS_RIDGE = 1e-3
 Z95 = 1.959963984540054
 
 
@@ -175,7 +173,8 @@ class SearchBench:
             started = time.perf_counter()
             choice = choose_shots(*self._model(), candidates, drawn, batch_size=self.batch_size)
             self._chosen[key] = (choice.task, time.perf_counter() - started)
-        return (self._chosen[key][0], drawn, self._chosen[key][1])
+        chosen, seconds = self._chosen[key]
+        return chosen, drawn, seconds
 
     def _model(self) -> tuple[Any, Any]:
         if self._loaded is None:
@@ -283,7 +282,7 @@ def _label_bias(run: MethodRun) -> Outcome:
     """A number added to each label's log-probability, fitted to the examples: calibration without touching the model."""
     started = time.perf_counter()
     scorer = run.scorer(run.records)
-    bias = fit_label_bias(label_scores(scorer), scorer.labels, ridge=BIAS_RIDGE)
+    bias = fit_label_bias(label_scores(scorer), scorer.labels)
     seconds = time.perf_counter() - started
     return label_scores(run.test_scorer) + bias, len(bias) - 1, seconds
 

@@ -835,8 +835,7 @@ def _with_shots(arguments: argparse.Namespace, task: Any, records: list[Any]) ->
         raise ZeroTuningError(f"shots of task {task.name!r} need examples to draw from: name a file with --shot-data")
     known = task.examples("validation") if source is None else read_data(task, source, "validation")
     candidates = without_prompts_of(task, known, records)
-    drawn = draw_shots(task, candidates, arguments.shots, arguments.shot_seed)
-    return task.with_shots(drawn, seed=arguments.shot_seed)
+    return task.with_shots(draw_shots(task, candidates, arguments.shots, arguments.shot_seed))
 
 
 def _check_records(task: Any, records: Sequence[Any], *, require_label: bool) -> None:

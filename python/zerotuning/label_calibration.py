@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+#: Weight of the squared label biases: what keeps them finite where a label never occurs.
+BIAS_RIDGE = 1e-3
 
-def fit_label_bias(scores: Tensor, labels: Tensor, *, ridge: float) -> Tensor:
+
+def fit_label_bias(scores: Tensor, labels: Tensor, *, ridge: float = BIAS_RIDGE) -> Tensor:
     """b [C] that minimises the mean cross entropy of scores [n, C] + b, plus ridge/2 · |b|²."""
     return fit_labels(scores, labels, ridge=ridge, temperature=False)[1]
 
@@ -31,7 +34,7 @@ def fit_labels(
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(moved(wide, log_inverse.exp(), shift), labels)
+        loss = nn.functional.cross_entropy(adjusted(wide, log_inverse.exp(), shift), labels)
         loss = loss + ridge / 2 * (log_inverse.square() + shift.square().sum())
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
@@ -41,7 +44,7 @@ def fit_labels(
     return log_inverse.detach().exp().float(), shift.detach().float()
 
 
-def moved(scores: Tensor, inverse: Tensor, shift: Tensor) -> Tensor:
-    """t · (scores + b), -inf where scores are."""
+def adjusted(scores: Tensor, inverse_temperature: Tensor, bias: Tensor) -> Tensor:
+    """t · (scores + b) with what `fit_labels` gives, -inf where scores are."""
     absent = scores == -torch.inf
-    return ((scores.masked_fill(absent, 0.0) + shift) * inverse).masked_fill(absent, -torch.inf)
+    return ((scores.masked_fill(absent, 0.0) + bias) * inverse_temperature).masked_fill(absent, -torch.inf)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.label_calibration import fit_labels, moved
+from zerotuning.label_calibration import adjusted, fit_labels
 from zerotuning.processes import Processes
 from zerotuning.scoring import LabelScorer
 from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import behind_prefix, is_worth_sharing
-from zerotuning.shots import draw_shots, without_shots
+from zerotuning.shared_prefix import prefix_read_once
+from zerotuning.shots import draw_shots, places_without_shots
 from zerotuning.tasks import Record, Task
 from zerotuning.tensor_parallelism import is_tensor_parallel
 
@@ -80,24 +79,24 @@ def choose_shots(
     candidate that is behind all of them, and for scores that are no numbers.
     """
     if not candidates:
-        raise ZeroTuningError("shots must be chosen among at least one candidate")
+        raise ZeroTuningError("candidates must be at least one task, got none")
     for task in candidates:
         _check_scoring(task)
     if len(candidates) == 1:
         return ShotChoice(candidates[0], [math.nan], [])
     judges = list(records[:MOST_JUDGES])
-    place_of = {id(record): place for place, record in enumerate(judges)}
     setbacks = Setbacks()
     losses = np.full((len(candidates), len(judges)), np.nan)
     for task, row in zip(candidates, losses, strict=True):
-        own = without_shots(task, judges)
+        own = places_without_shots(task, judges)
         if not own:
             raise ZeroTuningError(
                 f"all {len(judges)} examples of task {task.name!r} are shots, none is left to judge them"
             )
-        scorer = LabelScorer(model, tokenizer, task, own, batch_size=batch_size, truncate=truncate)
-        row[[place_of[id(record)] for record in own]] = left_losses(task, _scores(scorer, setbacks), scorer.labels)
-    means = means_over_shared(losses)
+        judging = [judges[place] for place in own]
+        scorer = LabelScorer(model, tokenizer, task, judging, batch_size=batch_size, truncate=truncate)
+        row[own] = losses_after_fit(task, _scores(scorer, setbacks), scorer.labels)
+    means = means_over_all_judges(losses)
     told = Processes(share_model=is_tensor_parallel(model)).from_first(" ".join(map(repr, means.tolist())))
     found = [float(text) for text in told.split()]
     if not all(map(math.isfinite, found)):
@@ -114,14 +113,14 @@ def _check_scoring(task: Task) -> None:
 def _scores(scorer: LabelScorer, setbacks: Setbacks) -> Tensor:
     """Float32 [n, C], on the CPU; NaN where they are no numbers."""
     scores = torch.full((len(scorer), scorer.num_labels), torch.nan)
-    with behind_prefix(scorer) if is_worth_sharing(scorer) else nullcontext():
+    with prefix_read_once(scorer):
         for batch in scorer.batches:
             for piece, found in setbacks.in_pieces(scorer, batch, lambda part: scorer.scores(part).cpu()):
                 scores[piece.indices] = found
     return scores
 
 
-def left_losses(task: Task, scores: Tensor, labels: Tensor) -> np.ndarray:
+def losses_after_fit(task: Task, scores: Tensor, labels: Tensor) -> np.ndarray:
     """Loss of each example, float64 [n], after what its task allows was fitted to scores [n, C] and labels [n]."""
     if task.continuation:
         return -scores[:, 0].double().numpy()
@@ -130,12 +129,12 @@ def left_losses(task: Task, scores: Tensor, labels: Tensor) -> np.ndarray:
     if bool(known.any()):
         own, gold = scores[known].double(), labels[known]
         fitted = fit_labels(own, gold, ridge=RIDGE / len(own), bias=isinstance(task.labels, tuple))
-        right = -torch.log_softmax(moved(own, *fitted), dim=-1).gather(1, gold[:, None])[:, 0]
+        right = -torch.log_softmax(adjusted(own, *fitted), dim=-1).gather(1, gold[:, None])[:, 0]
         losses[known.numpy()] = right.numpy()
     return losses
 
 
-def means_over_shared(losses: np.ndarray) -> np.ndarray:
+def means_over_all_judges(losses: np.ndarray) -> np.ndarray:
     """Means [D] of losses [D, N] as if every draw had been judged by every example, NaN where one was not.
 
     Least squares of a_d + b_i over the losses that there are: an example that few draws are judged by counts for what it

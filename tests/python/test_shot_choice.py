@@ -12,9 +12,8 @@ import torch
 from zerotuning import shot_choice
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluate import label_scores
-from zerotuning.label_calibration import fit_label_bias, fit_labels, moved
 from zerotuning.scoring import LabelScorer
-from zerotuning.shot_choice import choose_shots, left_losses, means_over_shared, shot_candidates
+from zerotuning.shot_choice import choose_shots, losses_after_fit, means_over_all_judges, shot_candidates
 from zerotuning.shots import draw_shots
 from zerotuning.tasks import Task, as_records
 
@@ -23,60 +22,32 @@ WORDS = ("good", "bad", "a good story", "far too long", "told", "well told")
 RECORDS = as_records([{"text": f"the film is {word} {i}", "label": i % 2} for i in range(3) for word in WORDS])
 
 
-def test_temperature_and_biases_are_where_the_penalised_loss_has_no_slope() -> None:
-    torch.manual_seed(0)
-    scores, labels = torch.randn(50, 3).log_softmax(dim=-1), torch.randint(0, 3, (50,))
-    scores[::5, 2] = -torch.inf
-    labels[::5] = labels[::5].clamp_max(1)
-    wide, ridge = scores.double().numpy(), 0.02
-
-    def penalised(x: np.ndarray) -> float:
-        logits = np.where(np.isneginf(wide), -np.inf, (np.nan_to_num(wide, neginf=0) + x[1:]) * np.exp(x[0]))
-        right = logits[np.arange(50), labels.numpy()] - np.log(np.exp(logits).sum(axis=1))
-        return float(-right.mean() + ridge / 2 * (x**2).sum())
-
-    def slopes(x: np.ndarray) -> np.ndarray:
-        steps = np.eye(4) * 1e-5
-        return np.array([(penalised(x + step) - penalised(x - step)) / 2e-5 for step in steps])
-
-    inverse, bias = fit_labels(scores, labels, ridge=ridge)
-    both = np.array([math.log(inverse), *bias.tolist()])
-    assert np.abs(slopes(both)).max() < 1e-5
-    assert np.abs(slopes(np.zeros(4))).min() > 1e-3  # not where it began
-    only_bias = np.array([0.0, *fit_label_bias(scores, labels, ridge=ridge).tolist()])
-    assert np.abs(slopes(only_bias)[1:]).max() < 1e-5 < np.abs(slopes(only_bias)[0])
-    only = fit_labels(scores, labels, ridge=ridge, bias=False)
-    assert only[1].tolist() == [0.0, 0.0, 0.0]
-    assert abs(slopes(np.array([math.log(only[0]), 0, 0, 0]))[0]) < 1e-5
-    assert torch.equal(moved(scores, inverse, bias) == -torch.inf, scores == -torch.inf)
-
-
 def test_means_are_those_of_all_judges_where_losses_add_up() -> None:
     random = np.random.default_rng(0)
     draws, judges = random.normal(size=5), random.normal(size=30) * 10
     losses = draws[:, None] + judges
     full = losses.mean(axis=1)
     losses[random.random(losses.shape) < 0.3] = np.nan
-    np.testing.assert_allclose(means_over_shared(losses), full, atol=1e-9)
+    np.testing.assert_allclose(means_over_all_judges(losses), full, atol=1e-9)
     assert not np.allclose(np.nanmean(losses, axis=1), full, atol=0.1)  # plain means are those of other judges
 
 
 def test_means_are_least_squares_where_losses_do_not_add_up() -> None:
     random = np.random.default_rng(1)
     losses = random.normal(size=(4, 12))
-    np.testing.assert_allclose(means_over_shared(losses), losses.mean(axis=1), atol=1e-12)
+    np.testing.assert_allclose(means_over_all_judges(losses), losses.mean(axis=1), atol=1e-12)
     losses[0, :4] = losses[2, 3:9] = np.nan
     rows, values = [], []
     for draw, judge in zip(*np.nonzero(np.isfinite(losses)), strict=True):
         rows.append(np.concatenate((np.eye(4)[draw], np.eye(12)[judge])))
         values.append(losses[draw, judge])
     solution = np.linalg.lstsq(np.array(rows), np.array(values), rcond=None)[0]
-    np.testing.assert_allclose(means_over_shared(losses), solution[:4] + solution[4:].mean(), atol=1e-9)
+    np.testing.assert_allclose(means_over_all_judges(losses), solution[:4] + solution[4:].mean(), atol=1e-9)
 
 
 def test_a_draw_that_nobody_judged_has_no_mean() -> None:
     losses = np.array([[1.0, 2.0], [np.nan, np.nan]])
-    np.testing.assert_array_equal(means_over_shared(losses), [1.5, np.nan])
+    np.testing.assert_array_equal(means_over_all_judges(losses), [1.5, np.nan])
 
 
 def test_labels_that_shots_favour_and_flat_scores_cost_a_draw_nothing() -> None:
@@ -85,10 +56,10 @@ def test_labels_that_shots_favour_and_flat_scores_cost_a_draw_nothing() -> None:
     knowing = torch.randn(200, 2) + 2 * torch.nn.functional.one_hot(labels, 2)
     biased = knowing * 0.1 + torch.tensor([3.0, 0.0])
     assert torch.nn.functional.cross_entropy(biased, labels) > 1
-    fair, unfair = (float(left_losses(FILMS, scores, labels).mean()) for scores in (knowing, biased))
+    fair, unfair = (float(losses_after_fit(FILMS, scores, labels).mean()) for scores in (knowing, biased))
     assert unfair == pytest.approx(fair, abs=0.02)
     quiz = Task("quiz", "{question}\n{choices}\nAnswer:", "letters")
-    assert float(left_losses(quiz, biased, labels).mean()) > fair + 0.1  # choices of each example's own: no biases
+    assert float(losses_after_fit(quiz, biased, labels).mean()) > fair + 0.1  # choices of each example's own: no biases
 
 
 def test_candidates_are_the_draws_of_following_seeds_and_no_shots() -> None:
@@ -114,8 +85,8 @@ def test_every_draw_is_judged_by_the_examples_that_it_does_not_show(tiny_model: 
         assert len(own) == len(RECORDS) - len(task.shots)
         scorer = LabelScorer(tiny_model, tiny_tokenizer, task, [RECORDS[place] for place in own])
         with torch.no_grad():
-            row[own] = left_losses(task, label_scores(scorer), scorer.labels)
-    np.testing.assert_allclose(choice.losses, means_over_shared(table), atol=1e-4)
+            row[own] = losses_after_fit(task, label_scores(scorer), scorer.labels)
+    np.testing.assert_allclose(choice.losses, means_over_all_judges(table), atol=1e-4)
     assert choice.task is candidates[int(np.argmin(choice.losses))]
     assert len(set(choice.losses)) == 4
     assert choice.setbacks == []
@@ -179,7 +150,7 @@ def test_what_cannot_be_compared_is_refused(tiny_model: Any, tiny_tokenizer: Any
             choose_shots(tiny_model, tiny_tokenizer, candidates, records)
         return str(caught.value)
 
-    assert refusal([]) == "shots must be chosen among at least one candidate"
+    assert refusal([]) == "candidates must be at least one task, got none"
     written = dataclasses.replace(FILMS, scoring="generate")
     assert "scoring generate does not have" in refusal([written, written])
     with pytest.raises(ZeroTuningError, match="scoring generate does not have"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from zerotuning import objectives
-from zerotuning.bench_search import BIAS_RIDGE, wilson
+from zerotuning.bench_search import wilson
 from zerotuning.calibrate import calibrate
 from zerotuning.label_calibration import fit_label_bias
 from zerotuning.scoring import Batch, LabelScorer
@@ -200,7 +200,7 @@ def _label_bias(draw: Draw) -> Outcome:
     """A number added to each label's log-probability."""
     started = time.perf_counter()
     validation, tests = draw.untuned
-    bias = fit_label_bias(validation, draw.scorers[0].labels, ridge=BIAS_RIDGE)
+    bias = fit_label_bias(validation, draw.scorers[0].labels)
     return Outcome(tests + bias, len(bias) - 1, time.perf_counter() - started, {"bias": bias.tolist()})
 
 
