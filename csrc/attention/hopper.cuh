@@ -45,6 +45,11 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
+// Fetches the map that boxes will be copied by: cold, it would hold up the first of them.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier,
                                          int column, int row, int head, int batch) {
   asm volatile(

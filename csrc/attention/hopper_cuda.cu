@@ -1,7 +1,8 @@
-// Forward attention on Hopper: one persistent block per multiprocessor, in which one warp feeds
-// tiles of K and V through the bulk copy engine and two warpgroups of 64 query rows take turns:
-// while one multiplies, the other does its softmax. The scaled keys cost one addition in the tile
-// that holds them, so this does what an untuned kernel does.
+// Forward attention on Hopper: persistent blocks, in which one warp feeds tiles of K and V through
+// the bulk copy engine to warpgroups of 64 query rows each. Two of them in one block take turns:
+// while one multiplies, the other does its softmax. Short sequences are a matter of copying: there
+// two smaller blocks a multiprocessor, a warpgroup each, cover each other's waits. The scaled keys
+// cost one addition in the tile that holds them, so this does what an untuned kernel does.
 #include <algorithm>
 #include <cmath>
 
@@ -13,11 +14,8 @@ namespace {
 
 using namespace device;
 
-constexpr int consumers = 2;  // warpgroups that compute
 constexpr int consumer_rows = 64;
-constexpr int tile_rows = consumers * consumer_rows;
-constexpr int threads = (1 + consumers) * warpgroup;
-constexpr int stages = 2;
+constexpr int stages = 2;          // of K and V
 constexpr int turn_barrier = 1;    // + consumer: it may multiply
 constexpr int output_barrier = 4;  // + consumer: its own threads
 
@@ -33,12 +31,27 @@ struct Arguments {
   float scale;
 };
 
-// Head sizes are rounded up to whole blocks of columns; the copy engine fills them with zeros.
-template <int head_size, int value_size, int tile_keys>
-struct Shared {
+// How a kernel cuts the work. Head sizes are rounded up to whole blocks of columns; the copy engine
+// fills them with zeros.
+template <int head_size_, int value_size_, int tile_keys_, int consumers_ = 2>
+struct Cut {
+  static constexpr int head_size = head_size_, value_size = value_size_, tile_keys = tile_keys_;
+  static constexpr int consumers = consumers_;  // warpgroups that compute
+  static constexpr int tile_rows = consumers * consumer_rows;
+  static constexpr int threads = (1 + consumers) * warpgroup;
+  static constexpr int blocks = consumers == 1 ? 2 : 1;  // a multiprocessor
+  static constexpr int consumer_registers = consumers == 1 ? 232 : 240;
   // The widest heads leave no room for it: the output then takes the query's place.
   static constexpr bool own_output = head_size < 256;
-  static constexpr int query_stages = own_output ? 2 : 1;
+  static constexpr int query_stages = own_output && blocks == 1 ? 2 : 1;
+};
+
+template <typename C>
+struct Shared {
+  static constexpr bool own_output = C::own_output;
+  static constexpr int query_stages = C::query_stages;
+  static constexpr int head_size = C::head_size, value_size = C::value_size,
+                       tile_keys = C::tile_keys, tile_rows = C::tile_rows;
   alignas(1024) uint16_t query[query_stages][tile_rows * head_size];
   alignas(1024) uint16_t key[stages][tile_keys * head_size];
   alignas(1024) uint16_t value[stages][tile_keys * value_size];
@@ -57,12 +70,13 @@ struct Work {
 };
 
 // Longest tiles first, section by section: a section is as many heads as keep K and V in the cache.
-template <int tile_keys>
+template <typename C>
 __device__ __forceinline__ Work work_of(const Arguments& a, int tile) {
   const int sequences = a.tiles / a.row_tiles, section = tile / (a.section * a.row_tiles);
   const int in_section = tile - section * a.section * a.row_tiles;
   const int width = min(a.section, sequences - section * a.section);
   const int sequence = section * a.section + in_section % width;
+  constexpr int tile_rows = C::tile_rows, tile_keys = C::tile_keys;
   Work w;
   w.batch = sequence / a.heads;
   w.head = sequence % a.heads;
@@ -94,15 +108,16 @@ __device__ __forceinline__ void load_tile(uint16_t* to, const CUtensorMap* map, 
   }
 }
 
-template <int head_size, int value_size, int tile_keys>
-__device__ __forceinline__ void produce(const Arguments& a,
-                                        Shared<head_size, value_size, tile_keys>& s) {
-  Ring<Shared<head_size, value_size, tile_keys>::query_stages> queries;
+template <typename C>
+__device__ __forceinline__ void produce(const Arguments& a, Shared<C>& s) {
+  constexpr int head_size = C::head_size, value_size = C::value_size, tile_keys = C::tile_keys,
+                tile_rows = C::tile_rows;
+  Ring<C::query_stages> queries;
   Ring<stages> keys, values;
   for (int round = 0; round * gridDim.x < a.tiles; ++round) {
     const int tile = tile_of_round(round);
     if (tile >= a.tiles) continue;
-    const Work w = work_of<tile_keys>(a, tile);
+    const Work w = work_of<C>(a, tile);
     const bool blind = w.key_tile_begin == w.key_tile_end;
     if (blind && s.own_output) continue;
     const int key_head = w.head / a.group;
@@ -211,10 +226,11 @@ struct Softmax {
 };
 
 // Divides by the softmax's totals, and writes the tile's rows of output and logsumexp.
-template <typename T, int value_size>
+template <typename T, typename C>
 __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int consumer,
-                                       float (&output)[value_size / 2], const Softmax& softmax,
+                                       float (&output)[C::value_size / 2], const Softmax& softmax,
                                        uint16_t* shared_output) {
+  constexpr int value_size = C::value_size, tile_rows = C::tile_rows;
   const int thread = threadIdx.x % warpgroup, lane = thread % 32, warp = thread / 32;
   float factor[2];
 #pragma unroll
@@ -244,19 +260,21 @@ __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int co
   }
 }
 
-template <typename T, int head_size, int value_size, int tile_keys>
-__device__ __forceinline__ void consume(const Arguments& a,
-                                        Shared<head_size, value_size, tile_keys>& s) {
-  constexpr int turn_threads = consumers * warpgroup;
+template <typename T, typename C>
+__device__ __forceinline__ void consume(const Arguments& a, Shared<C>& s) {
+  constexpr int head_size = C::head_size, value_size = C::value_size, tile_keys = C::tile_keys,
+                tile_rows = C::tile_rows;
+  constexpr bool turns = C::consumers == 2;
+  constexpr int turn_threads = 2 * warpgroup;
   const int consumer = threadIdx.x / warpgroup - 1;
   const float scale_log2 = a.scale * 1.44269504f;
-  Ring<Shared<head_size, value_size, tile_keys>::query_stages> queries;
+  Ring<C::query_stages> queries;
   Ring<stages> keys, values;
-  if (consumer == 0) arrive_named(turn_barrier, turn_threads);
+  if (turns && consumer == 0) arrive_named(turn_barrier, turn_threads);
   for (int round = 0; round * gridDim.x < a.tiles; ++round) {
     const int tile = tile_of_round(round);
     if (tile >= a.tiles) continue;
-    const Work w = work_of<tile_keys>(a, tile);
+    const Work w = work_of<C>(a, tile);
     float output[value_size / 2];
 #pragma unroll
     for (float& x : output) x = 0;
@@ -284,11 +302,11 @@ __device__ __forceinline__ void consume(const Arguments& a,
       to_left_matrices<T>(logits, weights);
       for (--t; t >= w.key_tile_begin; --t) {
         wait(&s.key_full[keys.stage()], keys.parity());
-        wait_named(turn_barrier + consumer, turn_threads);
+        if (turns) wait_named(turn_barrier + consumer, turn_threads);
         start_row_products<T, head_size, tile_rows, tile_keys>(logits, query, s.key[keys.stage()]);
         wait(&s.value_full[values.stage()], values.parity());
         start_weighted_sums<T, value_size, tile_keys>(output, weights, s.value[values.stage()]);
-        arrive_named(turn_barrier + 1 - consumer, turn_threads);
+        if (turns) arrive_named(turn_barrier + 1 - consumer, turn_threads);
         wait_products<1>();
         pin(logits);
         arrive_warp(&s.key_empty[keys.stage()]);
@@ -311,7 +329,7 @@ __device__ __forceinline__ void consume(const Arguments& a,
       arrive_warp(&s.value_empty[values.stage()]);
       ++values.count;
     }
-    finish<T, value_size>(a, w, consumer, output, softmax, s.output());
+    finish<T, C>(a, w, consumer, output, softmax, s.output());
     if (!s.own_output) {
       if (threadIdx.x % warpgroup == 0) {
         asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
@@ -320,17 +338,22 @@ __device__ __forceinline__ void consume(const Arguments& a,
       arrive_warp(&s.query_empty[q]);
     }
   }
-  if (threadIdx.x % warpgroup == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+  if (threadIdx.x % warpgroup == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
-template <typename T, int head_size, int value_size, int tile_keys>
-__global__ void __launch_bounds__(threads, 1) attend(const __grid_constant__ Arguments a) {
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::threads, C::blocks)
+    attend(const __grid_constant__ Arguments a) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ char memory[];
-  auto& s = *reinterpret_cast<Shared<head_size, value_size, tile_keys>*>(
-      (reinterpret_cast<uintptr_t>(memory) + 1023) & ~static_cast<uintptr_t>(1023));
+  auto& s = *reinterpret_cast<Shared<C>*>((reinterpret_cast<uintptr_t>(memory) + 1023) &
+                                          ~static_cast<uintptr_t>(1023));
   if (threadIdx.x == 0) {
-    constexpr int consumer_warps = consumers * warpgroup / 32;
+    prefetch_map(&a.query);
+    prefetch_map(&a.key);
+    prefetch_map(&a.value);
+    prefetch_map(&a.output);
+    constexpr int consumer_warps = C::consumers * warpgroup / 32;
     for (int i = 0; i < s.query_stages; ++i) {
       init(&s.query_full[i], 1);
       init(&s.query_empty[i], consumer_warps);
@@ -348,7 +371,7 @@ __global__ void __launch_bounds__(threads, 1) attend(const __grid_constant__ Arg
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x == 0) produce(a, s);
   } else {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::consumer_registers));
     consume<T>(a, s);
   }
 #endif
@@ -363,9 +386,9 @@ int section_of(const CudaAttention& c) {
   return static_cast<int>(std::min<int64_t>(groups * group, int64_t{c.batch} * c.heads));
 }
 
-template <typename T, int head_size, int value_size, int tile_keys>
+template <typename T, typename C>
 cudaError_t launch(const CudaAttention& c, int multiprocessors, cudaStream_t stream) {
-  using Memory = Shared<head_size, value_size, tile_keys>;
+  constexpr int tile_rows = C::tile_rows, tile_keys = C::tile_keys;
   Arguments a{};
   for (const cudaError_t error :
        {make_map(&a.query, c.dtype, c.query, c.batch, c.heads, c.queries, c.head_size, tile_rows),
@@ -392,24 +415,29 @@ cudaError_t launch(const CudaAttention& c, int multiprocessors, cudaStream_t str
   a.tiles = a.row_tiles * c.batch * c.heads;
   a.section = section_of(c);
   a.scale = static_cast<float>(c.scale);
-  const auto kernel = attend<T, head_size, value_size, tile_keys>;
-  constexpr int bytes = sizeof(Memory) + 1024;
+  const auto kernel = attend<T, C>;
+  constexpr int bytes = sizeof(Shared<C>) + 1024;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<std::min(a.tiles, multiprocessors), threads, bytes, stream>>>(a);
+  kernel<<<std::min(a.tiles, multiprocessors * C::blocks), C::threads, bytes, stream>>>(a);
   return cudaGetLastError();
 }
+
+// Up to so many keys; as fast at 1 x 1024, slower from 4 x 1024 on.
+constexpr int most_keys_of_small_blocks = 512;
 
 template <typename T>
 cudaError_t launch_for_size(const CudaAttention& c, int multiprocessors, cudaStream_t stream) {
   if (c.head_size <= 64 && c.value_head_size <= 64)
-    return launch<T, 64, 64, 128>(c, multiprocessors, stream);
+    return launch<T, Cut<64, 64, 128>>(c, multiprocessors, stream);
+  if (c.head_size <= 128 && c.value_head_size <= 128 && c.keys <= most_keys_of_small_blocks)
+    return launch<T, Cut<128, 128, 64, 1>>(c, multiprocessors, stream);
   if (c.head_size <= 128 && c.value_head_size <= 128)
-    return launch<T, 128, 128, 128>(c, multiprocessors, stream);
+    return launch<T, Cut<128, 128, 128>>(c, multiprocessors, stream);
   if (c.head_size <= 192 && c.value_head_size <= 128)
-    return launch<T, 192, 128, 64>(c, multiprocessors, stream);
-  return launch<T, 256, 256, 64>(c, multiprocessors, stream);
+    return launch<T, Cut<192, 128, 64>>(c, multiprocessors, stream);
+  return launch<T, Cut<256, 256, 64>>(c, multiprocessors, stream);
 }
 
 }  // namespace

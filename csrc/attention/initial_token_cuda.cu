@@ -12,7 +12,10 @@ namespace {
 using namespace device;
 
 constexpr int threads = 256;
-constexpr int block_rows = 256;
+// Rows that a block goes through. Few leave many blocks to fill the last of them with, at the price
+// of reading k_0 and v_0 more often; backward writes sums for each block.
+constexpr int merge_rows = 64;
+constexpr int backward_rows = 256;
 
 // What a block works on: rows [begin, end) of one head, and its scaled key.
 struct Work {
@@ -20,7 +23,7 @@ struct Work {
   int key, start, window;  // key == keys: there is none
   float bias;
 
-  __device__ Work(const CudaAttention& c, int row_blocks) {
+  __device__ Work(const CudaAttention& c, int row_blocks, int block_rows) {
     const int sequence = blockIdx.x / row_blocks;
     sample = sequence / c.heads;
     head = sequence % c.heads;
@@ -44,8 +47,8 @@ template <typename T, int lanes>
 __global__ void __launch_bounds__(threads)
     merge(const CudaAttention c, const Array4 part, const Array4 part_logsumexp, int first_row,
           int row_blocks) {
-  constexpr int row_step = threads / lanes, unrolled = 4;
-  const Work w(c, row_blocks);
+  constexpr int row_step = threads / lanes, unrolled = 2;
+  const Work w(c, row_blocks, merge_rows);
   const int lane = threadIdx.x % lanes;
   Chunk key{}, value{};
   if (w.key < c.keys) {
@@ -100,7 +103,7 @@ __global__ void __launch_bounds__(threads)
     backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
              int row_blocks, float* parts) {
   constexpr int row_step = threads / lanes, unrolled = 2;
-  const Work w(c, row_blocks);
+  const Work w(c, row_blocks, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.second_key_doubled;
   Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
@@ -272,7 +275,9 @@ __global__ void __launch_bounds__(threads)
     copy_doubled<T>(c.value, value, c.keys, c.key_heads, c.value_head_size, i);
 }
 
-int row_blocks_of(const CudaAttention& c) { return (c.queries + block_rows - 1) / block_rows; }
+int row_blocks_of(const CudaAttention& c, int block_rows) {
+  return (c.queries + block_rows - 1) / block_rows;
+}
 
 template <typename Launch>
 cudaError_t with_lanes(const CudaAttention& c, const Launch& launch) {
@@ -285,7 +290,7 @@ cudaError_t with_lanes(const CudaAttention& c, const Launch& launch) {
 template <typename T>
 cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array4& part_logsumexp,
                          int first_row, cudaStream_t stream) {
-  const int row_blocks = row_blocks_of(c);
+  const int row_blocks = row_blocks_of(c, merge_rows);
   return with_lanes(c, [&](auto lanes) {
     merge<T, decltype(lanes)::value><<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(
         c, part, part_logsumexp, first_row, row_blocks);
@@ -296,7 +301,7 @@ cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
                             const StockGradients& stock, cudaStream_t stream) {
-  const int row_blocks = row_blocks_of(c);
+  const int row_blocks = row_blocks_of(c, backward_rows);
   float* parts = static_cast<float*>(g.scratch);
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
     backward<T, decltype(lanes)::value>
@@ -336,7 +341,8 @@ cudaError_t initial_token_merge(const CudaAttention& c, const Array4& part,
 }
 
 int64_t initial_token_backward_scratch(const CudaAttention& c) {
-  return int64_t{c.batch} * c.heads * initial_token::row_blocks_of(c) *
+  return int64_t{c.batch} * c.heads *
+         initial_token::row_blocks_of(c, initial_token::backward_rows) *
          (c.head_size + c.value_head_size + 1) * static_cast<int64_t>(sizeof(float));
 }
 
