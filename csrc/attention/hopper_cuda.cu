@@ -429,12 +429,15 @@ constexpr int most_keys_of_small_blocks = 512;
 
 template <typename T>
 cudaError_t launch_for_size(const CudaAttention& c, int multiprocessors, cudaStream_t stream) {
-  if (c.head_size <= 64 && c.value_head_size <= 64)
-    return launch<T, Cut<64, 64, 128>>(c, multiprocessors, stream);
-  if (c.head_size <= 128 && c.value_head_size <= 128 && c.keys <= most_keys_of_small_blocks)
-    return launch<T, Cut<128, 128, 64, 1>>(c, multiprocessors, stream);
-  if (c.head_size <= 128 && c.value_head_size <= 128)
-    return launch<T, Cut<128, 128, 128>>(c, multiprocessors, stream);
+  const bool small = c.keys <= most_keys_of_small_blocks;
+  if (c.head_size <= 64 && c.value_head_size <= 64) {
+    return small ? launch<T, Cut<64, 64, 64, 1>>(c, multiprocessors, stream)
+                 : launch<T, Cut<64, 64, 128>>(c, multiprocessors, stream);
+  }
+  if (c.head_size <= 128 && c.value_head_size <= 128) {
+    return small ? launch<T, Cut<128, 128, 64, 1>>(c, multiprocessors, stream)
+                 : launch<T, Cut<128, 128, 128>>(c, multiprocessors, stream);
+  }
   if (c.head_size <= 192 && c.value_head_size <= 128)
     return launch<T, Cut<192, 128, 64>>(c, multiprocessors, stream);
   return launch<T, Cut<256, 256, 64>>(c, multiprocessors, stream);

@@ -33,7 +33,7 @@ from zerotuning.label_calibration import fit_label_bias
 from zerotuning.models import load_model
 from zerotuning.patch import apply_scales, unpatch
 from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.shot_choice import choose_shots, shot_candidates
+from zerotuning.shot_choice import LEAST_JUDGES, choose_shots, shot_candidates
 from zerotuning.shots import without_shots
 from zerotuning.tasks import Record, Task
 
@@ -43,7 +43,7 @@ Outcome = tuple[Tensor, int, float]
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)
 SHOTS = 4
-SHOT_DRAWS = 8
+SHOT_DRAWS = 4
 WITHOUT_LABELS = ("information",)
 #: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
@@ -125,8 +125,8 @@ class SearchBench:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
     def _draws_of(self, count: int, shots: int) -> int:
-        """How many draws of shots a row chooses among: a method that does not learn has nothing to choose by."""
-        return self.shot_draws if 0 < shots < count else 1
+        """How many draws of shots a row chooses among: one where too few of its examples are left to compare them by."""
+        return self.shot_draws if shots and count - self.shot_draws * shots >= LEAST_JUDGES else 1
 
     def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")

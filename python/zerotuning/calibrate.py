@@ -127,7 +127,7 @@ def calibrate(
             setbacks = Setbacks()
             measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
             state = CalibrationState(
-                folder, identity(__version__, model, tasks, chosen, _name_of_start(start), _name_of(metric)), processes
+                folder, identity(__version__, model, named, examples, chosen, start, _name_of(metric)), processes
             )
             if overwrite:
                 state.clear()
@@ -239,10 +239,6 @@ def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScale
         tie=options.tie,
         start=None if start is None else start.gamma.double().log().numpy(),
     )
-
-
-def _name_of_start(start: HeadScales | None) -> str:
-    return "" if start is None else start.gamma.numpy().tobytes().hex()
 
 
 def _name_of(metric: Metric | None) -> str:

@@ -13,10 +13,11 @@ from torch import nn
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
-from zerotuning.measurement import TaskExamples
-from zerotuning.output import RESULT_FILES, STATE_FILE
+from zerotuning.output import RESULT_FILES, STATE_FILE, TRIALS_FILE
 from zerotuning.processes import Processes
 from zerotuning.prompts import Shot
+from zerotuning.scales import HeadScales
+from zerotuning.tasks import Record, Task
 
 
 class CalibrationState:
@@ -74,7 +75,7 @@ class CalibrationState:
         """Removes the state, and what a run killed in the middle of writing a file left beside it."""
         if self.path is None or not self.processes.is_first:
             return
-        for name in (*RESULT_FILES, STATE_FILE):
+        for name in (*RESULT_FILES, STATE_FILE, TRIALS_FILE):
             for unfinished in self.path.parent.glob(f".{name}.*.part"):
                 unfinished.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
@@ -83,13 +84,14 @@ class CalibrationState:
 def identity(
     version: str,
     model: nn.Module,
-    tasks: Sequence[TaskExamples],
+    tasks: Sequence[Task],
+    records: Sequence[Sequence[Record]],
     options: CalibrationOptions,
-    start: str,
+    start: HeadScales | None,
     metric: str,
 ) -> dict[str, Any]:
-    """What makes a calibration the same: model, tasks, data, options. `start` and `metric` name those."""
-    data = json.dumps([list(task.records) for task in tasks], sort_keys=True, default=str)
+    """What makes a calibration the same: model, tasks, their data, options. `metric` names that."""
+    data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
         "version": version,
         "model_type": getattr(model.config, "model_type", ""),
@@ -97,18 +99,18 @@ def identity(
         "dtype": str(next(model.parameters()).dtype),
         "tasks": [
             {
-                "name": task.task.name,
-                "prompt": task.task.prompt,
-                "labels": task.task.labels if isinstance(task.task.labels, str) else list(task.task.labels),
-                "continuation": task.task.continuation,
+                "name": task.name,
+                "prompt": task.prompt,
+                "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
+                "continuation": task.continuation,
             }
             for task in tasks
         ],
-        "chat": [task.task.chat for task in tasks],
-        "scoring": [task.task.scoring for task in tasks],
-        "shots": [_shown_shots(task.task.shots) for task in tasks],
+        "chat": [task.chat for task in tasks],
+        "scoring": [task.scoring for task in tasks],
+        "shots": [_shown_shots(task.shots) for task in tasks],
         **options.to_json(),
-        "start": start,
+        "start": "" if start is None else start.gamma.numpy().tobytes().hex(),
         "metric": metric,
         "data": hashlib.sha256(data.encode()).hexdigest(),
     }

@@ -184,7 +184,10 @@ def _parser() -> argparse.ArgumentParser:
         "--shots", type=_shots, metavar="N", help="labelled examples that stand solved before each prompt (default: 4)"
     )
     search.add_argument(
-        "--shot-draws", type=_positive, metavar="N", help="draws of them to choose among, besides none (default: 8)"
+        "--shot-draws",
+        type=_positive,
+        metavar="N",
+        help="draws of them to choose among by short searches, besides none (default: 4)",
     )
     return parser
 
@@ -267,7 +270,7 @@ def _add_prompts(parser: argparse.ArgumentParser, several: bool = False) -> None
             metavar="N",
             type=_positive,
             default=1,
-            help="compare the draws of N seeds from S on, and no shots, and take the best (default: %(default)s)",
+            help="try the draws of N seeds from S on, and no shots, by short searches, and take the best (default: %(default)s)",
         )
     add("--shot-data", metavar="FILE.jsonl", action=action, help=f"draw them from there (default: {source})")
     add(
@@ -510,47 +513,35 @@ def _calibrated(
 ) -> Any:
     from zerotuning.calibrate import calibrate
     from zerotuning.example_folds import draw_examples
+    from zerotuning.shot_choice import choose_shots, judging_examples
 
     for several, part in zip(candidates, records, strict=True):
         left = [_without_shots(task, part) for task in several]
         draw_examples(min(left, key=len), chosen)
+        if len(several) > 1:
+            judging_examples(several, draw_examples(part, chosen))
         _check_records(several[0], part, require_label=chosen.objective == "task-loss" or len(several) > 1)
     model, tokenizer = _loaded(arguments, device)
-    tasks = [
-        _chosen(arguments, several, draw_examples(part, chosen), model, tokenizer)
-        for several, part in zip(candidates, records, strict=True)
-    ]
-    return calibrate(
-        model,
-        tokenizer,
-        tasks,
-        records=records,
-        start=start,
-        output=folder,
-        overwrite=arguments.overwrite,
-        model_name=arguments.model,
-        progress=True,
-        **options,
-    )
+    given = {"start": start, "output": folder, "overwrite": arguments.overwrite, "progress": True, **options}
+    tasks = []
+    for several, part in zip(candidates, records, strict=True):
+        choice = choose_shots(model, tokenizer, several, draw_examples(part, chosen), **given)
+        tasks.append(choice.task)
+        _print_choice(several, choice)
+    return calibrate(model, tokenizer, tasks, records=records, model_name=arguments.model, **given)
 
 
-def _chosen(arguments: argparse.Namespace, candidates: list[Any], judges: list[Any], model: Any, tokenizer: Any) -> Any:
-    """The task behind the best of several draws of shots, which is printed."""
-    if len(candidates) == 1:
-        return candidates[0]
+def _print_choice(candidates: list[Any], choice: Any) -> None:
     from zerotuning.processes import Processes
-    from zerotuning.shot_choice import choose_shots
 
-    options = {name: getattr(arguments, name) for name in ("batch_size", "truncate")}
-    choice = choose_shots(model, tokenizer, candidates, judges, **options)
-    if Processes().is_first:
-        print(f"{choice.task.name}: loss behind shots, label biases and temperature apart")
-        for task, loss in zip(candidates, choice.losses, strict=True):
-            name = "no shots" if task.shot_seed is None else f"--shot-seed {task.shot_seed}"
-            print(f"  {name:<15} {loss:.4f}{'  taken' if task is choice.task else ''}")
-        for note in choice.setbacks:
-            print(f"  survived: {note}")
-    return choice.task
+    if len(candidates) == 1 or not Processes().is_first:
+        return
+    print(f"{choice.task.name}: held-out loss of a short search behind shots")
+    for task, loss in zip(candidates, choice.losses, strict=True):
+        name = "no shots" if task.shot_seed is None else f"--shot-seed {task.shot_seed}"
+        print(f"  {name:<15} {loss:.4f}{'  taken' if task is choice.task else ''}")
+    for note in choice.setbacks:
+        print(f"  survived: {note}")
 
 
 def _loaded(arguments: argparse.Namespace, device: str | None) -> tuple[Any, Any]:

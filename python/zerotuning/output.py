@@ -16,6 +16,7 @@ REPORT_FILE = "report.json"
 PICTURE_FILE = "head_map.png"
 REPORT_PAGE_FILE = "report.png"
 STATE_FILE = "calibration_state.json"
+TRIALS_FILE = "shot_trials.json"
 RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE, REPORT_PAGE_FILE)
 
 

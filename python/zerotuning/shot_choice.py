@@ -1,36 +1,52 @@
-"""Which of several draws of shots a search should stand behind: the one that leaves the untuned model the most to tell.
+"""Which of several draws of shots a search should stand behind: the one whose short search does best on held-out examples.
 
-The loss behind a draw says little by itself: labels that the shots favour, and scores that are too flat or too sure, cost
-nats that head scales win back. So the scores behind each draw first get the temperature and the label biases that suit
-them best, and the loss that is left decides. Examples that are a shot of some draws are judged behind the others.
+What the untuned model knows behind a draw is no guide. Labels that the shots favour cost nats that head scales win back;
+with label biases and a temperature fitted first, the best of eight draws was worth no more than the first (README). So
+each draw gets a search of its own, short, over two folds, on the examples that no draw shows.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from zerotuning.calibrate import calibrate
+from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.calibration_state import identity
 from zerotuning.errors import ZeroTuningError
-from zerotuning.label_calibration import adjusted, fit_labels
+from zerotuning.files import write_json_atomically
+from zerotuning.output import TRIALS_FILE
 from zerotuning.processes import Processes
-from zerotuning.scoring import LabelScorer
-from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import prefix_read_once
-from zerotuning.shots import draw_shots, places_without_shots
+from zerotuning.scales import HeadScales
+from zerotuning.shots import draw_shots, without_shots
 from zerotuning.tasks import Record, Task
 from zerotuning.tensor_parallelism import is_tensor_parallel
+from zerotuning.version import __version__
 
-#: Examples that judge a draw. With 196 the loss of two draws differs by 0.02 to 0.05 (standard error), draws by up to 0.2.
-MOST_JUDGES = 256
-#: A normal prior of standard deviation 3 on each bias (shots favour a label by as many nats) and on the temperature's
-#: logarithm, so that a few examples are not fitted one by one.
-RIDGE = 1 / 9
+#: Fewer examples that no draw shows say nothing about one draw against another.
+LEAST_JUDGES = 32
+#: How a draw is tried, whatever the search itself is asked for: about a third of a search on 200 examples.
+TRIAL = {
+    "method": "gradient",
+    "objective": "task-loss",
+    "prior": "unknown",
+    "examples": None,
+    "steps": 30,
+    "seconds": None,
+    "seeds": 1,
+    "folds": 2,
+    "combine": "average",
+    "average": 0.0,
+    "step_examples": None,
+    "patience": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +54,7 @@ class ShotChoice:
     """What `choose_shots` found.
 
     task      the chosen task, with its shots
-    losses    of every candidate, nats, float64: mean loss of the right label after a temperature and label biases
+    losses    of every candidate's short search, nats: mean loss of held-out examples
     setbacks  what was survived on the way
     """
 
@@ -58,50 +74,62 @@ def shot_candidates(task: Task, records: Sequence[Record], count: int, seed: int
     return drawn if draws == 1 else [*drawn, task.with_shots(())]
 
 
+def judging_examples(candidates: Sequence[Task], records: Sequence[Record]) -> list[Record]:
+    """The records that are a shot of none of the candidates. Errors: ZeroTuningError where they are too few."""
+    left = list(records)
+    for task in candidates:
+        left = without_shots(task, left)
+    if len(left) < LEAST_JUDGES:
+        raise ZeroTuningError(
+            f"{len(candidates)} draws of shots leave {len(left)} of {len(records)} examples of task "
+            f"{candidates[0].name!r} that none of them shows, at least {LEAST_JUDGES} are needed to compare them"
+        )
+    return left
+
+
 def choose_shots(
     model: nn.Module,
     tokenizer: Any,
     candidates: Sequence[Task],
     records: Sequence[Record],
     *,
-    batch_size: int = 16,
-    truncate: bool = False,
+    start: HeadScales | None = None,
+    output: Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
+    **options: Any,
 ) -> ShotChoice:
-    """Of tasks that differ in their shots the one behind which the model knows the labels of the records best.
+    """Of tasks that differ in their shots the one behind which a short search has the least held-out loss.
 
-    model, tokenizer   a transformers causal language model as it stands and its tokenizer
-    candidates         such as `shot_candidates` gives; with labels to choose among the temperature is fitted, with labels
-                       that all examples have the biases too, of a continuation nothing
-    records            with labels; the first MOST_JUDGES judge, each all candidates that it is no shot of
-    batch_size         prompts that go through the model together, fewer where memory runs out
-    truncate           as of `calibrate`
-    Errors: ZeroTuningError for scoring `generate`, which gives texts no probabilities, for records without labels, for a
-    candidate that is behind all of them, and for scores that are no numbers.
+    model, tokenizer, overwrite, progress   as of `calibrate`
+    candidates   such as `shot_candidates` gives
+    records      with labels; those that are a shot of no candidate drive and judge all of them
+    start, options   as of `calibrate`; what TRIAL names is the same for all, whatever is asked
+    output       a folder that exists: losses are kept there as they are found, and the same call goes on with those
+    Errors: ZeroTuningError for scoring `generate`, which gives texts no probabilities, for too few examples, and what
+    `calibrate` raises.
     """
     if not candidates:
         raise ZeroTuningError("candidates must be at least one task, got none")
-    for task in candidates:
-        _check_scoring(task)
     if len(candidates) == 1:
         return ShotChoice(candidates[0], [math.nan], [])
-    judges = list(records[:MOST_JUDGES])
-    setbacks = Setbacks()
-    losses = np.full((len(candidates), len(judges)), np.nan)
-    for task, row in zip(candidates, losses, strict=True):
-        own = places_without_shots(task, judges)
-        if not own:
-            raise ZeroTuningError(
-                f"all {len(judges)} examples of task {task.name!r} are shots, none is left to judge them"
-            )
-        judging = [judges[place] for place in own]
-        scorer = LabelScorer(model, tokenizer, task, judging, batch_size=batch_size, truncate=truncate)
-        row[own] = losses_after_fit(task, _scores(scorer, setbacks), scorer.labels)
-    means = means_over_all_judges(losses)
-    told = Processes(share_model=is_tensor_parallel(model)).from_first(" ".join(map(repr, means.tolist())))
-    found = [float(text) for text in told.split()]
-    if not all(map(math.isfinite, found)):
-        raise ZeroTuningError(f"task {candidates[0].name!r}: the model's scores are not finite")
-    return ShotChoice(candidates[found.index(min(found))], found, setbacks.notes)
+    for task in candidates:
+        _check_scoring(task)
+    judges = judging_examples(candidates, records)
+    asked: dict[str, Any] = {**options, **TRIAL}
+    chosen = CalibrationOptions(**asked)
+    kept = _KeptTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
+    losses, setbacks = [], []
+    for task in candidates:
+        key = identity(__version__, model, [task], [judges], chosen, start, "")
+        loss = kept.loss(key)
+        if loss is None:
+            report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
+            loss = report["tuned"]["loss"]
+            setbacks += report["setbacks"]
+            kept.keep(key, loss)
+        losses.append(loss)
+    return ShotChoice(candidates[losses.index(min(losses))], losses, setbacks)
 
 
 def _check_scoring(task: Task) -> None:
@@ -109,45 +137,32 @@ def _check_scoring(task: Task) -> None:
         raise ZeroTuningError("draws of shots are compared by their loss, which scoring generate does not have")
 
 
-@torch.no_grad()
-def _scores(scorer: LabelScorer, setbacks: Setbacks) -> Tensor:
-    """Float32 [n, C], on the CPU; NaN where they are no numbers."""
-    scores = torch.full((len(scorer), scorer.num_labels), torch.nan)
-    with prefix_read_once(scorer):
-        for batch in scorer.batches:
-            for piece, found in setbacks.in_pieces(scorer, batch, lambda part: scorer.scores(part).cpu()):
-                scores[piece.indices] = found
-    return scores
+class _KeptTrials:
+    """Losses of trials in a folder, by what makes a trial the same; only the first of several processes touches it."""
+
+    def __init__(self, folder: Path | None, processes: Processes, overwrite: bool) -> None:
+        self.path = None if folder is None else folder / TRIALS_FILE
+        self.processes = processes
+        self.losses: dict[str, float] = {}
+        if self.path is not None and not overwrite:
+            text = self.path.read_text("utf-8") if processes.is_first and self.path.exists() else "{}"
+            self.losses = self._parsed(processes.from_first(text))
+
+    def _parsed(self, text: str) -> dict[str, float]:
+        try:
+            return {str(name): float(loss) for name, loss in json.loads(text).items()}
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
+
+    def loss(self, key: dict[str, Any]) -> float | None:
+        # The first process's, which wrote them: of a model that processes share each may count its own parameters.
+        return self.losses.get(self.processes.from_first(_digest(key)))
+
+    def keep(self, key: dict[str, Any], loss: float) -> None:
+        self.losses[self.processes.from_first(_digest(key))] = loss
+        if self.path is not None and self.processes.is_first:
+            write_json_atomically(self.path, self.losses)
 
 
-def losses_after_fit(task: Task, scores: Tensor, labels: Tensor) -> np.ndarray:
-    """Loss of each example, float64 [n], after what its task allows was fitted to scores [n, C] and labels [n]."""
-    if task.continuation:
-        return -scores[:, 0].double().numpy()
-    known = ~scores.isnan().any(dim=-1)
-    losses = np.full(len(scores), np.nan)
-    if bool(known.any()):
-        own, gold = scores[known].double(), labels[known]
-        fitted = fit_labels(own, gold, ridge=RIDGE / len(own), bias=isinstance(task.labels, tuple))
-        right = -torch.log_softmax(adjusted(own, *fitted), dim=-1).gather(1, gold[:, None])[:, 0]
-        losses[known.numpy()] = right.numpy()
-    return losses
-
-
-def means_over_all_judges(losses: np.ndarray) -> np.ndarray:
-    """Means [D] of losses [D, N] as if every draw had been judged by every example, NaN where one was not.
-
-    Least squares of a_d + b_i over the losses that there are: an example that few draws are judged by counts for what it
-    tells of these against each other, not for how hard it is.
-    """
-    present = np.isfinite(losses)
-    filled = np.where(present, losses, 0.0)
-    judged = present.sum(axis=0)
-    present, filled, judged = present[:, judged > 0].astype(float), filled[:, judged > 0], judged[judged > 0]
-    of_example = filled.sum(axis=0) / judged
-    matrix = np.diag(present.sum(axis=1)) - present / judged @ present.T
-    effects = np.linalg.lstsq(matrix, (filled - present * of_example).sum(axis=1), rcond=None)[0]
-    level = np.mean(of_example - effects @ present / judged) if len(judged) else np.nan
-    means = effects + level
-    means[present.sum(axis=1) == 0] = np.nan
-    return np.asarray(means)
+def _digest(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
