@@ -1,8 +1,11 @@
 """Which of several draws of shots a search should stand behind: the one whose short search does best on held-out examples.
 
 What the untuned model knows behind a draw is no guide. Labels that the shots favour cost nats that head scales win back;
-with label biases and a temperature fitted first, the best of eight draws was worth no more than the first (README). So
-each draw gets a search of its own, short, over two folds, on the examples that no draw shows.
+with label biases and a temperature fitted first, the best of eight draws was worth no more than the first. So each draw
+gets a search of its own, short, over two folds, on the examples that no draw shows. Measured with SmolLM2-135M, three
+draws of shots for each of three draws of 200 examples: the correlation of such a search's loss after 30 steps with the
+test loss of one of 120 steps, within the draws of the same examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and
+0.0 on mr, where draws hardly differ.
 """
 
 from __future__ import annotations

@@ -96,25 +96,25 @@ def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
 def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, monkeypatch) -> None:
     tiny_bench.shots, tiny_bench.shot_draws = 2, 3
     tiny_bench.methods = ("untuned", "label-bias", "gradient")
-    asked, taken = [], iter((2, 3))
+    asked = []
 
     def choose(model, tokenizer, candidates, records, batch_size):
         asked.append((len(records), [task.shot_seed for task in candidates]))
-        place = next(taken) if len(candidates) > 1 else 0
-        return ShotChoice(candidates[place], [0.0] * len(candidates), [])
+        return ShotChoice(candidates[-2 if len(candidates) > 1 else 0], [0.0] * len(candidates), [])
 
     monkeypatch.setattr(bench_search, "choose_shots", choose)
+    monkeypatch.setattr(bench_search, "LEAST_JUDGES", 10)  # which 16 - 3 * 2 are, 8 - 3 * 2 are not
     rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
     # The untuned model has nothing to choose by; label-bias and gradient share the choice for their 16 examples.
-    assert asked == [(16, [0]), (16, [0, 1, 2, None]), (8, [0, 1, 2, None])]
+    assert asked == [(16, [0]), (16, [0, 1, 2, None]), (8, [0])]
     assert [(row["method"], row["examples"], row["shot_draws"], row["shot_seed"]) for row in rows] == [
-        ("untuned", 0, 1, None), ("untuned", 2, 1, 0), ("label-bias", 16, 3, 2), ("gradient", 8, 3, None),
+        ("untuned", 0, 1, None), ("untuned", 2, 1, 0), ("label-bias", 16, 3, 2), ("gradient", 8, 1, 0),
         ("gradient", 16, 3, 2),
     ]  # fmt: skip
     known = [dict(row) for row in rows]
     assert [row for row in tiny_bench.rows(known) if row["what"] == "search"] == known
-    tiny_bench.shot_draws, tiny_bench.methods = 1, ("gradient",)
-    assert [row["shot_draws"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1, 1]  # made anew
+    tiny_bench.shot_draws, tiny_bench.methods, tiny_bench.examples = 1, ("gradient",), (16,)
+    assert [row["shot_draws"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1]  # made anew
     with pytest.raises(ZeroTuningError, match="shot_draws must be at least 1, got 0"):
         SearchBench(shot_draws=0)
 

@@ -92,10 +92,18 @@ def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
     assert config["calibration"]["prompts"] == report["prompts"]
 
 
-def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Path, capsys: Any) -> None:
+@pytest.fixture
+def trials(monkeypatch: Any) -> None:
+    """Short searches that the few examples here are enough for."""
+    choice = importlib.import_module("zerotuning.shot_choice")
+    monkeypatch.setattr(choice, "LEAST_JUDGES", 4)
+    monkeypatch.setitem(choice.TRIAL, "steps", 2)
+
+
+def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Path, capsys: Any, trials: None) -> None:
     assert main(calibrate("--shots", "3", "--shot-seed", "4", "--shot-draws", "2")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "films: loss behind shots, label biases and temperature apart"
+    assert lines[0] == "films: held-out loss of a short search behind shots"
     names = ["--shot-seed 4", "--shot-seed 5", "no shots"]
     losses = [float(line[len(name) + 2 :].split()[0]) for name, line in zip(names, lines[1:4], strict=True)]
     assert [line.endswith("  taken") for line in lines[1:4]] == [loss == min(losses) for loss in losses]
@@ -104,16 +112,18 @@ def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Pa
     expected = {"shots": 0} if best == 2 else {"shots": 3, "shot_seed": 4 + best}
     assert report["prompts"] == [{"task": "films", **expected, "chat": False, "scoring": "sum"}]
     assert report["examples"] == 14 - expected["shots"]
-    assert main(calibrate("--shots", "3", "--shot-draws", "9", "--overwrite", "--examples", "6")) == 0
 
 
-def test_draws_that_cannot_be_compared_are_refused(place: Path, capsys: Any) -> None:
+def test_draws_that_cannot_be_compared_are_refused(place: Path, capsys: Any, monkeypatch: Any) -> None:
     assert "--shot-draws 2 are draws of --shots, which are 0" in refusal(capsys, calibrate("--shot-draws", "2"))
     message = refusal(capsys, calibrate("--shots", "11", "--shot-draws", "2"))
     assert "shots 11 leave 3 of 14 examples of task 'films', calibration needs at least 4" in message
     generated = ("--scoring", "generate", "--method", "cma-es")
     message = refusal(capsys, calibrate("--shots", "2", "--shot-draws", "2", *generated))
     assert "draws of shots are compared by their loss, which scoring generate does not have" in message
+    monkeypatch.setattr("zerotuning.models.load_model", None)  # refused before a model is loaded
+    message = refusal(capsys, calibrate("--shots", "2", "--shot-draws", "2"))
+    assert "examples of task 'films' that none of them shows, at least 32 are needed to compare them" in message
 
 
 def test_a_builtin_tasks_shots_come_from_its_validation_sample(place: Path, capsys: Any, tiny_model: Any) -> None:
@@ -149,15 +159,15 @@ def test_prompts_are_cut_where_the_user_asks(place: Path, capsys: Any) -> None:
     assert main(command) == 0
 
 
-def interrupt(monkeypatch: Any, command: list[str]) -> None:
-    """Runs the command and interrupts it before its second step."""
+def interrupt(monkeypatch: Any, command: list[str], rounds_before: int = 1) -> None:
+    """Runs the command and interrupts it after so many rounds of its searches."""
     search = importlib.import_module("zerotuning.folded_search").FoldedSearch
     advance = search.advance
     rounds: list[int] = []
 
     def interrupted(self: Any) -> None:
         rounds.append(1)
-        if len(rounds) == 2:
+        if len(rounds) == rounds_before + 1:
             raise KeyboardInterrupt
         advance(self)
 
@@ -166,13 +176,17 @@ def interrupt(monkeypatch: Any, command: list[str]) -> None:
         assert main(command) == 130
 
 
-def test_a_resumed_calibration_takes_the_same_draw(place: Path, capsys: Any, monkeypatch: Any) -> None:
-    command = calibrate("--shots", "2", "--shot-draws", "3")
-    interrupt(monkeypatch, command)
-    assert main(command) == 0
+def test_a_resumed_calibration_takes_the_same_draw(place: Path, capsys: Any, monkeypatch: Any, trials: None) -> None:
+    command = calibrate("--shots", "2", "--shot-draws", "3", "--steps", "3")
     assert main([*command, "--output", "whole"]) == 0
-    for name in ("head_scales.safetensors", "zerotuning_config.json"):
+    interrupt(monkeypatch, command)  # in a short search
+    interrupt(monkeypatch, command, rounds_before=7)  # in the second after it
+    interrupt(monkeypatch, command, rounds_before=7)  # in the search
+    assert (place / "scales/calibration_state.json").exists()
+    assert main(command) == 0
+    for name in ("head_scales.safetensors", "zerotuning_config.json", "shot_trials.json"):
         assert (place / "scales" / name).read_bytes() == (place / "whole" / name).read_bytes()
+    assert main([*command, "--overwrite"]) == 0
 
 
 def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, monkeypatch: Any) -> None:
