@@ -84,7 +84,7 @@ def judging_examples(candidates: Sequence[Task], records: Sequence[Record]) -> l
         left = without_shots(task, left)
     if len(left) < LEAST_JUDGES:
         raise ZeroTuningError(
-            f"{len(candidates)} draws of shots leave {len(left)} of {len(records)} examples of task "
+            f"the draws of shots leave {len(left)} of {len(records)} examples of task "
             f"{candidates[0].name!r} that none of them shows, at least {LEAST_JUDGES} are needed to compare them"
         )
     return left
@@ -128,9 +128,8 @@ def choose_shots(
         loss = kept.loss(key)
         if loss is None:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
-            loss = report["tuned"]["loss"]
             setbacks += report["setbacks"]
-            kept.keep(key, loss)
+            loss = kept.keep(key, report["tuned"]["loss"])
         losses.append(loss)
     return ShotChoice(candidates[losses.index(min(losses))], losses, setbacks)
 
@@ -148,23 +147,28 @@ class _KeptTrials:
         self.processes = processes
         self.losses: dict[str, float] = {}
         if self.path is not None and not overwrite:
-            text = self.path.read_text("utf-8") if processes.is_first and self.path.exists() else "{}"
-            self.losses = self._parsed(processes.from_first(text))
+            self.losses = json.loads(processes.from_first(json.dumps(self._read() if processes.is_first else {})))
 
-    def _parsed(self, text: str) -> dict[str, float]:
+    def _read(self) -> dict[str, float]:
+        assert self.path is not None
+        if not self.path.exists():
+            return {}
         try:
-            return {str(name): float(loss) for name, loss in json.loads(text).items()}
-        except (ValueError, TypeError, AttributeError) as error:
+            return {name: float(loss) for name, loss in json.loads(self.path.read_text("utf-8")).items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
 
     def loss(self, key: dict[str, Any]) -> float | None:
         # The first process's, which wrote them: of a model that processes share each may count its own parameters.
         return self.losses.get(self.processes.from_first(_digest(key)))
 
-    def keep(self, key: dict[str, Any], loss: float) -> None:
+    def keep(self, key: dict[str, Any], loss: float) -> float:
+        """The first process's loss, so that all choose the same."""
+        loss = float(self.processes.from_first(repr(loss)))
         self.losses[self.processes.from_first(_digest(key))] = loss
         if self.path is not None and self.processes.is_first:
             write_json_atomically(self.path, self.losses)
+        return loss
 
 
 def _digest(key: dict[str, Any]) -> str:

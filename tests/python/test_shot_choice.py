@@ -53,7 +53,7 @@ def test_examples_that_any_draw_shows_judge_none() -> None:
     assert prompts(left) == [text for text in prompts(RECORDS) if text not in shown]
     with pytest.raises(ZeroTuningError) as caught:
         judging_examples(candidates, RECORDS[:20])
-    assert str(caught.value).startswith("4 draws of shots leave ")
+    assert str(caught.value).startswith("the draws of shots leave ")
     assert "of 20 examples of task 'films' that none of them shows, at least 32 are needed" in str(caught.value)
 
 
