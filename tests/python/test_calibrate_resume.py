@@ -176,4 +176,5 @@ def test_bad_input_ends_all_processes(place: Path) -> None:
     together = torchrun(place, "-m", "zerotuning", *command("two", "--layers", "9"))
     assert together.returncode != 0
     assert "layers: the model's layers are 0 to 1, got 9" in together.stderr
-    assert not (place / "two").exists()
+    # torchrun may end the first process, which met the same error, before it has removed the folder it made.
+    assert not any((place / "two").glob("*"))
