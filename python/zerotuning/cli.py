@@ -30,6 +30,7 @@ from zerotuning.output import (
     RESULT_FILES,
     SCALES_FILE,
     STATE_FILE,
+    TRIALS_FILE,
     check_result_file,
     result_folder,
 )
@@ -588,7 +589,7 @@ def _print_calibration(calibration: Any, folder: Path) -> None:
     if not calibration.improved:
         print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
         print(f"  ({calibration.report['reason']})")
-    print(f"\nIn {folder}: {', '.join(name for name in RESULT_FILES if (folder / name).exists())}")
+    print(f"\nIn {folder}: {', '.join(name for name in (*RESULT_FILES, TRIALS_FILE) if (folder / name).exists())}")
     if not (folder / REPORT_PAGE_FILE).exists():
         print('No plots: matplotlib is missing (pip install "zerotuning[plot]")')
 

@@ -107,6 +107,7 @@ def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Pa
     names = ["--shot-seed 4", "--shot-seed 5", "no shots"]
     losses = [float(line[len(name) + 2 :].split()[0]) for name, line in zip(names, lines[1:4], strict=True)]
     assert [line.endswith("  taken") for line in lines[1:4]] == [loss == min(losses) for loss in losses]
+    assert any(line.startswith("In scales: ") and line.endswith("shot_trials.json") for line in lines)
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
     best = losses.index(min(losses))
     expected = {"shots": 0} if best == 2 else {"shots": 3, "shot_seed": 4 + best}
