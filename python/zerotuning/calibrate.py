@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from zerotuning.calibration_options import METHODS, CalibrationOptions
+from zerotuning.calibration_options import METHODS, CalibrationOptions, checked_options
 from zerotuning.calibration_report import METADATA_FIELDS, held_out_figures, versions
 from zerotuning.calibration_state import CalibrationState, identity
 from zerotuning.errors import ZeroTuningError
@@ -44,7 +44,6 @@ from zerotuning.shots import without_shots
 from zerotuning.single_search import SingleSearch
 from zerotuning.tasks import Record, Task, as_records
 from zerotuning.tensor_parallelism import is_tensor_parallel
-from zerotuning.version import __version__
 
 __all__ = ["METHODS", "Calibration", "calibrate"]
 
@@ -110,7 +109,7 @@ def calibrate(
     Under torch.distributed all processes call it with the same arguments and get the same result, once the first has
     written it. They share the examples; with a tensor-parallel model, which they share, each reads all of them.
     """
-    chosen = _checked_options(options)
+    chosen = checked_options(options)
     named = _task_list(task)
     given = _records_of(named, task, records)
     examples = [draw_examples(without_shots(one, part), chosen) for one, part in zip(named, given, strict=True)]
@@ -127,7 +126,7 @@ def calibrate(
             setbacks = Setbacks()
             measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
             state = CalibrationState(
-                folder, identity(__version__, model, named, examples, chosen, start, _name_of(metric)), processes
+                folder, identity(model, named, examples, chosen, start, _name_of(metric)), processes
             )
             if overwrite:
                 state.clear()
@@ -145,14 +144,6 @@ def calibrate(
 
 
 # What is asked for.
-
-
-def _checked_options(options: Mapping[str, Any]) -> CalibrationOptions:
-    known = CalibrationOptions.__dataclass_fields__
-    for name in options:
-        if name not in known:
-            raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(known)}")
-    return CalibrationOptions(**options)
 
 
 def _task_list(task: TaskLike | Sequence[TaskLike]) -> list[Task]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -180,6 +180,15 @@ class CalibrationOptions:
     def to_json(self) -> dict[str, Any]:
         """The options as JSON holds them: tuples are lists."""
         return {name: _plain(value) for name, value in asdict(self).items()}
+
+
+def checked_options(options: Mapping[str, Any]) -> CalibrationOptions:
+    """CalibrationOptions of these names. Errors: ZeroTuningError for a name or a value that they do not take."""
+    known = CalibrationOptions.__dataclass_fields__
+    for name in options:
+        if name not in known:
+            raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(known)}")
+    return CalibrationOptions(**options)
 
 
 def _plain(value: Any) -> Any:

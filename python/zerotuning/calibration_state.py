@@ -18,6 +18,7 @@ from zerotuning.processes import Processes
 from zerotuning.prompts import Shot
 from zerotuning.scales import HeadScales
 from zerotuning.tasks import Record, Task
+from zerotuning.version import __version__
 
 
 class CalibrationState:
@@ -82,7 +83,6 @@ class CalibrationState:
 
 
 def identity(
-    version: str,
     model: nn.Module,
     tasks: Sequence[Task],
     records: Sequence[Sequence[Record]],
@@ -90,10 +90,10 @@ def identity(
     start: HeadScales | None,
     metric: str,
 ) -> dict[str, Any]:
-    """What makes a calibration the same: model, tasks, their data, options. `metric` names that."""
+    """What makes a calibration the same: model, version, tasks and their data, options; `metric` is its name."""
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
-        "version": version,
+        "version": __version__,
         "model_type": getattr(model.config, "model_type", ""),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype),

@@ -516,17 +516,19 @@ def _calibrated(
     from zerotuning.example_folds import draw_examples
     from zerotuning.shot_choice import choose_shots, judging_examples
 
+    drawn = []
     for several, part in zip(candidates, records, strict=True):
         left = [_without_shots(task, part) for task in several]
         draw_examples(min(left, key=len), chosen)
+        drawn.append(draw_examples(part, chosen))
         if len(several) > 1:
-            judging_examples(several, draw_examples(part, chosen))
+            judging_examples(several, drawn[-1])
         _check_records(several[0], part, require_label=chosen.objective == "task-loss" or len(several) > 1)
     model, tokenizer = _loaded(arguments, device)
     given = {"start": start, "output": folder, "overwrite": arguments.overwrite, "progress": True, **options}
     tasks = []
-    for several, part in zip(candidates, records, strict=True):
-        choice = choose_shots(model, tokenizer, several, draw_examples(part, chosen), **given)
+    for several, part in zip(candidates, drawn, strict=True):
+        choice = choose_shots(model, tokenizer, several, part, **given)
         tasks.append(choice.task)
         _print_choice(several, choice)
     return calibrate(model, tokenizer, tasks, records=records, model_name=arguments.model, **given)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.generated_answers import answer_tokens, share_right, written_texts
 from zerotuning.hub_data import read_data
 from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.shared_prefix import prefix_read_once
+from zerotuning.shared_prefix import behind_prefix, is_worth_sharing
 from zerotuning.tasks import Record, Task, as_records, first_examples
 
 
@@ -112,7 +113,7 @@ def evaluate(
 
 
 def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
-    with prefix_read_once(scorer):
+    with behind_prefix(scorer) if is_worth_sharing(scorer) else nullcontext():
         scores = label_scores(scorer, progress=progress)
     if bool(scores.isnan().any()):
         bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]

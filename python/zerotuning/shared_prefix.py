@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -69,11 +69,6 @@ def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
         yield
     finally:
         scorer.prefix = None
-
-
-def prefix_read_once(scorer: LabelScorer) -> AbstractContextManager[None]:
-    """`behind_prefix` where that is worth it."""
-    return behind_prefix(scorer) if is_worth_sharing(scorer) else nullcontext()
 
 
 class SharedPrefix:

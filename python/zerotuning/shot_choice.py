@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from zerotuning.calibrate import calibrate
-from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.calibration_options import checked_options
 from zerotuning.calibration_state import identity
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
@@ -31,7 +31,6 @@ from zerotuning.scales import HeadScales
 from zerotuning.shots import draw_shots, without_shots
 from zerotuning.tasks import Record, Task
 from zerotuning.tensor_parallelism import is_tensor_parallel
-from zerotuning.version import __version__
 
 #: Fewer examples that no draw shows say nothing about one draw against another.
 LEAST_JUDGES = 32
@@ -120,17 +119,16 @@ def choose_shots(
         _check_scoring(task)
     judges = judging_examples(candidates, records)
     asked: dict[str, Any] = {**options, **TRIAL}
-    chosen = CalibrationOptions(**asked)
+    chosen = checked_options(asked)
     kept = _KeptTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
     losses, setbacks = [], []
     for task in candidates:
-        key = identity(__version__, model, [task], [judges], chosen, start, "")
-        loss = kept.loss(key)
-        if loss is None:
+        key = kept.key(identity(model, [task], [judges], chosen, start, ""))
+        if key not in kept.losses:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
             setbacks += report["setbacks"]
-            loss = kept.keep(key, report["tuned"]["loss"])
-        losses.append(loss)
+            kept.keep(key, report["tuned"]["loss"])
+        losses.append(kept.losses[key])
     return ShotChoice(candidates[losses.index(min(losses))], losses, setbacks)
 
 
@@ -158,18 +156,13 @@ class _KeptTrials:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
 
-    def loss(self, key: dict[str, Any]) -> float | None:
+    def key(self, trial: dict[str, Any]) -> str:
         # The first process's, which wrote them: of a model that processes share each may count its own parameters.
-        return self.losses.get(self.processes.from_first(_digest(key)))
+        text = json.dumps(trial, sort_keys=True)
+        return self.processes.from_first(hashlib.sha256(text.encode()).hexdigest())
 
-    def keep(self, key: dict[str, Any], loss: float) -> float:
-        """The first process's loss, so that all choose the same."""
-        loss = float(self.processes.from_first(repr(loss)))
-        self.losses[self.processes.from_first(_digest(key))] = loss
+    def keep(self, key: str, loss: float) -> None:
+        """Keeps the first process's loss, so that all choose the same."""
+        self.losses[key] = float(self.processes.from_first(repr(loss)))
         if self.path is not None and self.processes.is_first:
             write_json_atomically(self.path, self.losses)
-        return loss
-
-
-def _digest(key: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()

@@ -51,13 +51,8 @@ def draw_shots(task: Task, records: Iterable[Mapping[str, Any]], count: int, see
 
 def without_shots(task: Task, records: Sequence[Record]) -> list[Record]:
     """The records whose prompt is none of the task's shots."""
-    return [records[place] for place in places_without_shots(task, records)]
-
-
-def places_without_shots(task: Task, records: Sequence[Record]) -> list[int]:
-    """Where those records stand in the list."""
     taken = {shot.prompt for shot in task.shots}
-    return [place for place, record in enumerate(records) if not taken or task.render(record).own not in taken]
+    return [record for record in records if task.render(record).own not in taken] if taken else list(records)
 
 
 def without_prompts_of(task: Task, records: Sequence[Record], others: Sequence[Record]) -> list[Record]:

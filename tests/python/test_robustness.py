@@ -114,7 +114,7 @@ def test_many_shots_are_read_once_and_the_figures_stay(
     assert not is_worth_sharing(
         LabelScorer(long_model, tiny_tokenizer, Task.load("sst2"), Task.load("sst2").examples("test", 5))
     )
-    monkeypatch.setattr(sys.modules["zerotuning.shared_prefix"], "is_worth_sharing", lambda _: False)
+    monkeypatch.setattr(sys.modules["zerotuning.evaluate"], "is_worth_sharing", lambda _: False)
     plain = evaluate(long_model, tiny_tokenizer, task, records)
     assert (found.accuracy, found.examples) == (plain.accuracy, plain.examples)
     assert found.loss == pytest.approx(plain.loss, abs=1e-4)
