@@ -139,3 +139,5 @@ def test_what_cannot_be_compared_is_refused(tiny_model: Any, tiny_tokenizer: Any
     assert len(shot_candidates(written, RECORDS, 2, 0, 1)) == 1
     pair = shot_candidates(FILMS, RECORDS, 2, 0, 2)
     assert "field 'label' is missing" in refusal(pair, [*RECORDS, as_records([{"text": "unlabelled"}])[0]])
+    with pytest.raises(ZeroTuningError, match="calibrate has no option 'speed': there are method, "):
+        choose_shots(tiny_model, tiny_tokenizer, pair, RECORDS, speed=1)
