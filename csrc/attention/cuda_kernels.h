@@ -126,8 +126,16 @@ cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& pa
 // multiples of 8 up to 256.
 bool decode_takes(const CudaAttention& arguments);
 int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
+
+enum class DecodeRoute : int64_t {
+  automatic = 0,
+  rings = 1,  // every warp copies its own tiles
+  bulk =
+      2,  // the bulk copy engine does: sm_90a, head sizes 64 and 128, for caches that flood level 2
+};
+bool decode_bulk_takes(const CudaAttention& arguments);
 cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multiprocessors,
-                   cudaStream_t stream);
+                   cudaStream_t stream, DecodeRoute route = DecodeRoute::automatic);
 
 // Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),
 // strides and pointers that are multiples of 16 bytes; any geometry.

@@ -59,6 +59,16 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// A box of a map whose inner two dimensions are the columns of a row.
+__device__ __forceinline__ void load_rows(void* to, const CUtensorMap* map, uint64_t* barrier,
+                                          int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(0), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 // Multiples of 16 bytes, in a row.
 __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
                                            uint64_t* barrier) {

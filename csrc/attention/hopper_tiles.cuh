@@ -6,6 +6,8 @@
 // 8i + 2(lane % 4) + {0, 1}, at [4i + 2(row half) + column].
 #pragma once
 
+#include <algorithm>
+
 #include "attention/hopper.cuh"
 
 namespace zerotuning::attention::hopper {
@@ -127,28 +129,39 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
-inline cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch,
-                            int heads, int rows, int columns, int box_rows) {
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
-                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
-  // The stride of a dimension of size 1 is any number, which the driver might refuse.
-  const auto bytes = [](int64_t stride, int size) {
-    return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
-  };
-  const cuuint64_t strides[3] = {bytes(array.row_stride, rows), bytes(array.head_stride, heads),
-                                 bytes(array.batch_stride, batch)};
-  const cuuint32_t box[4] = {block_columns, static_cast<cuuint32_t>(box_rows), 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+// The stride of a dimension of size 1 is any number, which the driver might refuse.
+inline cuuint64_t map_stride(int64_t stride, int size) {
+  return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
+}
+
+template <int dimensions>
+cudaError_t encode_map(CUtensorMap* map, DType dtype, const void* data,
+                       const cuuint64_t (&sizes)[dimensions],
+                       const cuuint64_t (&strides)[dimensions - 1],
+                       const cuuint32_t (&box)[dimensions]) {
+  cuuint32_t steps[dimensions];
+  std::fill_n(steps, dimensions, 1);
   const EncodeTiled encode = encode_tiled();
   if (!encode) return cudaErrorNotSupported;
   const CUresult result = encode(
       map,
       dtype == DType::float16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-      4, const_cast<void*>(array.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      dimensions, const_cast<void*>(data), sizes, strides, box, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
+inline cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch,
+                            int heads, int rows, int columns, int box_rows) {
+  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
+                               static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
+  const cuuint64_t strides[3] = {map_stride(array.row_stride, rows),
+                                 map_stride(array.head_stride, heads),
+                                 map_stride(array.batch_stride, batch)};
+  const cuuint32_t box[4] = {block_columns, static_cast<cuuint32_t>(box_rows), 1, 1};
+  return encode_map<4>(map, dtype, array.data, sizes, strides, box);
 }
 
 }  // namespace zerotuning::attention::hopper

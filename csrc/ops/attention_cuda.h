@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "attention/cuda_kernels.h"
 #include "ops/problem.h"
 
 namespace zerotuning::ops {
@@ -26,6 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(const Problem
                                                                    Route route = Route::automatic);
 
 // output [B, H, Tq, Dv]; up to 16 queries read each key and value once for all heads that share it.
-Tensor decode_attention_cuda(const Problem& problem);
+Tensor decode_attention_cuda(const Problem& problem,
+                             attention::DecodeRoute route = attention::DecodeRoute::automatic);
 
 }  // namespace zerotuning::ops

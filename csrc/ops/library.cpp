@@ -60,7 +60,8 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
-  // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h), for tests and benchmarks.
+  // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_kernels.h), for
+  // tests and benchmarks.
   library.def(
       "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> (Tensor "
@@ -70,6 +71,10 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
       "query_start, int window, float scale, int route) -> (Tensor grad_query, Tensor grad_key, "
       "Tensor grad_value, Tensor grad_log_scale)");
+  library.def(
+      "_decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
+      "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {

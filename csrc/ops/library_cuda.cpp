@@ -46,11 +46,20 @@ FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Ten
                                      key_mask, span, query_start, window, scale, 0);
 }
 
+Tensor decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                 OptionalTensor key_mask, OptionalTensor span,
+                                 OptionalTensor query_start, int64_t window, double scale,
+                                 int64_t route) {
+  return zerotuning::ops::decode_attention_cuda(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      static_cast<zerotuning::attention::DecodeRoute>(route));
+}
+
 Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                         OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
                         int64_t window, double scale) {
-  return zerotuning::ops::decode_attention_cuda(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+  return decode_attention_by_route(query, key, value, log_scale, key_mask, span, query_start,
+                                   window, scale, 0);
 }
 
 }  // namespace
@@ -59,6 +68,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("attention", TORCH_BOX(&attention));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
+  library.impl("_decode_attention_by_route", TORCH_BOX(&decode_attention_by_route));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
   library.impl("_attention_backward_by_route", TORCH_BOX(&attention_backward_by_route));
 }

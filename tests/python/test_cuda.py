@@ -31,6 +31,7 @@ pytestmark = [
     pytest.mark.skipif(not (torch.cuda.is_available() and ops.runs_on("cuda")), reason="needs a GPU and a CUDA build"),
 ]
 PLAIN, HOPPER, STOCK = 1, 2, 3
+BULK = 2  # of decoding
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
@@ -263,9 +264,33 @@ def test_outputs_are_the_same_from_run_to_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("size", [*HEAD_SIZES, (64, 128)], ids=str)
+@pytest.mark.parametrize("length", [64, 192, 320, 256])
+@pytest.mark.parametrize("padded", [False, True])
+def test_logits_that_are_all_far_below_zero(length, padded) -> None:
+    """Where the last tile of keys is half empty, exp(0 - logsumexp) of what is missing overflows (pytorch issue 196678)."""
+    torch.manual_seed(12)
+    query, key, value, log_scale = random_inputs((2, 4, 2, length, length, 64, 64), torch.bfloat16)
+    query[..., 0] += 32
+    key[..., 0] -= 32
+    geometry = {"key_mask": torch.arange(length) >= torch.tensor([0, 5])[:, None]} if padded else {}
+    compare([query, key, value, log_scale], 0, 0, saturated=True, **geometry)  # type: ignore[arg-type]
+
+
+def decode_by_route(inputs: list[Tensor], route: int, **geometry: Any) -> Tensor:
+    options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
+    return torch.ops.zerotuning._decode_attention_by_route(*inputs, *options, inputs[0].shape[-1] ** -0.5, route)
+
+
+@pytest.mark.parametrize(
+    ("size", "route"),
+    [
+        *((size, 0) for size in [*HEAD_SIZES, (64, 128)]),
+        *(pytest.param(size, BULK, marks=needs_hopper) for size in ((64, 64), (128, 128))),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_decoding_equals_the_formula(size, dtype) -> None:
+def test_decoding_equals_the_formula(size, route, dtype) -> None:
     torch.manual_seed(3)
     limit = 3e-3 if dtype == torch.bfloat16 else 6e-4
     for heads, key_heads in ((8, 2), (4, 4), (32, 1), (9, 3)):
@@ -283,13 +308,39 @@ def test_decoding_equals_the_formula(size, dtype) -> None:
                 {"key_mask": torch.rand(3, keys) > 0.5},
             ):
                 expected = formula(*(t.double() for t in inputs), **geometry)[0]  # type: ignore[arg-type]
-                got = ops.decode_attention(*inputs, **geometry)  # type: ignore[arg-type]
+                got = decode_by_route(inputs, route, **geometry)
                 assert (got.double() - expected).norm() <= limit * expected.norm() + 1e-12, (
                     heads,
                     rows,
                     keys,
                     geometry,
                 )
+
+
+@pytest.mark.parametrize("route", [0, pytest.param(BULK, marks=needs_hopper)])
+@pytest.mark.parametrize("size", [64, 128])
+def test_decoding_reads_nothing_of_what_a_static_cache_does_not_hold_yet(size, route) -> None:
+    torch.manual_seed(13)
+    query, key, value, log_scale = random_inputs((3, 8, 2, 2, 1000, size, size), torch.bfloat16)
+    # A cache [B, T, H, D], as some models keep it.
+    key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value))
+    start = torch.tensor([0, 300, 997])
+    expected = formula(*(t.double() for t in (query, key, value, log_scale)), query_start=start)[0]
+    for batch, first in enumerate(start.tolist()):
+        key[batch, :, first + 2 :] = math.nan
+        value[batch, :, first + 2 :] = math.nan
+    outputs = [decode_by_route([query, key, value, log_scale], route, query_start=start) for _ in range(3)]
+    assert error(outputs[0], expected) <= 3e-3
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_decoding_of_a_cache_that_floods_level_2() -> None:
+    torch.manual_seed(14)
+    inputs = random_inputs((8, 16, 8, 1, 9001, 128, 128), torch.bfloat16, per_sample=True)
+    mask = torch.arange(9001) >= torch.arange(8)[:, None] * 700
+    for geometry in ({}, {"key_mask": mask, "window": 8500}):
+        expected = formula(*(t.double() for t in inputs), **geometry)[0]  # type: ignore[arg-type]
+        assert error(ops.decode_attention(*inputs, **geometry), expected) <= 3e-3  # type: ignore[arg-type]
 
 
 def test_a_captured_graph_follows_positions_on_the_device() -> None:
