@@ -15,7 +15,7 @@ constexpr int threads = 256;
 // Rows that a block goes through. Few leave many blocks to fill the last of them with, at the price
 // of reading k_0 and v_0 more often; backward writes sums for each block.
 constexpr int merge_rows = 64;
-constexpr int backward_rows = 256;
+constexpr int backward_rows = 512;
 
 // What a block works on: rows [begin, end) of one head, and its scaled key.
 struct Work {
@@ -102,7 +102,7 @@ template <typename T, int lanes>
 __global__ void __launch_bounds__(threads)
     backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
              int row_blocks, float* parts) {
-  constexpr int row_step = threads / lanes, unrolled = 2;
+  constexpr int row_step = threads / lanes, unrolled = 1;
   const Work w(c, row_blocks, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.second_key_doubled;
