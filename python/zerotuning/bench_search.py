@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zerotuning import objectives
 from zerotuning.calibrate import calibrate
@@ -49,6 +50,7 @@ WITHOUT_LABELS = ("information",)
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
 ADAPTER_EPOCHS = 8
 ADAPTER_BATCH = 16
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Z95 = 1.959963984540054
 
 
@@ -347,14 +349,16 @@ def _adapter(run: MethodRun, config: Any, rates: Sequence[float]) -> Outcome:
     held = max(1, len(records) // 5)
     fit, judge = records[held:], records[:held]
     best: tuple[float, dict[str, Tensor]] | None = None
-    with _adapted(run, config) as model:
+    # cuDNN's backward pass of masked attention gives NaN at some lengths (pytorch issue 196678).
+    with _adapted(run, config) as model, sdpa_kernel(NOT_CUDNN):
         first = _weights(model)
         for rate in rates:
             _set_weights(model, first)
             for loss, weights in _epochs(run, model, fit, judge, rate):
-                if best is None or loss < best[0]:
+                if math.isfinite(loss) and (best is None or loss < best[0]):
                     best = loss, weights
-        assert best is not None
+        if best is None:
+            raise ZeroTuningError(f"no epoch of {config.peft_type.value} on {run.task.name} ended with a finite loss")
         _set_weights(model, best[1])
         seconds = time.perf_counter() - started
         scores = label_scores(run.scorer(run.tests, model))

@@ -48,6 +48,25 @@ def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
     assert figures["high"] - figures["low"] == pytest.approx(0.2 / 2**0.5)
 
 
+def test_an_adapter_s_epochs_without_a_finite_loss_are_passed_over(tiny_bench, monkeypatch) -> None:
+    pytest.importorskip("peft")
+    tiny_bench.methods = ("ia3",)
+    epochs = bench_search._epochs
+
+    def diverging(run, model, *rest):
+        weights = bench_search._weights(model)
+        yield float("nan"), {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+        yield from (epochs(run, model, *rest) if converges else ())
+
+    monkeypatch.setattr(bench_search, "_epochs", diverging)
+    converges = True
+    row = next(tiny_bench.rows())
+    assert row["peers"]["ia3"]["loss"] < 2
+    converges = False
+    with pytest.raises(ZeroTuningError, match="no epoch of IA3 on .* finite loss"):
+        next(tiny_bench.rows())
+
+
 def test_every_method_gives_a_row_and_leaves_the_model_as_it_was(tiny_bench, tiny_model, tiny_tokenizer) -> None:
     pytest.importorskip("peft")
     ids = tiny_tokenizer("Review: the film is good", return_tensors="pt").input_ids
