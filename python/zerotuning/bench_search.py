@@ -65,7 +65,7 @@ class SearchBench:
     seeds      draws of the examples, 0, 1, …
     methods    names of METHODS
     shots      of a method's labelled examples stand solved before each prompt; it learns from those that are left
-    shot_draws draws of them that are compared, from more than one on with none
+    shot_draws draws of them that are compared, from more than one on with none; fewer where examples are few
     """
 
     model: str = "demo"
@@ -127,8 +127,9 @@ class SearchBench:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
     def _draws_of(self, count: int, shots: int) -> int:
-        """How many draws of shots a row chooses among: one where too few of its examples are left to compare them by."""
-        return self.shot_draws if shots and count - self.shot_draws * shots >= LEAST_JUDGES else 1
+        """How many draws of shots a row chooses among: they show at most a quarter of its examples, and leave enough."""
+        draws = min(self.shot_draws, count // (4 * shots)) if shots else 1
+        return draws if draws > 1 and count - draws * shots >= LEAST_JUDGES else 1
 
     def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")

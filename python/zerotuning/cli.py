@@ -540,9 +540,10 @@ def _print_choice(candidates: list[Any], choice: Any) -> None:
     if len(candidates) == 1 or not Processes().is_first:
         return
     print(f"{choice.task.name}: held-out loss of a short search behind shots")
-    for task, loss in zip(candidates, choice.losses, strict=True):
+    for task, loss, steps in zip(candidates, choice.losses, choice.steps, strict=True):
         name = "no shots" if task.shot_seed is None else f"--shot-seed {task.shot_seed}"
-        print(f"  {name:<15} {loss:.4f}{'  taken' if task is choice.task else ''}")
+        note = "  taken" if task is choice.task else "" if steps == max(choice.steps) else f"  after {steps} steps"
+        print(f"  {name:<15} {loss:.4f}{note}")
     for note in choice.setbacks:
         print(f"  survived: {note}")
 

@@ -35,7 +35,7 @@ from zerotuning.tensor_parallelism import is_tensor_parallel
 #: Fewer examples that no draw shows say nothing about one draw against another.
 LEAST_JUDGES = 32
 #: How a draw is tried, whatever the search itself is asked for: about a third of a search on 200 examples.
-TRIAL = {
+TRIAL: dict[str, Any] = {
     "method": "gradient",
     "objective": "task-loss",
     "prior": "unknown",
@@ -49,6 +49,10 @@ TRIAL = {
     "step_examples": None,
     "patience": 0,
 }
+#: Of more candidates, so many with the least loss after HEAT_STEPS are tried. In the same searches that loss and the one
+#: after 30 steps correlated by 0.96 on trec, 0.85 on sst2, 0.80 on mr and 0.48 on sst5.
+FINALISTS = 5
+HEAT_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,13 @@ class ShotChoice:
 
     task      the chosen task, with its shots
     losses    of every candidate's short search, nats: mean loss of held-out examples
+    steps     of that search: HEAT_STEPS of a candidate that was no finalist
     setbacks  what was survived on the way
     """
 
     task: Task
     losses: list[float]
+    steps: list[int]
     setbacks: list[str]
 
 
@@ -101,7 +107,8 @@ def choose_shots(
     progress: bool = False,
     **options: Any,
 ) -> ShotChoice:
-    """Of tasks that differ in their shots the one behind which a short search has the least held-out loss.
+    """Of tasks that differ in their shots the one behind which a short search has the least held-out loss; of more than
+    FINALISTS tasks those alone are searched that do best after a third of it.
 
     model, tokenizer, overwrite, progress   as of `calibrate`
     candidates   such as `shot_candidates` gives
@@ -114,22 +121,33 @@ def choose_shots(
     if not candidates:
         raise ZeroTuningError("candidates must be at least one task, got none")
     if len(candidates) == 1:
-        return ShotChoice(candidates[0], [math.nan], [])
+        return ShotChoice(candidates[0], [math.nan], [0], [])
     for task in candidates:
         _check_scoring(task)
     judges = judging_examples(candidates, records)
-    asked: dict[str, Any] = {**options, **TRIAL}
-    chosen = checked_options(asked)
     kept = _KeptTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
-    losses, setbacks = [], []
-    for task in candidates:
-        key = kept.key(identity(model, [task], [judges], chosen, start, ""))
+    setbacks: list[str] = []
+
+    def loss_of(task: Task, steps: int) -> float:
+        asked: dict[str, Any] = {**options, **TRIAL, "steps": steps}
+        key = kept.key(identity(model, [task], [judges], checked_options(asked), start, ""))
         if key not in kept.losses:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
-            setbacks += report["setbacks"]
+            setbacks.extend(report["setbacks"])
             kept.keep(key, report["tuned"]["loss"])
-        losses.append(kept.losses[key])
-    return ShotChoice(candidates[losses.index(min(losses))], losses, setbacks)
+        return kept.losses[key]
+
+    steps = [TRIAL["steps"]] * len(candidates)
+    losses = [math.nan] * len(candidates)
+    left = list(range(len(candidates)))
+    if len(left) > FINALISTS:
+        steps = [HEAT_STEPS] * len(candidates)
+        losses = [loss_of(task, HEAT_STEPS) for task in candidates]
+        left = sorted(sorted(left, key=losses.__getitem__)[:FINALISTS])
+    for place in left:
+        steps[place] = TRIAL["steps"]
+        losses[place] = loss_of(candidates[place], TRIAL["steps"])
+    return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, setbacks)
 
 
 def _check_scoring(task: Task) -> None:

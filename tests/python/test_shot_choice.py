@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from zerotuning import shot_choice
-from zerotuning.calibrate import calibrate
+from zerotuning.calibrate import Calibration, calibrate
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scales import HeadScales
 from zerotuning.shot_choice import TRIAL, choose_shots, judging_examples, shot_candidates
@@ -74,6 +74,32 @@ def test_the_least_held_out_loss_of_a_short_search_is_taken(short: None, tiny_mo
     assert choice.setbacks == []
     start = HeadScales(torch.full((2, 4), 1.5))
     assert choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, start=start, **options).losses != expected
+
+
+def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    candidates = shot_candidates(FILMS, RECORDS, 2, 0, 3)
+    monkeypatch.setattr(shot_choice, "FINALISTS", 2)
+    monkeypatch.setattr(shot_choice, "judging_examples", lambda candidates, records: list(records))
+    heat, final = {0: 0.4, 1: 0.2, 2: 0.5, None: 0.3}, {1: 0.15, None: 0.1}
+    searched = []
+
+    def searches(model: Any, tokenizer: Any, task: Task, *, steps: int, **options: Any) -> Any:
+        searched.append((task.shot_seed, steps))
+        loss = {10: heat, 30: final}[steps][task.shot_seed]
+        return Calibration(HeadScales.ones(2, 4), {"tuned": {"loss": loss}, "setbacks": [f"{task.shot_seed}"]})
+
+    monkeypatch.setattr(shot_choice, "calibrate", searches)
+    choice = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path)
+    assert searched == [(0, 10), (1, 10), (2, 10), (None, 10), (1, 30), (None, 30)]
+    assert choice.task is candidates[3]
+    assert choice.losses == [0.4, 0.15, 0.5, 0.1]
+    assert choice.steps == [10, 30, 10, 30]
+    assert choice.setbacks == ["0", "1", "2", "None", "1", "None"]
+    searched.clear()
+    again = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path)
+    assert (again.losses, searched) == (choice.losses, [])
 
 
 def test_losses_are_kept_and_searched_for_once(
