@@ -127,11 +127,12 @@ cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& pa
 bool decode_takes(const CudaAttention& arguments);
 int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
 
+// How K and V come into shared memory. `bulk` is for caches that flood level 2: sm_90a, head sizes
+// 64 and 128.
 enum class DecodeRoute : int64_t {
   automatic = 0,
-  rings = 1,  // every warp copies its own tiles
-  bulk =
-      2,  // the bulk copy engine does: sm_90a, head sizes 64 and 128, for caches that flood level 2
+  rings = 1,  // each warp copies its own tiles
+  bulk = 2,   // the bulk copy engine copies those of all
 };
 bool decode_bulk_takes(const CudaAttention& arguments);
 cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multiprocessors,

@@ -277,8 +277,8 @@ struct DeviceLimits {
 };
 
 // Whether K and V are so much larger than the level-2 cache that it does not matter what they push
-// out of it. Smaller ones leave first: on an H100 1 x 8192 keys take 0.85 of the time, 16 x 1024
-// 0.88, and 16 x 8192, which are ten times as large as the cache, 1.03.
+// out of it. Smaller ones had better leave first: on an H100 whose cache is full of written lines 1
+// x 8192 and 16 x 1024 keys then take 0.85 of the time, 16 x 8192, ten times the cache, 1.03.
 bool floods_level2(const CudaAttention& c, const DeviceLimits& limits) {
   constexpr int64_t times = 4;
   return int64_t{2} * c.batch * c.key_heads * reach_of(c) * (c.head_size + c.value_head_size) >
