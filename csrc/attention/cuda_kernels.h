@@ -11,6 +11,12 @@
 
 namespace zerotuning::attention {
 
+// The card that calls run on.
+struct CudaDevice {
+  int32_t multiprocessors, capability;  // capability: 90 for sm_90
+  int32_t block_bytes, level2_bytes;    // a block's most shared memory; the level-2 cache
+};
+
 // What each sample's queries see and which keys are scaled, read on the device, so that a captured
 // CUDA graph follows it. Values outside the keys are clamped to them: nothing can be reported.
 struct CudaGeometry {
@@ -135,7 +141,7 @@ enum class DecodeRoute : int64_t {
   bulk = 2,   // the bulk copy engine copies those of all
 };
 bool decode_bulk_takes(const CudaAttention& arguments);
-cudaError_t decode(const CudaAttention& arguments, void* scratch, int32_t multiprocessors,
+cudaError_t decode(const CudaAttention& arguments, void* scratch, const CudaDevice& device,
                    cudaStream_t stream, DecodeRoute route = DecodeRoute::automatic);
 
 // Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),

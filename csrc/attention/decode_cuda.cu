@@ -271,34 +271,13 @@ Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch) {
   return a;
 }
 
-struct DeviceLimits {
-  int block_bytes;  // of shared memory
-  int capability, level2_bytes;
-};
-
 // Whether K and V are so much larger than the level-2 cache that it does not matter what they push
 // out of it. Smaller ones had better leave first: on an H100 whose cache is full of written lines 1
 // x 8192 and 16 x 1024 keys then take 0.85 of the time, 16 x 8192, ten times the cache, 1.03.
-bool floods_level2(const CudaAttention& c, const DeviceLimits& limits) {
+bool floods_level2(const CudaAttention& c, const CudaDevice& device) {
   constexpr int64_t times = 4;
   return int64_t{2} * c.batch * c.key_heads * reach_of(c) * (c.head_size + c.value_head_size) >
-         times * limits.level2_bytes;
-}
-
-cudaError_t read_limits(DeviceLimits* limits) {
-  int device, major, minor;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error =
-      cudaDeviceGetAttribute(&limits->block_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&limits->level2_bytes, cudaDevAttrL2CacheSize, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  limits->capability = major * 10 + minor;
-  return error;
+         times * device.level2_bytes;
 }
 
 template <typename T>
@@ -317,11 +296,11 @@ cudaError_t launch_merge(const CudaAttention& c, const Arguments& a, bool depend
 }
 
 template <typename T, int size, int row_tiles>
-cudaError_t launch(const Arguments& a, const dim3& grid, const DeviceLimits& limits,
+cudaError_t launch(const Arguments& a, const dim3& grid, const CudaDevice& device,
                    cudaStream_t stream) {
   constexpr int query_bytes = row_tiles * tile_rows * Tile<size>::row_bytes;
   constexpr int ring_bytes = Ring<size>::bytes;
-  const int warps = std::min(most_warps, (limits.block_bytes - query_bytes) / ring_bytes);
+  const int warps = std::min(most_warps, (device.block_bytes - query_bytes) / ring_bytes);
   const int bytes = query_bytes + warps * ring_bytes;
   const auto kernel = attend<T, size, row_tiles>;
   const cudaError_t error =
@@ -333,12 +312,12 @@ cudaError_t launch(const Arguments& a, const dim3& grid, const DeviceLimits& lim
 
 template <typename T>
 cudaError_t launch_for_size(const Arguments& a, const Cut& cut, const dim3& grid,
-                            const DeviceLimits& limits, cudaStream_t stream) {
+                            const CudaDevice& device, cudaStream_t stream) {
   const auto launch_for = [&](auto size) {
     if constexpr (row_tiles_of(size, 2 * tile_rows) == 2) {
-      if (cut.row_tiles == 2) return launch<T, size, 2>(a, grid, limits, stream);
+      if (cut.row_tiles == 2) return launch<T, size, 2>(a, grid, device, stream);
     }
-    return launch<T, size, 1>(a, grid, limits, stream);
+    return launch<T, size, 1>(a, grid, device, stream);
   };
   switch (cut.size) {
     case 64:
@@ -355,24 +334,22 @@ cudaError_t launch_for_size(const Arguments& a, const Cut& cut, const dim3& grid
 }
 
 template <typename T>
-cudaError_t decode_as(const CudaAttention& c, void* scratch, int multiprocessors, DecodeRoute route,
-                      cudaStream_t stream) {
-  DeviceLimits limits;
-  cudaError_t error = read_limits(&limits);
-  if (error != cudaSuccess) return error;
-  const Cut cut = cut_of(c, multiprocessors);
+cudaError_t decode_as(const CudaAttention& c, void* scratch, const CudaDevice& device,
+                      DecodeRoute route, cudaStream_t stream) {
+  const Cut cut = cut_of(c, device.multiprocessors);
   Arguments a = arguments_of(c, cut, scratch);
-  const bool floods = floods_level2(c, limits);
+  const bool floods = floods_level2(c, device);
   a.read_once = !floods;
   if (route == DecodeRoute::automatic) {
-    const bool bulk = floods && limits.capability == 90 && decode_bulk_takes(c);
+    const bool bulk = floods && device.capability == 90 && decode_bulk_takes(c);
     route = bulk ? DecodeRoute::bulk : DecodeRoute::rings;
   }
   const dim3 grid(cut.splits * cut.row_groups, c.key_heads, c.batch);
-  error = route == DecodeRoute::bulk ? attend_in_bulk(c, a, cut.row_tiles, grid, stream)
-                                     : launch_for_size<T>(a, cut, grid, limits, stream);
+  const cudaError_t error = route == DecodeRoute::bulk
+                                ? attend_in_bulk(c, a, cut.row_tiles, grid, stream)
+                                : launch_for_size<T>(a, cut, grid, device, stream);
   if (error != cudaSuccess || cut.splits == 1) return error;
-  return launch_merge<T>(c, a, limits.capability >= 90, stream);
+  return launch_merge<T>(c, a, device.capability >= 90, stream);
 }
 
 // Rows that begin at multiples of 16 bytes.
@@ -400,11 +377,10 @@ int64_t decode_scratch(const CudaAttention& c, int32_t multiprocessors) {
   return split_rows(c, cut) * (c.value_head_size + 1) * static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t decode(const CudaAttention& c, void* scratch, int32_t multiprocessors,
+cudaError_t decode(const CudaAttention& c, void* scratch, const CudaDevice& device,
                    cudaStream_t stream, DecodeRoute route) {
-  return c.dtype == DType::float16
-             ? decode_as<__half>(c, scratch, multiprocessors, route, stream)
-             : decode_as<__nv_bfloat16>(c, scratch, multiprocessors, route, stream);
+  return c.dtype == DType::float16 ? decode_as<__half>(c, scratch, device, route, stream)
+                                   : decode_as<__nv_bfloat16>(c, scratch, device, route, stream);
 }
 
 }  // namespace zerotuning::attention

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       hopper::init(&full[i], 1);
       hopper::init(&empty[i], readers);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    hopper::publish_barriers();
     for (int t = 0; t < min(stages, count); ++t) copy(t);
   }
   copy_query<size, rows>(a, batch, key_head, first_row, shared_address(query_memory),

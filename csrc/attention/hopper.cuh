@@ -19,6 +19,11 @@ __device__ __forceinline__ void init(uint64_t* barrier, uint32_t arrivals) {
                "r"(arrivals));
 }
 
+// After `init`: the copy engine sees the barriers.
+__device__ __forceinline__ void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
 __device__ __forceinline__ void arrive(uint64_t* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier))
                : "memory");

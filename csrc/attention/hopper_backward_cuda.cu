@@ -628,7 +628,7 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
       init(&s.passing_full[i], 1);
       init(&s.passing_empty[i], consumer_warps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   if (threadIdx.x < warpgroup) {

@@ -364,7 +364,7 @@ __global__ void __launch_bounds__(C::threads, C::blocks)
       init(&s.value_full[i], 1);
       init(&s.value_empty[i], consumer_warps);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   __syncthreads();
   if (threadIdx.x < warpgroup) {

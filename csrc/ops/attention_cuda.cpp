@@ -17,27 +17,27 @@ namespace {
 
 using attention::Array4;
 using attention::CudaAttention;
+using attention::CudaDevice;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   throw std::runtime_error(std::string("zerotuning: ") + what + ": " + cudaGetErrorString(error));
 }
 
-struct Device {
-  int multiprocessors, capability;  // capability: 90 for sm_90
-};
-
-Device read_device(int index) {
-  int multiprocessors, major, minor;
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
-  return {multiprocessors, 10 * major + minor};
+CudaDevice read_device(int index) {
+  const auto read = [&](cudaDeviceAttr attribute) {
+    int value;
+    check(cudaDeviceGetAttribute(&value, attribute, index), "device");
+    return value;
+  };
+  return {read(cudaDevAttrMultiProcessorCount),
+          10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor),
+          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrL2CacheSize)};
 }
 
-const Device& device_at(int index) {
+const CudaDevice& device_at(int index) {
   constexpr int most = 64;
-  static std::array<Device, most> devices;
+  static std::array<CudaDevice, most> devices;
   static std::array<std::once_flag, most> read;
   require(index < most, "zerotuning knows ", most, " devices, got cuda:", index);
   std::call_once(read[index], [&] { devices[index] = read_device(index); });
@@ -51,7 +51,7 @@ Array4 array_of(const Tensor& t) {
 // A call's arguments for the kernels, and the tensors that they point into.
 struct Call {
   torch::stable::accelerator::DeviceGuard guard;
-  const Device& device;
+  const CudaDevice& device;
   cudaStream_t stream;
   Tensor query, key, value, log_scale;
   std::optional<Tensor> key_mask, real_keys;
@@ -136,12 +136,12 @@ bool ordinary(const Problem& p, const Call& call) {
 
 // cuDNN's kernels are built for cards from sm_90 on; flash-attention 2 is the faster one before and
 // on sm_120.
-bool stock_is_cudnn(const Device& device) {
+bool stock_is_cudnn(const CudaDevice& device) {
   return device.capability >= 90 && device.capability < 120;
 }
 
 bool stock_takes(const Problem& p, const Call& call, int64_t largest_head) {
-  const Device& device = call.device;
+  const CudaDevice& device = call.device;
   if (!ordinary(p, call) || device.capability < 80) return false;
   if (p.key_mask && !stock_is_cudnn(device)) return false;
   return p.head_size == p.value_head_size &&
@@ -393,8 +393,7 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route) {
   require(route != attention::DecodeRoute::bulk ||
               (call.device.capability == 90 && attention::decode_bulk_takes(a)),
           "the bulk route does not take this call");
-  check(attention::decode(a, memory.mutable_data_ptr(), call.device.multiprocessors, call.stream,
-                          route),
+  check(attention::decode(a, memory.mutable_data_ptr(), call.device, call.stream, route),
         "decode_attention");
   return output;
 }

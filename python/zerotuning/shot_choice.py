@@ -128,25 +128,25 @@ def choose_shots(
     kept = _KeptTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
     setbacks: list[str] = []
 
-    def loss_of(task: Task, steps: int) -> float:
-        asked: dict[str, Any] = {**options, **TRIAL, "steps": steps}
+    losses, steps = [math.nan] * len(candidates), [0] * len(candidates)
+
+    def search(place: int, count: int) -> None:
+        asked: dict[str, Any] = {**options, **TRIAL, "steps": count}
+        task = candidates[place]
         key = kept.key(identity(model, [task], [judges], checked_options(asked), start, ""))
         if key not in kept.losses:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
             setbacks.extend(report["setbacks"])
             kept.keep(key, report["tuned"]["loss"])
-        return kept.losses[key]
+        losses[place], steps[place] = kept.losses[key], count
 
-    steps = [TRIAL["steps"]] * len(candidates)
-    losses = [math.nan] * len(candidates)
     left = list(range(len(candidates)))
     if len(left) > FINALISTS:
-        steps = [HEAT_STEPS] * len(candidates)
-        losses = [loss_of(task, HEAT_STEPS) for task in candidates]
+        for place in left:
+            search(place, HEAT_STEPS)
         left = sorted(sorted(left, key=losses.__getitem__)[:FINALISTS])
     for place in left:
-        steps[place] = TRIAL["steps"]
-        losses[place] = loss_of(candidates[place], TRIAL["steps"])
+        search(place, TRIAL["steps"])
     return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, setbacks)
 
 
