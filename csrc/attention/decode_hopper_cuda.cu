@@ -12,6 +12,9 @@ using namespace decoding;
 
 constexpr int readers = 4;  // warps
 constexpr int threads = (readers + 1) * 32;
+// The named barrier before sums take the tiles' place. The copying warp joins in: racecheck takes a
+// warp that is already at the next barrier for one that has passed it.
+constexpr int tiles_read = 1;
 
 struct BulkArguments {
   CUtensorMap key, value;
@@ -108,6 +111,8 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
         copy(t);
       }
     }
+    __syncwarp();
+    hopper::wait_named(tiles_read, threads);
   } else {
     const Rows<row_tiles> lane_rows = rows_of<row_tiles>(a, batch, key_head, first_row);
     Queries<size, row_tiles> queries;
@@ -152,7 +157,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       }
       hopper::arrive_warp(&empty[t % stages]);
     }
-    hopper::wait_named(1, readers * 32);
+    hopper::wait_named(tiles_read, threads);
     store(sums, *reinterpret_cast<WarpSums<size, rows>*>(memory + warp * sums_pitch));
   }
   __syncthreads();
