@@ -12,9 +12,9 @@ using namespace decoding;
 
 constexpr int readers = 4;  // warps
 constexpr int threads = (readers + 1) * 32;
-// The named barrier before sums take the tiles' place. The copying warp joins in: racecheck takes a
-// warp that is already at the next barrier for one that has passed it.
-constexpr int tiles_read = 1;
+// Before sums take the tiles' place. The copying warp joins in: racecheck takes a warp that is
+// already at the next barrier for one that has passed it.
+constexpr int tiles_read_barrier = 1;
 
 struct BulkArguments {
   CUtensorMap key, value;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       }
     }
     __syncwarp();
-    hopper::wait_named(tiles_read, threads);
+    hopper::wait_named(tiles_read_barrier, threads);
   } else {
     const Rows<row_tiles> lane_rows = rows_of<row_tiles>(a, batch, key_head, first_row);
     Queries<size, row_tiles> queries;
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       }
       hopper::arrive_warp(&empty[t % stages]);
     }
-    hopper::wait_named(tiles_read, threads);
+    hopper::wait_named(tiles_read_barrier, threads);
     store(sums, *reinterpret_cast<WarpSums<size, rows>*>(memory + warp * sums_pitch));
   }
   __syncthreads();
