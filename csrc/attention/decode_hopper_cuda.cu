@@ -12,9 +12,6 @@ using namespace decoding;
 
 constexpr int readers = 4;  // warps
 constexpr int threads = (readers + 1) * 32;
-// Before sums take the tiles' place. The copying warp joins in: racecheck takes a warp that is
-// already at the next barrier for one that has passed it.
-constexpr int tiles_read_barrier = 1;
 
 struct BulkArguments {
   CUtensorMap key, value;
@@ -104,6 +101,8 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
   wait_copies<0>();
   __syncthreads();
 
+  Sums<size, row_tiles> sums;
+  sums.clear();
   if (warp == readers) {
     if (copies) {
       for (int t = stages; t < count; ++t) {
@@ -112,7 +111,6 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       }
     }
     __syncwarp();
-    hopper::wait_named(tiles_read_barrier, threads);
   } else {
     const Rows<row_tiles> lane_rows = rows_of<row_tiles>(a, batch, key_head, first_row);
     Queries<size, row_tiles> queries;
@@ -125,8 +123,6 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
     };
     const int matrix = lane / 8;
     const int key_row = lane % 8 + matrix / 2 * 8, value_row = lane % 8 + matrix % 2 * 8;
-    Sums<size, row_tiles> sums;
-    sums.clear();
     for (int t = 0; t < count; ++t) {
       const int first = first_key + t * Shape::keys + warp * tile_keys;
       const bool real = read_mask(sight, first);
@@ -157,7 +153,9 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
       }
       hopper::arrive_warp(&empty[t % stages]);
     }
-    hopper::wait_named(tiles_read_barrier, threads);
+  }
+  __syncthreads();  // All tiles are read: sums take their place.
+  if (warp < readers) {
     store(sums, *reinterpret_cast<WarpSums<size, rows>*>(memory + warp * sums_pitch));
   }
   __syncthreads();
