@@ -366,11 +366,11 @@ class _Run:
             "objective": "metric" if self.measurement.reads_text else options.objective,
             "prompts": [_prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
-            "folds": len(self.splits) // options.seeds,
+            "folds": len(self.splits) // options.seed_count,
             "fit_examples": sum(len(places) for places in self.splits[0].fit),
             "steps": self.search.steps_done,
             "seed": options.seed,
-            "seeds": options.seeds,
+            "seeds": options.seed_count,
             "free_heads": self.free.free_heads,
             "numbers_searched": self.free.count,
             "seconds": round(self.seconds, 3),
@@ -408,7 +408,7 @@ def _prompt_settings(task: Task) -> dict[str, Any]:
 def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:
     """Every fold of every seed, all tasks' folds beside each other."""
     splits = []
-    for seed in range(options.seed, options.seed + options.seeds):
+    for seed in range(options.seed, options.seed + options.seed_count):
         folds = [make_folds(task.records, options.fold_count, seed) for task in tasks]
         for index in range(max(map(len, folds))):
             parts = [one[index % len(one)] for one in folds]

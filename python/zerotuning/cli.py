@@ -18,6 +18,7 @@ from zerotuning.calibration_options import (
     COMBINATIONS,
     DEFAULT_FOLDS,
     LABEL_FREE_FOLDS,
+    MANY_EXAMPLES,
     METHODS,
     OBJECTIVES,
     PRIORS,
@@ -310,14 +311,13 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         metavar="N",
         type=_positive,
-        default=1,
-        help="searches from seed S on, averaged (default: %(default)s)",
+        help="searches from seed S on, averaged (default: 1; gradient method with labels and one fold: 3 from 128 examples on)",
     )
     add(
         "--folds",
         metavar="K",
         type=_positive,
-        help=f"hold out each of K parts in turn; 1: a fifth, once (default: {DEFAULT_FOLDS}, without labels {LABEL_FREE_FOLDS}; gradient only)",
+        help=f"hold out each of K parts in turn; 1: a fifth, once (default: {DEFAULT_FOLDS}, from {MANY_EXAMPLES} examples on 1, without labels {LABEL_FREE_FOLDS}; gradient only)",
     )
     add("--combine", choices=COMBINATIONS, default=defaults.combine, help="the folds' scales (default: %(default)s)")
     add(

@@ -130,7 +130,7 @@ class FoldedSearch:
     def share_of_time(self) -> float:
         """How much of a budget of seconds this part of the search may have used."""
         folds_only = self.options.combine == "average" or self.folds_finished
-        return 1.0 if folds_only else len(self.splits) / (len(self.splits) + self.options.seeds)
+        return 1.0 if folds_only else len(self.splits) / (len(self.splits) + self.options.seed_count)
 
     def stop(self) -> None:
         """Ends this part of the search where it stands."""
@@ -229,7 +229,7 @@ class FoldedSearch:
 
     def _new_refits(self, best: _Candidate) -> list[_search.GradientOptimizer]:
         options = {"held_out": False, "evaluate_every": best.step}
-        return [self._optimizer(best.penalty, **options) for _ in range(self.options.seeds)]
+        return [self._optimizer(best.penalty, **options) for _ in range(self.options.seed_count)]
 
     def _refitted(self, best: _Candidate) -> np.ndarray:
         """The points at the chosen step: what is asked for next, the moving average last."""

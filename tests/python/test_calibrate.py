@@ -69,6 +69,29 @@ def test_few_examples_make_few_folds() -> None:
     assert [len(fold.held_out) for fold in folds] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "seeds", "folds"),
+    [
+        (128, {}, 3, 1),
+        (128, {"seeds": 2}, 2, 1),
+        (128, {"folds": 2}, 1, 2),
+        (128, {"folds": 1}, 3, 1),
+        (127, {}, 1, 4),
+    ],
+)
+def test_many_examples_take_three_searches_of_one_fold(
+    tiny: Any, count: int, options: dict[str, int], seeds: int, folds: int
+) -> None:
+    records = (RECORDS * 7)[:count]
+    report = zt.calibrate(*tiny, FILMS, records=records, steps=1, **options).report
+    assert (report["seeds"], report["folds"]) == (seeds, folds)
+
+
+def test_only_a_gradient_search_with_labels_takes_several_seeds() -> None:
+    for options in ({"objective": "information"}, {"method": "paper"}, {"method": "cma-es"}):
+        assert CalibrationOptions(**options).resolved(200).seed_count == 1
+
+
 def test_the_draw_depends_on_the_seed_alone() -> None:
     drawn = draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1))
     assert drawn == draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1, folds=3))
