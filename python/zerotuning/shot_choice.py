@@ -34,7 +34,7 @@ from zerotuning.tensor_parallelism import is_tensor_parallel
 
 #: Fewer examples that no draw shows say nothing about one draw against another.
 LEAST_JUDGES = 32
-#: How a draw is tried, whatever the search itself is asked for: about a third of a search on 200 examples.
+#: How a draw is tried, whatever the search itself is asked for: about a tenth of that on 200 examples.
 TRIAL: dict[str, Any] = {
     "method": "gradient",
     "objective": "task-loss",
