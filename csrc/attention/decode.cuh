@@ -442,14 +442,10 @@ constexpr bool starts_early = true;
 constexpr bool starts_early = false;
 #endif
 __device__ __forceinline__ void start_dependent_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
+  if constexpr (starts_early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
 __device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  if constexpr (starts_early) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // The kernel of decode_hopper_cuda.cu; row_tiles is 1 or 2.

@@ -291,7 +291,7 @@ def _label_bias(run: MethodRun) -> Outcome:
 
 
 def _shared(run: MethodRun) -> Outcome:
-    return run.calibrated(tie="all", seeds=1)  # one number gains nothing from three searches
+    return run.calibrated(tie="all", seeds=1)
 
 
 def _gradient(run: MethodRun) -> Outcome:

@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 from zerotuning.calibration_options import (
     COMBINATIONS,
     DEFAULT_FOLDS,
+    DEFAULT_STEPS,
     LABEL_FREE_FOLDS,
     MANY_EXAMPLES,
     METHODS,
     OBJECTIVES,
     PRIORS,
+    SEEDS_OF_MANY,
+    STEPS_OF_MANY,
     TIES,
     CalibrationOptions,
 )
@@ -298,7 +301,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--steps",
         metavar="N",
         type=_positive,
-        help="gradient steps (default 60, 120 from 128 examples on), or CMA-ES evaluations (default 300)",
+        help=f"gradient steps (default {DEFAULT_STEPS['gradient']}, {STEPS_OF_MANY} from {MANY_EXAMPLES} examples on), or CMA-ES evaluations (default {DEFAULT_STEPS['cma-es']})",
     )
     add(
         "--seconds",
@@ -311,7 +314,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--seeds",
         metavar="N",
         type=_positive,
-        help="searches from seed S on, averaged (default: 1; gradient method with labels and one fold: 3 from 128 examples on)",
+        help=f"searches from seed S on, averaged (default: 1; gradient method with labels and one fold: {SEEDS_OF_MANY} from {MANY_EXAMPLES} examples on)",
     )
     add(
         "--folds",
