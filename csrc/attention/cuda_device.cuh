@@ -107,6 +107,9 @@ struct Sight : SampleGeometry {
   __device__ __forceinline__ bool scaled(int key) const {
     return key >= span_begin && key < span_end;
   }
+  __device__ __forceinline__ bool first_scaled(int key) const {
+    return key == span_begin && key < span_end;
+  }
 };
 
 __device__ __forceinline__ Sight sight_of(const CudaAttention& c, int sample) {

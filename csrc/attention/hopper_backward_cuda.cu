@@ -1,11 +1,20 @@
-// Backward attention on Hopper in two launches: one for what each query row needs, one for all
-// gradients. The second has two kinds of items of 128 rows, a warpgroup for 64 of them:
+// Backward attention on Hopper in three launches: one for what each query row needs, one for all
+// gradients but those of the first scaled key, whose sums over rows the last one adds. The second
+// has two kinds of items of 128 rows, a warpgroup for 64 of them:
 //   128 keys of a key head, past which the queries of its heads go:
 //     P^T = exp(scale K Q^T + bias - lse), dS^T = P^T (V dO^T - Δ);  dV += P^T dO, dK += dS^T Q
 //   128 queries of a head, past which the keys go:
 //     dS = P (dO V^T - Δ);  dQ += dS K, dlog γ += the scaled keys' columns of dS
 // So P and dS never leave the registers, nothing is added by atomics, and a group's heads are
 // summed in registers; the price is that P and dS are made twice.
+//
+// Δ = dO·O is made of the output in 16 bits. Where the scaled key (0) has nearly all of the weight,
+// its dS would be the small difference of large numbers, of which that rounding leaves nothing. So
+// it is made of the other keys' as well: since Δ = Σ_j P_j (dO V^T)_j,
+//     dS_0 = P_0 ((1 - P_0) (dO V^T)_0 - Σ_{j>0} P_j (dO V^T)_j)
+//          = (1 - P_0) [P_0 ((dO V^T)_0 - Δ)] - P_0 Σ_{j>0} [P_j ((dO V^T)_j - Δ)],
+// in which errors of Δ cancel. The items of queries have all of it: they add dS_0 k_0 to dQ
+// themselves and leave their sums of dS_0 q as parts of k_0's gradient and of γ's.
 //
 // Blocks stay and take the next item when they are through, heaviest first. In a block two warps
 // feed tiles through the bulk copy engine, one writes results back through it, and two warpgroups
@@ -15,6 +24,7 @@
 
 #include "attention/cuda_rows.cuh"
 #include "attention/hopper_tiles.cuh"
+#include "attention/row_parts.cuh"
 
 namespace zerotuning::attention {
 namespace hopper {
@@ -30,18 +40,12 @@ constexpr int threads = (1 + consumers) * warpgroup;
 constexpr int items = 2;         // whose own tiles are in shared memory
 constexpr int stages = 3;        // of the tiles that go past
 constexpr int sums_barrier = 1;  // + consumer: its own threads
-constexpr int last_barrier = 3;  // all that compute
 constexpr int row_threads = 256;
 constexpr float log2_e = 1.44269504f;
 
 // Of 64 query rows: logsumexp in base 2, infinite where no key is seen or no row is, and do·o.
 struct RowTerms {
   float logsumexp[tile_rows], delta[tile_rows];
-};
-
-struct Counters {
-  uint32_t taken;     // items beyond the blocks' first ones
-  uint32_t finished;  // blocks
 };
 
 // Items of one kind: of each of `sequences` heads of all samples, `tiles`.
@@ -55,10 +59,10 @@ struct Arguments {
   CudaGeometry geometry;
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
-  float* grad_log_scale;
+  Array4 key_rows;        // key's, where they lie
   const RowTerms* terms;  // [batch, heads, tiles of 64 queries]
-  float* parts;           // of grad_log_scale: [batch, heads, tiles of 128 queries, consumers]
-  Counters* counters;
+  RowParts parts;         // one for 64 queries; no value columns
+  uint32_t* taken;        // items beyond the blocks' first ones
   Order key_order, query_order;
   int batch, heads, key_heads, group, queries, keys;
   float scale, scale_log2;
@@ -94,10 +98,10 @@ struct Shared {
   Pair<size> passing[stages];
   alignas(128) RowTerms terms[stages];  // of queries that go past
   Item item[items];
-  float log_scale_sums[items][consumers][warpgroup / 32];
+  float first_changes[consumers][tile_rows];  // dS of the first scaled key
+  float log_scale_sums[consumers][warpgroup / 32];
   uint64_t item_set[items], own_full[items], own_written[items], own_empty[items];
   uint64_t passing_full[stages], passing_empty[stages];
-  bool last;
 };
 
 // The items in order: heaviest first within a section.
@@ -203,7 +207,7 @@ __device__ __forceinline__ void feed_own(const Arguments& a, Shared<size>& s) {
     set_item(a, index, item);
     arrive(&s.item_set[slot]);
     if (item.kind == Kind::none) break;
-    index = gridDim.x + atomicAdd(&a.counters->taken, 1u);
+    index = gridDim.x + atomicAdd(a.taken, 1u);
     if (item.tiles.begin < item.tiles.end) {
       load_own(a, item, s.own[slot], &s.own_full[slot]);
     } else {
@@ -313,6 +317,7 @@ __device__ __forceinline__ void hide(float (&logits)[tile_numbers], int key, int
 // gradients of logits.
 template <typename T, int size>
 struct KeySums {
+  static constexpr Kind kind = Kind::keys;
   static constexpr int value_groups = 1;  // of products that start_value_sum starts
 
   float key[size / 2] = {}, value[size / 2] = {};
@@ -395,17 +400,18 @@ struct KeySums {
     write_tile<T, size, tile_rows>(own.first, 0, key, {a.scale, a.scale});
     write_tile<T, size, tile_rows>(own.second, 0, value, {1, 1});
   }
-
-  __device__ __forceinline__ float log_scale() const { return 0; }
 };
 
 // 64 queries, past which keys go.
 template <typename T, int size>
 struct QuerySums {
+  static constexpr Kind kind = Kind::queries;
   static constexpr int value_groups = 0;
 
   float query[size / 2] = {};
-  float log_scale_sum = 0;
+  float other_scaled = 0;  // dS of the scaled keys but the first
+  // Of a thread's two rows: Σ dS of the keys but the first scaled one; its own weight and dS.
+  float others[2] = {}, first_weight[2] = {}, first_change[2] = {};
   float logsumexp[2], delta[2];  // of a thread's two rows
   float bias;                    // log_scale in units of unscaled logits
 
@@ -474,9 +480,19 @@ struct QuerySums {
     const int first = tile * tile_rows;
     if (has_scaled(item.sample, first)) {
 #pragma unroll
-      for (int i = 0; i < tile_numbers; ++i)
-        if (is_scaled(item.sample, first + column_at(i))) log_scale_sum += changes[i];
+      for (int i = 0; i < tile_numbers; ++i) {
+        const int key = first + column_at(i);
+        if (key == item.sample.span_begin) {
+          first_weight[i / 2 % 2] = weights[i];
+          first_change[i / 2 % 2] = changes[i];
+          changes[i] = 0;
+        } else if (is_scaled(item.sample, key)) {
+          other_scaled += changes[i];
+        }
+      }
     }
+#pragma unroll
+    for (int i = 0; i < tile_numbers; ++i) others[i / 2 % 2] += changes[i];
   }
 
   __device__ __forceinline__ void start_logit_sum(const float (&gradients)[tile_numbers],
@@ -490,7 +506,36 @@ struct QuerySums {
     write_tile<T, size, tile_rows>(own.first, 0, query, {a.scale, a.scale});
   }
 
-  __device__ __forceinline__ float log_scale() const { return log_scale_sum; }
+  // Adds the first scaled key's part, and leaves its dS of the 64 rows and the thread's share of
+  // the gradient of log_scale.
+  __device__ __forceinline__ float settle(const Arguments& a, const Item& item,
+                                          float (&changes)[tile_rows]) {
+    float change[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float weight = quad_sum(first_weight[half]);
+      change[half] = (1 - weight) * quad_sum(first_change[half]) - weight * quad_sum(others[half]);
+    }
+    const SampleGeometry& g = item.sample;
+    if (g.span_begin < g.span_end) {
+      const T* key = row_of<T>(a.key_rows, item.batch, item.head / a.group, g.span_begin);
+#pragma unroll
+      for (int i = 0; i < size / 2; i += 4) {
+        const int column = column_at(i);
+        float k[2] = {};
+        if (column < a.parts.key_columns) {
+          k[0] = widened(key[column]);
+          k[1] = widened(key[column + 1]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) query[i + j] = fmaf(change[j / 2], k[j % 2], query[i + j]);
+      }
+    }
+    if (threadIdx.x % 4 > 0) return other_scaled;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) changes[row_at(2 * half)] = change[half];
+    return other_scaled + change[0] + change[1];
+  }
 };
 
 // One pair of tiles that goes past. The warpgroups are not in step, so that the tensor cores have
@@ -521,21 +566,50 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Leaves the sums in place of the item's own tiles, for the warp that writes back.
-template <int size, typename Sums>
-__device__ __forceinline__ void hand_over(const Arguments& a, Shared<size>& s, int slot,
-                                          int consumer, const Sums& sums) {
+// Column `column` of changes^T tile, of 64 rows.
+template <typename T>
+__device__ __forceinline__ float column_sum(const float (&changes)[tile_rows], const uint16_t* tile,
+                                            int column) {
+  const T* block =
+      reinterpret_cast<const T*>(tile) + column / block_columns * tile_rows * block_columns;
+  const int chunk = column % block_columns / 8;
+  float sum = 0;
+#pragma unroll 8
+  for (int row = 0; row < tile_rows; ++row) {
+    const int at = row * block_columns + (chunk ^ row % 8) * 8 + column % 8;
+    sum = fmaf(changes[row], widened(block[at]), sum);
+  }
+  return sum;
+}
+
+// What 64 queries add to the gradients of the first scaled key and of log_scale.
+template <typename T, int size>
+__device__ __forceinline__ void leave_part(const Arguments& a, Shared<size>& s, int slot,
+                                           int consumer, QuerySums<T, size>& sums) {
   const Item& item = s.item[slot];
   const int thread = threadIdx.x % warpgroup;
-  float(&shares)[warpgroup / 32] = s.log_scale_sums[slot][consumer];
-  const float share = warp_sum(sums.log_scale());
+  float (&shares)[warpgroup / 32] = s.log_scale_sums[consumer];
+  const float share = warp_sum(sums.settle(a, item, s.first_changes[consumer]));
   if (thread % 32 == 0) shares[thread / 32] = share;
-  wait_named(sums_barrier + consumer, warpgroup);  // the last product has read the own tiles
-  if (item.kind == Kind::queries && thread == 0) {
-    const int64_t sequence = static_cast<int64_t>(item.batch) * a.heads + item.head;
-    a.parts[(sequence * a.query_order.tiles + item.row / item_rows) * consumers + consumer] =
-        (shares[0] + shares[1]) + (shares[2] + shares[3]);
+  wait_named(sums_barrier + consumer, warpgroup);
+  const int64_t sequence = static_cast<int64_t>(item.batch) * a.heads + item.head;
+  float* part = a.parts.at(sequence, item.row / tile_rows + consumer);
+  const Range& seen = item.seen[consumer];
+  if (thread < a.parts.key_columns) {
+    // Of rows that see nothing no tile may have come.
+    part[thread] = seen.begin < seen.end ? column_sum<T>(s.first_changes[consumer],
+                                                         s.own[slot][consumer].first, thread)
+                                         : 0;
   }
+  if (thread == 0) part[a.parts.key_columns] = (shares[0] + shares[1]) + (shares[2] + shares[3]);
+}
+
+// Leaves the sums in place of the item's own tiles, for the warp that writes back.
+template <typename T, int size, typename Sums>
+__device__ __forceinline__ void hand_over(const Arguments& a, Shared<size>& s, int slot,
+                                          int consumer, Sums& sums) {
+  if constexpr (Sums::kind == Kind::queries) leave_part(a, s, slot, consumer, sums);
+  wait_named(sums_barrier + consumer, warpgroup);  // the own tiles have been read
   sums.write(a, s.own[slot][consumer]);
   arrive_warp(&s.own_written[slot]);
 }
@@ -561,27 +635,7 @@ __device__ __forceinline__ void sum_up(const Arguments& a, Shared<size>& s, int 
       arrive_warp(&s.passing_empty[stage]);
     }
   }
-  hand_over(a, s, slot, consumer, sums);
-}
-
-// Adds the parts of grad_log_scale, in a fixed order.
-__device__ __forceinline__ void add_parts(const Arguments& a) {
-  const bool per_sample = a.log_scale_batch_stride != 0;
-  const int head_parts = a.query_order.tiles * consumers, samples = per_sample ? 1 : a.batch;
-  const int entries = (per_sample ? a.batch : 1) * a.heads;
-  const int lanes = per_sample ? 1 : 8;  // that share an entry
-  const int thread = threadIdx.x - warpgroup, lane = thread % lanes;
-  for (int first = 0; first < entries; first += consumers * warpgroup / lanes) {
-    const int entry = first + thread / lanes;
-    double sum = 0;
-#pragma unroll 4
-    for (int i = lane; i < samples * head_parts; i += lanes) {
-      const int64_t sequence = static_cast<int64_t>(i / head_parts) * a.heads + entry;
-      if (entry < entries) sum += __ldcg(a.parts + sequence * head_parts + i % head_parts);
-    }
-    for (int step = lanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if (entry < entries && lane == 0) a.grad_log_scale[entry] = static_cast<float>(sum);
-  }
+  hand_over<T>(a, s, slot, consumer, sums);
 }
 
 template <typename T, int size>
@@ -599,15 +653,6 @@ __device__ __forceinline__ void compute(const Arguments& a, Shared<size>& s) {
       sum_up<T, size, QuerySums<T, size>>(a, s, slot, passing);
     }
   }
-  // The block that finishes last finds the parts of all others.
-  constexpr int all = consumers * warpgroup;
-  __threadfence();
-  wait_named(last_barrier, all);
-  if (threadIdx.x == warpgroup) s.last = atomicAdd(&a.counters->finished, 1u) == gridDim.x - 1;
-  wait_named(last_barrier, all);
-  if (!s.last) return;
-  __threadfence();
-  add_parts(a);
 }
 
 template <typename T, int size>
@@ -647,11 +692,11 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
 template <typename T, int lanes>
 __global__ void __launch_bounds__(row_threads)
     make_terms(const CudaAttention c, const Array4 grad_output, int row_tiles, RowTerms* terms,
-               Counters* counters) {
+               uint32_t* taken) {
   constexpr int row_step = row_threads / lanes, unrolled = tile_rows / row_step;
   const int head = blockIdx.x % c.heads, tile = blockIdx.x / c.heads % row_tiles;
   const int sample = blockIdx.x / c.heads / row_tiles, lane = threadIdx.x % lanes;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *counters = Counters{0, 0};
+  if (blockIdx.x == 0 && threadIdx.x == 0) *taken = 0;
   RowTerms& own = terms[(static_cast<int64_t>(sample) * c.heads + head) * row_tiles + tile];
   uint4 output[unrolled], gradient[unrolled];
   float logsumexp[unrolled];
@@ -679,15 +724,22 @@ int item_tiles(int rows) { return (rows + item_rows - 1) / item_rows; }
 
 int64_t sequences_of(const CudaAttention& c) { return int64_t{c.batch} * c.heads; }
 
-// Where things lie in the scratch memory.
+// Where things lie in the scratch memory: terms, parts, the counter of items taken.
 struct Scratch {
-  int64_t parts, counters, bytes;  // the terms come first
+  RowTerms* terms;
+  RowParts parts;
+  uint32_t* taken;
+  int64_t bytes;
 
-  explicit Scratch(const CudaAttention& c) {
-    const int64_t row_tiles = sequences_of(c) * item_tiles(c.queries) * consumers;
-    parts = row_tiles * static_cast<int64_t>(sizeof(RowTerms));
-    counters = parts + row_tiles * static_cast<int64_t>(sizeof(float));
-    bytes = counters + static_cast<int64_t>(sizeof(Counters));
+  Scratch(const CudaAttention& c, void* memory) {
+    const int row_tiles = item_tiles(c.queries) * consumers;
+    const int64_t terms_bytes =
+        sequences_of(c) * row_tiles * static_cast<int64_t>(sizeof(RowTerms));
+    char* start = static_cast<char*>(memory);
+    terms = reinterpret_cast<RowTerms*>(start);
+    parts = {reinterpret_cast<float*>(start + terms_bytes), row_tiles, c.head_size, 0};
+    taken = reinterpret_cast<uint32_t*>(start + terms_bytes + parts.bytes(c));
+    bytes = terms_bytes + parts.bytes(c) + static_cast<int64_t>(sizeof(uint32_t));
   }
 };
 
@@ -721,16 +773,15 @@ cudaError_t make_maps(const CudaAttention& c, const CudaAttentionGradients& g, A
 }
 
 void fill(const CudaAttention& c, const CudaAttentionGradients& g, Arguments& a) {
-  const Scratch scratch(c);
-  char* memory = static_cast<char*>(g.scratch);
+  const Scratch scratch(c, g.scratch);
   a.geometry = c.geometry;
   a.log_scale = static_cast<const float*>(c.log_scale);
   a.log_scale_batch_stride = c.log_scale_batch_stride;
   a.log_scale_head_stride = c.log_scale_head_stride;
-  a.grad_log_scale = static_cast<float*>(g.grad_log_scale);
-  a.terms = reinterpret_cast<const RowTerms*>(memory);
-  a.parts = reinterpret_cast<float*>(memory + scratch.parts);
-  a.counters = reinterpret_cast<Counters*>(memory + scratch.counters);
+  a.key_rows = c.key;
+  a.terms = scratch.terms;
+  a.parts = scratch.parts;
+  a.taken = scratch.taken;
   a.batch = c.batch;
   a.heads = c.heads;
   a.key_heads = c.key_heads;
@@ -751,11 +802,10 @@ cudaError_t launch_terms(const CudaAttention& c, const CudaAttentionGradients& g
                          cudaStream_t stream) {
   const int row_tiles = item_tiles(c.queries) * consumers;
   const unsigned blocks = static_cast<unsigned>(sequences_of(c) * row_tiles);
-  char* memory = static_cast<char*>(g.scratch);
-  auto* terms = reinterpret_cast<RowTerms*>(memory);
-  auto* counters = reinterpret_cast<Counters*>(memory + Scratch(c).counters);
+  const Scratch scratch(c, g.scratch);
   const auto kernel = c.value_head_size <= 8 * chunk ? make_terms<T, 8> : make_terms<T, 16>;
-  kernel<<<blocks, row_threads, 0, stream>>>(c, g.grad_output, row_tiles, terms, counters);
+  kernel<<<blocks, row_threads, 0, stream>>>(c, g.grad_output, row_tiles, scratch.terms,
+                                             scratch.taken);
   return cudaGetLastError();
 }
 
@@ -780,11 +830,13 @@ cudaError_t launch_gradients(const CudaAttention& c, const CudaAttentionGradient
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
                             int multiprocessors, cudaStream_t stream) {
-  const cudaError_t error = launch_terms<T>(c, g, stream);
+  cudaError_t error = launch_terms<T>(c, g, stream);
   if (error != cudaSuccess) return error;
-  return std::max(c.head_size, c.value_head_size) <= 64
-             ? launch_gradients<T, 64>(c, g, multiprocessors, stream)
-             : launch_gradients<T, 128>(c, g, multiprocessors, stream);
+  error = std::max(c.head_size, c.value_head_size) <= 64
+              ? launch_gradients<T, 64>(c, g, multiprocessors, stream)
+              : launch_gradients<T, 128>(c, g, multiprocessors, stream);
+  if (error != cudaSuccess) return error;
+  return launch_add_row_parts<T>(c, g, Scratch(c, g.scratch).parts, stream);
 }
 
 }  // namespace
@@ -796,7 +848,7 @@ bool hopper_backward_takes(const CudaAttention& c) {
 }
 
 int64_t attention_backward_hopper_scratch(const CudaAttention& c) {
-  return hopper::Scratch(c).bytes;
+  return hopper::Scratch(c, nullptr).bytes;
 }
 
 cudaError_t attention_backward_hopper(const CudaAttention& c, const CudaAttentionGradients& g,

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention/cuda_rows.cuh"
+#include "attention/row_parts.cuh"
 
 namespace zerotuning::attention {
 namespace initial_token {
@@ -93,17 +94,12 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
-// Of a block: its sums of ds q, of a do and of ds.
-__device__ __forceinline__ int64_t part_size(const CudaAttention& c) {
-  return c.head_size + c.value_head_size + 1;
-}
-
 template <typename T, int lanes>
 __global__ void __launch_bounds__(threads)
     backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
-             int row_blocks, float* parts) {
+             const RowParts parts) {
   constexpr int row_step = threads / lanes, unrolled = 1;
-  const Work w(c, row_blocks, backward_rows);
+  const Work w(c, parts.of_head, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.second_key_doubled;
   Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
@@ -171,80 +167,14 @@ __global__ void __launch_bounds__(threads)
   }
   if (lane == 0) sums[row_thread][2 * lanes * chunk] = grad_log_scale;
   __syncthreads();
-  float* own = parts + blockIdx.x * part_size(c);
-  for (int i = threadIdx.x; i < part_size(c); i += threads) {
-    const int column = i < c.head_size        ? i
-                       : i < part_size(c) - 1 ? lanes * chunk + i - c.head_size
-                                              : 2 * lanes * chunk;
+  float* own = parts.at(0, blockIdx.x);
+  for (int i = threadIdx.x; i < parts.size(); i += threads) {
+    const int column = i < parts.key_columns ? i
+                       : i < parts.columns() ? lanes * chunk + i - parts.key_columns
+                                             : 2 * lanes * chunk;
     float sum = 0;
     for (int r = 0; r < row_step; ++r) sum += sums[r][column];
     own[i] = sum;
-  }
-}
-
-__host__ __device__ constexpr int column_blocks(int columns) { return (columns + 31) / 32; }
-
-// One block for 32 columns of the rows of a sample's key head, a lane for each column; the block's
-// warps take the parts by turns.
-template <typename T>
-__device__ void write_initial_rows(const CudaAttention& c, const CudaAttentionGradients& g,
-                                   int row_blocks, const float* parts, int block) {
-  constexpr int warps = threads / 32;
-  __shared__ float sums[warps][32];
-  const int columns = c.head_size + c.value_head_size, blocks = column_blocks(columns);
-  const int sequence = block / blocks, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int i = block % blocks * 32 + lane;
-  const int sample = sequence / c.key_heads, key_head = sequence % c.key_heads;
-  const int group = c.heads / c.key_heads;
-  const Sight s = sight_of(c, sample);
-  if (s.span_begin >= s.span_end) return;
-  const int64_t first = (static_cast<int64_t>(sample) * c.heads + key_head * group) * row_blocks;
-  float sum = 0;
-#pragma unroll 8
-  for (int part = warp; part < group * row_blocks; part += warps) {
-    if (i < columns) sum += parts[(first + part) * part_size(c) + i];
-  }
-  sums[warp][lane] = sum;
-  __syncthreads();
-  if (warp > 0 || i >= columns) return;
-  for (int other = 1; other < warps; ++other) sum += sums[other][lane];
-  if (i < c.head_size) {
-    written_row_of<T>(g.grad_key, sample, key_head, s.span_begin)[i] =
-        narrowed<T>(sum * static_cast<float>(c.scale));
-  } else {
-    written_row_of<T>(g.grad_value, sample, key_head, s.span_begin)[i - c.head_size] =
-        narrowed<T>(sum);
-  }
-}
-
-// One warp for an entry of log_scale.
-__device__ __forceinline__ void write_log_scale(const CudaAttention& c,
-                                                const CudaAttentionGradients& g, int row_blocks,
-                                                const float* parts, int entry) {
-  const bool per_sample = c.log_scale_batch_stride != 0;
-  const int lane = threadIdx.x % 32;
-  if (entry >= (per_sample ? c.batch : 1) * c.heads) return;
-  double sum = 0;
-  for (int sample = 0; sample < (per_sample ? 1 : c.batch); ++sample) {
-    const int64_t first = (static_cast<int64_t>(sample) * c.heads + entry) * row_blocks;
-    for (int i = lane; i < row_blocks; i += 32) sum += parts[(first + i + 1) * part_size(c) - 1];
-  }
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-  if (lane == 0) static_cast<float*>(g.grad_log_scale)[entry] = static_cast<float>(sum);
-}
-
-// What is left of the gradients, in one launch: its first blocks add the parts of the initial
-// token's rows, the others those of log_scale.
-template <typename T>
-__global__ void __launch_bounds__(threads)
-    write_sums(const CudaAttention c, const CudaAttentionGradients g, int row_blocks,
-               int row_sum_blocks, const float* parts) {
-  const int block = blockIdx.x, entry_block = block - row_sum_blocks;
-  if (entry_block < 0) {
-    write_initial_rows<T>(c, g, row_blocks, parts, block);
-  } else {
-    write_log_scale(c, g, row_blocks, parts, (entry_block * threads + threadIdx.x) / 32);
   }
 }
 
@@ -279,6 +209,10 @@ int row_blocks_of(const CudaAttention& c, int block_rows) {
   return (c.queries + block_rows - 1) / block_rows;
 }
 
+RowParts parts_of(const CudaAttention& c, float* data) {
+  return {data, row_blocks_of(c, backward_rows), c.head_size, c.value_head_size};
+}
+
 template <typename Launch>
 cudaError_t with_lanes(const CudaAttention& c, const Launch& launch) {
   const int size = c.head_size > c.value_head_size ? c.head_size : c.value_head_size;
@@ -301,20 +235,13 @@ cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
                             const StockGradients& stock, cudaStream_t stream) {
-  const int row_blocks = row_blocks_of(c, backward_rows);
-  float* parts = static_cast<float*>(g.scratch);
+  const RowParts parts = parts_of(c, static_cast<float*>(g.scratch));
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
     backward<T, decltype(lanes)::value>
-        <<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(c, g, stock, row_blocks, parts);
+        <<<parts.of_head * c.heads * c.batch, threads, 0, stream>>>(c, g, stock, parts);
     return cudaGetLastError();
   });
-  if (error != cudaSuccess) return error;
-  const int entries = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
-  const int row_sum_blocks = c.batch * c.key_heads * column_blocks(c.head_size + c.value_head_size);
-  const int log_scale_blocks = (entries * 32 + threads - 1) / threads;
-  write_sums<T><<<row_sum_blocks + log_scale_blocks, threads, 0, stream>>>(c, g, row_blocks,
-                                                                           row_sum_blocks, parts);
-  return cudaGetLastError();
+  return error == cudaSuccess ? launch_add_row_parts<T>(c, g, parts, stream) : error;
 }
 
 template <typename T>
@@ -341,9 +268,7 @@ cudaError_t initial_token_merge(const CudaAttention& c, const Array4& part,
 }
 
 int64_t initial_token_backward_scratch(const CudaAttention& c) {
-  return int64_t{c.batch} * c.heads *
-         initial_token::row_blocks_of(c, initial_token::backward_rows) *
-         (c.head_size + c.value_head_size + 1) * static_cast<int64_t>(sizeof(float));
+  return initial_token::parts_of(c, nullptr).bytes(c);
 }
 
 cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGradients& g,

@@ -155,8 +155,9 @@ __global__ void __launch_bounds__(threads) forward(const CudaAttention c, int ro
   }
 }
 
-// Backward. scratch: delta [batch, heads, queries] (do·o of each row), then the parts of
-// grad_log_scale [batch, heads, row_tiles] in double.
+// Backward. scratch: delta (do·o of each row) and first_change (ds of its first scaled key, made of
+// the other keys' as well: hopper_backward_cuda.cu), both [batch, heads, queries], then the parts
+// of grad_log_scale [batch, heads, row_tiles] in double.
 
 template <typename T>
 __global__ void __launch_bounds__(threads)
@@ -182,14 +183,16 @@ struct HeadRows {
   const C* logsumexp;
   int64_t logsumexp_stride;
   const C* delta;
+  C* first_change;
   int queries;
 
-  __device__ HeadRows(const CudaAttention& c, const C* all_delta, int sample, int head)
+  __device__ HeadRows(const CudaAttention& c, C* rows, int sample, int head)
       : scale(static_cast<C>(c.scale)),
         bias(log_scale_of<C>(c, sample, head)),
         logsumexp(row_of<C>(c.logsumexp, sample, head, 0)),
         logsumexp_stride(c.logsumexp.row_stride),
-        delta(all_delta + (static_cast<int64_t>(sample) * c.heads + head) * c.queries),
+        delta(rows + (static_cast<int64_t>(sample) * c.heads + head) * c.queries),
+        first_change(rows + (static_cast<int64_t>(sample + c.batch) * c.heads + head) * c.queries),
         queries(c.queries) {}
 };
 
@@ -215,8 +218,8 @@ __device__ __forceinline__ Pair<C> pair_of(const Sight& s, const HeadRows<C>& he
 
 template <typename T, int size>
 __global__ void __launch_bounds__(threads)
-    backward_queries(const CudaAttention c, const CudaAttentionGradients g,
-                     const AccumulatorOf<T>* delta, double* parts, int row_tiles) {
+    backward_queries(const CudaAttention c, const CudaAttentionGradients g, AccumulatorOf<T>* rows,
+                     double* parts, int row_tiles) {
   using C = AccumulatorOf<T>;
   using Tile = Tiles<C, size>;
   extern __shared__ char memory[];
@@ -226,16 +229,18 @@ __global__ void __launch_bounds__(threads)
   C* value_tile = key_tile + Tile::columns * Tile::stride;
   C* gradients = value_tile + Tile::columns * Tile::stride;  // [rows][columns + 1]
   __shared__ double sums[threads / 32];
+  __shared__ C first_weights[Tile::rows];
   const int tile = blockIdx.x % row_tiles, head = blockIdx.x / row_tiles % c.heads;
   const int sample = blockIdx.x / row_tiles / c.heads, key_head = head / (c.heads / c.key_heads);
   const Sight s = sight_of(c, sample);
-  const HeadRows<C> head_rows(c, delta, sample, head);
+  const HeadRows<C> head_rows(c, rows, sample, head);
   const int first = tile * Tile::rows, end = min(first + Tile::rows, c.queries);
   const int row = threadIdx.x / Tile::row_threads, lane = threadIdx.x % Tile::row_threads;
 
   load_both<T, C, size, Tile::rows>(query, c.query, grad_output, g.grad_output, c, sample, head,
                                     first, c.queries);
-  C grad_query[Tile::values] = {};
+  if (threadIdx.x < Tile::rows) first_weights[threadIdx.x] = 0;
+  C grad_query[Tile::values] = {}, others = 0, first_change = 0;
   double log_scale_part = 0;
   int key_begin, key_end;
   key_range(s, first, end, &key_begin, &key_end);
@@ -246,20 +251,35 @@ __global__ void __launch_bounds__(threads)
     __syncthreads();
     for (int i = threadIdx.x; i < Tile::rows * Tile::columns; i += threads) {
       const int r = i / Tile::columns, j = i % Tile::columns;
-      const C gradient = pair_of<size>(s, head_rows, first + r, key + j, query + r * Tile::stride,
-                                       key_tile + j * Tile::stride, grad_output + r * Tile::stride,
-                                       value_tile + j * Tile::stride)
-                             .gradient;
-      if (s.scaled(key + j)) log_scale_part += gradient;
-      gradients[r * (Tile::columns + 1) + j] = gradient;
+      const Pair<C> pair = pair_of<size>(
+          s, head_rows, first + r, key + j, query + r * Tile::stride, key_tile + j * Tile::stride,
+          grad_output + r * Tile::stride, value_tile + j * Tile::stride);
+      if (s.first_scaled(key + j)) {
+        first_weights[r] = pair.weight;
+      } else if (s.scaled(key + j)) {
+        log_scale_part += pair.gradient;
+      }
+      gradients[r * (Tile::columns + 1) + j] = pair.gradient;
     }
     __syncthreads();
     for (int j = 0; j < Tile::columns; ++j) {
       const C gradient = gradients[row * (Tile::columns + 1) + j];
+      if (s.first_scaled(key + j)) {
+        first_change = gradient;
+        continue;
+      }
+      others += gradient;
 #pragma unroll
       for (int i = 0; i < Tile::values; ++i)
         grad_query[i] += gradient * key_tile[j * Tile::stride + lane + i * Tile::row_threads];
     }
+  }
+  __syncthreads();
+  const C weight = first_weights[row];
+  first_change = (1 - weight) * first_change - weight * others;
+  if (lane == 0 && first + row < c.queries) {
+    head_rows.first_change[first + row] = first_change;
+    log_scale_part += first_change;
   }
   log_scale_part = row_sum<32>(log_scale_part);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = log_scale_part;
@@ -271,17 +291,21 @@ __global__ void __launch_bounds__(threads)
   }
   if (first + row >= c.queries) return;
   T* to = written_row_of<T>(g.grad_query, sample, head, first + row);
+  const bool none = s.span_begin == s.span_end;
+  const T* first_key = row_of<T>(c.key, sample, key_head, none ? 0 : s.span_begin);
 #pragma unroll
   for (int i = 0; i < Tile::values; ++i) {
     const int column = lane + i * Tile::row_threads;
-    if (column < c.head_size) to[column] = narrowed<T>(grad_query[i] * head_rows.scale);
+    if (column >= c.head_size) continue;
+    if (!none) grad_query[i] += first_change * widened(first_key[column]);
+    to[column] = narrowed<T>(grad_query[i] * head_rows.scale);
   }
 }
 
 template <typename T, int size>
 __global__ void __launch_bounds__(threads)
-    backward_keys(const CudaAttention c, const CudaAttentionGradients g,
-                  const AccumulatorOf<T>* delta, int key_tiles) {
+    backward_keys(const CudaAttention c, const CudaAttentionGradients g, AccumulatorOf<T>* rows,
+                  int key_tiles) {
   using C = AccumulatorOf<T>;
   using Tile = Tiles<C, size>;
   extern __shared__ char memory[];
@@ -305,7 +329,7 @@ __global__ void __launch_bounds__(threads)
   const int query_end =
       s.window ? min(c.queries, first + Tile::rows - 1 + s.window - s.start) : c.queries;
   for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
-    const HeadRows<C> head_rows(c, delta, sample, head);
+    const HeadRows<C> head_rows(c, rows, sample, head);
     for (int i0 = query_begin; i0 < query_end; i0 += Tile::columns) {
       __syncthreads();
       load_both<T, C, size, Tile::columns>(query, c.query, grad_output, g.grad_output, c, sample,
@@ -317,7 +341,9 @@ __global__ void __launch_bounds__(threads)
             s, head_rows, i0 + j, first + r, query + j * Tile::stride, key_tile + r * Tile::stride,
             grad_output + j * Tile::stride, value_tile + r * Tile::stride);
         weights[r * (Tile::columns + 1) + j] = pair.weight;
-        gradients[r * (Tile::columns + 1) + j] = pair.gradient;
+        gradients[r * (Tile::columns + 1) + j] = s.first_scaled(first + r) && i0 + j < c.queries
+                                                     ? head_rows.first_change[i0 + j]
+                                                     : pair.gradient;
       }
       __syncthreads();
       for (int j = 0; j < Tile::columns; ++j) {
@@ -359,9 +385,9 @@ __global__ void __launch_bounds__(threads)
 
 int tiles_of(int rows, int tile) { return (rows + tile - 1) / tile; }
 
-int64_t delta_bytes(const CudaAttention& c) {
+int64_t rows_bytes(const CudaAttention& c) {
   const int64_t size = c.dtype == DType::float64 ? 8 : 4;
-  return (int64_t{c.batch} * c.heads * c.queries * size + 7) / 8 * 8;
+  return 2 * int64_t{c.batch} * c.heads * c.queries * size;
 }
 
 template <typename Kernel>
@@ -389,21 +415,22 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
   using Tile = Tiles<C, size>;
   constexpr int bytes = sizeof(C) * (2 * (Tile::rows + Tile::columns) * Tile::stride +
                                      2 * Tile::rows * (Tile::columns + 1));
-  C* delta = static_cast<C*>(g.scratch);
-  double* parts = reinterpret_cast<double*>(static_cast<char*>(g.scratch) + delta_bytes(c));
+  C* rows = static_cast<C*>(g.scratch);
+  double* parts = reinterpret_cast<double*>(static_cast<char*>(g.scratch) + rows_bytes(c));
   const int row_tiles = tiles_of(c.queries, Tile::rows), key_tiles = tiles_of(c.keys, Tile::rows);
-  const int64_t rows = int64_t{c.batch} * c.heads * c.queries;
+  const int64_t row_count = int64_t{c.batch} * c.heads * c.queries;
   for (const cudaError_t error : {allow_shared_memory(backward_queries<T, size>, bytes),
                                   allow_shared_memory(backward_keys<T, size>, bytes)}) {
     if (error != cudaSuccess) return error;
   }
-  make_delta<T><<<static_cast<unsigned>((rows * 32 + threads - 1) / threads), threads, 0, stream>>>(
-      c, g, delta);
+  make_delta<T>
+      <<<static_cast<unsigned>((row_count * 32 + threads - 1) / threads), threads, 0, stream>>>(
+          c, g, rows);
   backward_queries<T, size>
-      <<<row_tiles * c.heads * c.batch, threads, bytes, stream>>>(c, g, delta, parts, row_tiles);
+      <<<row_tiles * c.heads * c.batch, threads, bytes, stream>>>(c, g, rows, parts, row_tiles);
   if (key_tiles > 0) {
     backward_keys<T, size>
-        <<<key_tiles * c.key_heads * c.batch, threads, bytes, stream>>>(c, g, delta, key_tiles);
+        <<<key_tiles * c.key_heads * c.batch, threads, bytes, stream>>>(c, g, rows, key_tiles);
   }
   add_parts<C><<<tiles_of(c.batch * c.heads, threads), threads, 0, stream>>>(
       c, parts, row_tiles, static_cast<C*>(g.grad_log_scale));
@@ -483,9 +510,9 @@ cudaError_t attention_plain(const CudaAttention& c, cudaStream_t stream) {
 
 int64_t attention_backward_plain_scratch(const CudaAttention& c) {
   constexpr int smallest_tile = 8;
-  return plain::delta_bytes(c) + int64_t{c.batch} * c.heads *
-                                     plain::tiles_of(c.queries, smallest_tile) *
-                                     static_cast<int64_t>(sizeof(double));
+  return plain::rows_bytes(c) + int64_t{c.batch} * c.heads *
+                                    plain::tiles_of(c.queries, smallest_tile) *
+                                    static_cast<int64_t>(sizeof(double));
 }
 
 cudaError_t attention_backward_plain(const CudaAttention& c, const CudaAttentionGradients& g,
