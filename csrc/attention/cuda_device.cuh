@@ -59,6 +59,24 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Of a query row: weights P of some keys, and the gradients dS of their logits, summed.
+template <typename C>
+struct Share {
+  C weight = 0, change = 0;
+
+  __device__ __forceinline__ void add(C key_weight, C key_change) {
+    weight += key_weight;
+    change += key_change;
+  }
+  // dS of these keys, given that of all others. It is P (dO V^T - Δ) of which Δ = dO·O is made of
+  // the output in 16 bits: where these keys have nearly all of the weight, the difference is small
+  // and that rounding leaves nothing of it. But Δ = Σ P dO V^T, so that over all keys dS adds up to
+  // what Δ is off by, of which these keys' share is their weight.
+  __device__ __forceinline__ C settled(C others) const {
+    return (1 - weight) * change - weight * others;
+  }
+};
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -106,9 +124,6 @@ struct Sight : SampleGeometry {
   }
   __device__ __forceinline__ bool scaled(int key) const {
     return key >= span_begin && key < span_end;
-  }
-  __device__ __forceinline__ bool first_scaled(int key) const {
-    return key == span_begin && key < span_end;
   }
 };
 

@@ -47,6 +47,9 @@ struct CudaAttention {
   Array4 logsumexp;  // [batch, heads, queries], natural logarithm, type of log_scale; row_stride =
                      // stride of queries. Written forward (data may be null: not wanted), read
                      // backward
+  // output - the first scaled key's value, of which rounding the output leaves nothing where that
+  // key has all the weight: laid out and used like output; data may be null: not wanted, not kept.
+  Array4 departure;
 };
 
 struct CudaAttentionGradients {
@@ -101,7 +104,8 @@ cudaError_t double_second_key(const CudaAttention& arguments, const Array4& key,
                               const Array4& value, cudaStream_t stream);
 
 // The gradients of all keys, from those of the others and the initial token's part (key 0): with
-// a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o):
+// a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o), of the departure where it was
+// kept:
 //   grad_query = stock.query + scale ds k_0;  grad_key[0] = sum scale ds q;
 //   grad_value[0] = sum a do;  grad_log_scale = sum ds.                       (design.md section 4)
 // Other rows of grad_key and grad_value are the stock kernel's already. The scaled key is the only

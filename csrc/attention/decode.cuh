@@ -225,29 +225,42 @@ __device__ __forceinline__ void look(const Arguments& a, const RangeSight& s,
   }
 }
 
-// One step of the softmax of 16 rows: logits become weights, earlier sums are rescaled.
-template <int size>
-__device__ __forceinline__ void weigh(float (&logits)[2][4], float (&output)[size / 8][4],
-                                      float (&top)[2], float (&total)[2]) {
+// One step of the softmax, over `tiles` tiles of keys: logits become weights, earlier sums are
+// rescaled.
+template <int size, int row_tiles, int tiles>
+__device__ __forceinline__ void weigh(Logits<row_tiles> (&logits)[tiles],
+                                      Sums<size, row_tiles>& sums) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float& a = logits[0][2 * half];
-    float& b = logits[0][2 * half + 1];
-    float& c = logits[1][2 * half];
-    float& d = logits[1][2 * half + 1];
-    const float larger = fmaxf(top[half], quad_max(fmaxf(fmaxf(a, b), fmaxf(c, d))));
-    const float reference = reference_of(larger);
-    const float rescale = exp2_fast(top[half] - reference);
-    top[half] = larger;
-    a = exp2_fast(a - reference);
-    b = exp2_fast(b - reference);
-    c = exp2_fast(c - reference);
-    d = exp2_fast(d - reference);
-    total[half] = total[half] * rescale + ((a + b) + (c + d));
+  for (int row_tile = 0; row_tile < row_tiles; ++row_tile) {
 #pragma unroll
-    for (int i = 0; i < size / 8; ++i) {
-      output[i][2 * half] *= rescale;
-      output[i][2 * half + 1] *= rescale;
+    for (int half = 0; half < 2; ++half) {
+      const auto logit = [&](int tile, int i) -> float& {
+        return logits[tile][row_tile][i / 2][2 * half + i % 2];
+      };
+      const auto largest = [&](int tile) {
+        return fmaxf(fmaxf(logit(tile, 0), logit(tile, 1)), fmaxf(logit(tile, 2), logit(tile, 3)));
+      };
+      float larger = largest(0);
+#pragma unroll
+      for (int tile = 1; tile < tiles; ++tile) larger = fmaxf(larger, largest(tile));
+      float& top = sums.top[row_tile][half];
+      float& total = sums.total[row_tile][half];
+      larger = fmaxf(top, quad_max(larger));
+      const float reference = reference_of(larger);
+      const float rescale = exp2_fast(top - reference);
+      top = larger;
+      total *= rescale;
+#pragma unroll
+      for (int tile = 0; tile < tiles; ++tile) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) logit(tile, i) = exp2_fast(logit(tile, i) - reference);
+        total += (logit(tile, 0) + logit(tile, 1)) + (logit(tile, 2) + logit(tile, 3));
+      }
+#pragma unroll
+      for (int n = 0; n < size / 8; ++n) {
+        sums.output[row_tile][n][2 * half] *= rescale;
+        sums.output[row_tile][n][2 * half + 1] *= rescale;
+      }
     }
   }
 }

@@ -138,16 +138,13 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
     copy(t + stages - 1);
     const uint32_t keys = shared_address(ring) + t % stages * (2 * Tile<size>::bytes);
     const uint32_t values = keys + Tile<size>::bytes;
-    Logits<row_tiles> logits;
+    Logits<row_tiles> logits[1];
     multiply_keys<T>(
-        queries, [&](int k) { return keys + lane.right + k * 32; }, logits);
-    look<row_tiles>(a, sight, lane_rows, first, real_keys, logits);
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) {
-      weigh<size>(logits[i], sums.output[i], sums.top[i], sums.total[i]);
-    }
+        queries, [&](int k) { return keys + lane.right + k * 32; }, logits[0]);
+    look<row_tiles>(a, sight, lane_rows, first, real_keys, logits[0]);
+    weigh(logits, sums);
     add_values<T>(
-        logits, [&](int n) { return values + lane.left + n * 32; }, sums);
+        logits[0], [&](int n) { return values + lane.left + n * 32; }, sums);
   }
   wait_copies<0>();
   __syncwarp();
@@ -173,13 +170,15 @@ __global__ void __launch_bounds__(merge_threads) merge_splits(const __grid_const
     const float* any = reinterpret_cast<const float*>(a.query);
     const float* outputs = rehearsal ? any : a.split_output + first * a.value_head_size + column;
     const float* logsumexps = rehearsal ? any : a.split_logsumexp + first;
-    const int64_t row_stride = rehearsal ? 0 : a.value_head_size;
+    // The rehearsal reads row 0 each time. Chosen in the loop, it would be given code of its own.
+    const int last_row = rehearsal ? 0 : a.splits - 1;
     Part part = no_part();
     if (slice < slices) {
 #pragma unroll 4
       for (int split = slice; split < a.splits; split += slices) {
-        const float4 output = *reinterpret_cast<const float4*>(outputs + split * row_stride);
-        merge(part, {output, 1, logsumexps[rehearsal ? 0 : split]});
+        const int row = min(split, last_row);
+        const float4 output = *reinterpret_cast<const float4*>(outputs + row * a.value_head_size);
+        merge(part, {output, 1, logsumexps[row]});
       }
     }
     parts[threadIdx.x] = part;

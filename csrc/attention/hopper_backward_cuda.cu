@@ -8,13 +8,10 @@
 // So P and dS never leave the registers, nothing is added by atomics, and a group's heads are
 // summed in registers; the price is that P and dS are made twice.
 //
-// Δ = dO·O is made of the output in 16 bits. Where the scaled key (0) has nearly all of the weight,
-// its dS would be the small difference of large numbers, of which that rounding leaves nothing. So
-// it is made of the other keys' as well: since Δ = Σ_j P_j (dO V^T)_j,
-//     dS_0 = P_0 ((1 - P_0) (dO V^T)_0 - Σ_{j>0} P_j (dO V^T)_j)
-//          = (1 - P_0) [P_0 ((dO V^T)_0 - Δ)] - P_0 Σ_{j>0} [P_j ((dO V^T)_j - Δ)],
-// in which errors of Δ cancel. The items of queries have all of it: they add dS_0 k_0 to dQ
-// themselves and leave their sums of dS_0 q as parts of k_0's gradient and of γ's.
+// dS of the scaled keys is made of the other keys' as well (Share in cuda_device.cuh), which the
+// items of queries have all of: they add dS_0 k_0 of the first scaled key to dQ themselves and
+// leave sums of dS_0 q as parts of k_0's gradient. So γ's is exact, and those of query and key are
+// where the scaled key is the only one that may have nearly all of the weight.
 //
 // Blocks stay and take the next item when they are through, heaviest first. In a block two warps
 // feed tiles through the bulk copy engine, one writes results back through it, and two warpgroups
@@ -409,9 +406,9 @@ struct QuerySums {
   static constexpr int value_groups = 0;
 
   float query[size / 2] = {};
-  float other_scaled = 0;  // dS of the scaled keys but the first
-  // Of a thread's two rows: Σ dS of the keys but the first scaled one; its own weight and dS.
-  float others[2] = {}, first_weight[2] = {}, first_change[2] = {};
+  // Of a thread's two rows: the first scaled key, the other scaled ones, dS of all others.
+  Share<float> first_scaled[2], rest_scaled[2];
+  float others[2] = {};
   float logsumexp[2], delta[2];  // of a thread's two rows
   float bias;                    // log_scale in units of unscaled logits
 
@@ -482,12 +479,13 @@ struct QuerySums {
 #pragma unroll
       for (int i = 0; i < tile_numbers; ++i) {
         const int key = first + column_at(i);
+        if (!is_scaled(item.sample, key)) continue;
         if (key == item.sample.span_begin) {
-          first_weight[i / 2 % 2] = weights[i];
-          first_change[i / 2 % 2] = changes[i];
+          first_scaled[i / 2 % 2].add(weights[i], changes[i]);
           changes[i] = 0;
-        } else if (is_scaled(item.sample, key)) {
-          other_scaled += changes[i];
+        } else {
+          rest_scaled[i / 2 % 2].add(weights[i], changes[i]);
+          others[i / 2 % 2] -= changes[i];
         }
       }
     }
@@ -506,15 +504,22 @@ struct QuerySums {
     write_tile<T, size, tile_rows>(own.first, 0, query, {a.scale, a.scale});
   }
 
-  // Adds the first scaled key's part, and leaves its dS of the 64 rows and the thread's share of
-  // the gradient of log_scale.
+  // Adds the first scaled key's part to the gradients and leaves its dS of the 64 rows. Returns the
+  // thread's summand of the gradient of log_scale.
   __device__ __forceinline__ float settle(const Arguments& a, const Item& item,
                                           float (&changes)[tile_rows]) {
-    float change[2];
+    const auto all_columns = [](const Share<float>& share) {
+      return Share<float>{quad_sum(share.weight), quad_sum(share.change)};
+    };
+    float change[2], scaled_change = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float weight = quad_sum(first_weight[half]);
-      change[half] = (1 - weight) * quad_sum(first_change[half]) - weight * quad_sum(others[half]);
+      const Share<float> rest = all_columns(rest_scaled[half]);
+      Share<float> own = all_columns(first_scaled[half]);
+      const float other = quad_sum(others[half]);
+      change[half] = own.settled(rest.change + other);
+      own.add(rest.weight, rest.change);
+      scaled_change += own.settled(other);
     }
     const SampleGeometry& g = item.sample;
     if (g.span_begin < g.span_end) {
@@ -531,10 +536,10 @@ struct QuerySums {
         for (int j = 0; j < 4; ++j) query[i + j] = fmaf(change[j / 2], k[j % 2], query[i + j]);
       }
     }
-    if (threadIdx.x % 4 > 0) return other_scaled;
+    if (threadIdx.x % 4 > 0) return 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) changes[row_at(2 * half)] = change[half];
-    return other_scaled + change[0] + change[1];
+    return scaled_change;
   }
 };
 
@@ -588,7 +593,7 @@ __device__ __forceinline__ void leave_part(const Arguments& a, Shared<size>& s, 
                                            int consumer, QuerySums<T, size>& sums) {
   const Item& item = s.item[slot];
   const int thread = threadIdx.x % warpgroup;
-  float (&shares)[warpgroup / 32] = s.log_scale_sums[consumer];
+  float(&shares)[warpgroup / 32] = s.log_scale_sums[consumer];
   const float share = warp_sum(sums.settle(a, item, s.first_changes[consumer]));
   if (thread % 32 == 0) shares[thread / 32] = share;
   wait_named(sums_barrier + consumer, warpgroup);

@@ -20,14 +20,15 @@ constexpr int turn_barrier = 1;    // + consumer: it may multiply
 constexpr int output_barrier = 4;  // + consumer: its own threads
 
 struct Arguments {
-  CUtensorMap query, key, value, output;
+  CUtensorMap query, key, value, output, departure;
   CudaGeometry geometry;
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
   float* logsumexp;  // or null
   int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
+  Array4 value_rows;  // value's, where they lie; null: no departure is wanted
   int heads, group, queries, keys;
-  int row_tiles, tiles, section;
+  int value_columns, row_tiles, tiles, section;
   float scale;
 };
 
@@ -225,12 +226,32 @@ struct Softmax {
   }
 };
 
-// Divides by the softmax's totals, and writes the tile's rows of output and logsumexp.
+// Writes the tile's rows of numbers times their row half's factor, by way of shared memory.
+template <typename T, typename C>
+__device__ __forceinline__ void write_rows(const CUtensorMap* map, const Work& w, int consumer,
+                                           const float (&numbers)[C::value_size / 2],
+                                           const float (&factor)[2], uint16_t* shared_output) {
+  constexpr int value_size = C::value_size, tile_rows = C::tile_rows;
+  const bool leads = threadIdx.x % warpgroup == 0;
+  // The store before must have read its rows of shared memory.
+  if (leads) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  wait_named(output_barrier + consumer, warpgroup);
+  write_tile<T, value_size, tile_rows>(shared_output, consumer * consumer_rows, numbers, factor);
+  wait_named(output_barrier + consumer, warpgroup);
+  if (!leads) return;
+#pragma unroll
+  for (int block = 0; block < value_size / block_columns; ++block) {
+    store_box(map, shared_output + (block * tile_rows + consumer * consumer_rows) * block_columns,
+              block * block_columns, w.row + consumer * consumer_rows, w.head, w.batch);
+  }
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Divides by the softmax's totals, and writes the tile's rows of output, departure and logsumexp.
 template <typename T, typename C>
 __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int consumer,
                                        float (&output)[C::value_size / 2], const Softmax& softmax,
                                        uint16_t* shared_output) {
-  constexpr int value_size = C::value_size, tile_rows = C::tile_rows;
   const int thread = threadIdx.x % warpgroup, lane = thread % 32, warp = thread / 32;
   float factor[2];
 #pragma unroll
@@ -244,20 +265,19 @@ __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int co
           total == 0 ? -INFINITY : softmax.largest[half] * a.scale + logf(total);
     }
   }
-  // The store of the tile before must have read its rows of shared memory.
-  if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-  wait_named(output_barrier + consumer, warpgroup);
-  write_tile<T, value_size, tile_rows>(shared_output, consumer * consumer_rows, output, factor);
-  wait_named(output_barrier + consumer, warpgroup);
-  if (thread == 0) {
+  write_rows<T, C>(&a.output, w, consumer, output, factor, shared_output);
+  if (!a.value_rows.data) return;
+  const SampleGeometry g = sample_geometry(a.geometry, w.batch, a.queries, a.keys);
+  if (g.span_begin < g.span_end) {
+    const T* value = row_of<T>(a.value_rows, w.batch, w.head / a.group, g.span_begin);
 #pragma unroll
-    for (int block = 0; block < value_size / block_columns; ++block) {
-      store_box(&a.output,
-                shared_output + (block * tile_rows + consumer * consumer_rows) * block_columns,
-                block * block_columns, w.row + consumer * consumer_rows, w.head, w.batch);
+    for (int i = 0; i < C::value_size / 2; ++i) {
+      const int column = column_at(i);
+      const float first = column < a.value_columns ? widened(value[column]) : 0;
+      output[i] = fmaf(output[i], factor[i / 2 % 2], -first);
     }
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
+  write_rows<T, C>(&a.departure, w, consumer, output, {1, 1}, shared_output);
 }
 
 template <typename T, typename C>
@@ -398,6 +418,13 @@ cudaError_t launch(const CudaAttention& c, int multiprocessors, cudaStream_t str
         make_map(&a.output, c.dtype, c.output, c.batch, c.heads, c.queries, c.value_head_size,
                  consumer_rows)}) {
     if (error != cudaSuccess) return error;
+  }
+  if (c.departure.data) {
+    const cudaError_t error = make_map(&a.departure, c.dtype, c.departure, c.batch, c.heads,
+                                       c.queries, c.value_head_size, consumer_rows);
+    if (error != cudaSuccess) return error;
+    a.value_rows = c.value;
+    a.value_columns = c.value_head_size;
   }
   a.geometry = c.geometry;
   a.log_scale = static_cast<const float*>(c.log_scale);

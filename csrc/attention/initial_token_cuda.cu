@@ -81,11 +81,16 @@ __global__ void __launch_bounds__(threads)
       const float top = fmaxf(logit, logsumexp[u]), zero = top == -INFINITY ? 0 : top;
       const float own = expf(logit - zero), others = expf(logsumexp[u] - zero);
       const float total = own + others, factor = total == 0 ? 0 : 1 / total;
-      Chunk merged = unpack<T>(output[u]);
+      Chunk merged = unpack<T>(output[u]), departure;
 #pragma unroll
-      for (int i = 0; i < chunk; ++i)
-        merged.x[i] = (own * value.x[i] + (others == 0 ? 0 : others * merged.x[i])) * factor;
+      for (int i = 0; i < chunk; ++i) {
+        const float other = others == 0 ? 0 : merged.x[i];
+        merged.x[i] = (own * value.x[i] + others * other) * factor;
+        departure.x[i] = others * (other - value.x[i]) * factor;
+      }
       write<T>(c.output, w.sample, w.head, row, lane, c.value_head_size, merged);
+      if (c.departure.data)
+        write<T>(c.departure, w.sample, w.head, row, lane, c.value_head_size, departure);
       if (lane == 0 && c.logsumexp.data) {
         *written_row_of<float>(c.logsumexp, w.sample, w.head, row) =
             total == 0 ? -INFINITY : top + logf(total);
@@ -101,8 +106,8 @@ __global__ void __launch_bounds__(threads)
   constexpr int row_step = threads / lanes, unrolled = 1;
   const Work w(c, parts.of_head, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
-  const bool doubled = stock.second_key_doubled;
-  Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
+  const bool doubled = stock.second_key_doubled, kept = c.departure.data != nullptr;
+  Chunk key{}, value{}, second_key{}, second_gap{}, grad_key{}, grad_value{};
   float grad_log_scale = 0;
   if (w.key < c.keys) {
     key = unpack<T>(read<T>(c.key, w.sample, w.key_head, w.key, lane, c.head_size));
@@ -110,7 +115,8 @@ __global__ void __launch_bounds__(threads)
   }
   if (doubled) {
     second_key = unpack<T>(read<T>(c.key, w.sample, w.key_head, 1, lane, c.head_size));
-    second_value = unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size));
+    second_gap = difference(
+        unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size)), value);
   }
   const float scale = static_cast<float>(c.scale);
   for (int row0 = w.begin + row_thread; row0 - row_thread < w.end; row0 += unrolled * row_step) {
@@ -124,7 +130,8 @@ __global__ void __launch_bounds__(threads)
       if (row >= w.end) continue;
       query[u] = read<T>(c.query, w.sample, w.head, row, lane, c.head_size);
       grad_output[u] = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
-      output[u] = read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size);
+      output[u] =
+          read<T>(kept ? c.departure : c.output, w.sample, w.head, row, lane, c.value_head_size);
       logsumexp[u] = *row_of<float>(c.logsumexp, w.sample, w.head, row);
       // Row 0 sees no second key; what a stock kernel says of it may be infinite.
       if (row > 0 || !doubled)
@@ -134,13 +141,14 @@ __global__ void __launch_bounds__(threads)
     for (int u = 0; u < unrolled; ++u) {
       const int row = row0 + u * row_step;
       const Chunk q = unpack<T>(query[u]), d = unpack<T>(grad_output[u]);
-      const Chunk o = unpack<T>(output[u]);
+      // v_0 - o
+      const Chunk gap = difference(kept ? Chunk{} : value, unpack<T>(output[u]));
       const float product = lane_sum<lanes>(dot(q, key));
-      const float change = lane_sum<lanes>(dot(d, difference(value, o)));  // do·v_0 - do·o
+      const float change = lane_sum<lanes>(dot(d, gap));
       float second_gradient = 0;
       if (doubled) {
         const float logit = scale * lane_sum<lanes>(dot(q, second_key));
-        const float second_change = lane_sum<lanes>(dot(d, difference(second_value, o)));
+        const float second_change = change + lane_sum<lanes>(dot(d, second_gap));
         if (row > 0) second_gradient = expf(logit - logsumexp[u]) * second_change;
       }
       if (row >= w.end) continue;

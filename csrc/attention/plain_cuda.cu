@@ -144,10 +144,17 @@ __global__ void __launch_bounds__(threads) forward(const CudaAttention c, int ro
   if (first + row >= c.queries) return;
   T* to = written_row_of<T>(c.output, sample, head, first + row);
   const C factor = total == 0 ? C{0} : 1 / total;
+  const bool none = s.span_begin == s.span_end;
+  const T* first_value = row_of<T>(c.value, sample, key_head, none ? 0 : s.span_begin);
 #pragma unroll
   for (int i = 0; i < Tile::values; ++i) {
     const int column = lane + i * Tile::row_threads;
-    if (column < c.value_head_size) to[column] = narrowed<T>(output[i] * factor);
+    if (column >= c.value_head_size) continue;
+    to[column] = narrowed<T>(output[i] * factor);
+    if (!c.departure.data) continue;
+    const C value = none ? C{0} : widened(first_value[column]);
+    written_row_of<T>(c.departure, sample, head, first + row)[column] =
+        narrowed<T>(output[i] * factor - value);
   }
   if (lane == 0 && c.logsumexp.data) {
     *written_row_of<C>(c.logsumexp, sample, head, first + row) =
@@ -155,9 +162,8 @@ __global__ void __launch_bounds__(threads) forward(const CudaAttention c, int ro
   }
 }
 
-// Backward. scratch: delta (do·o of each row) and first_change (ds of its first scaled key, made of
-// the other keys' as well: hopper_backward_cuda.cu), both [batch, heads, queries], then the parts
-// of grad_log_scale [batch, heads, row_tiles] in double.
+// Backward. scratch: delta (do·o of each row) and first_change (ds of its first scaled key), both
+// [batch, heads, queries], then the parts of grad_log_scale [batch, heads, row_tiles] in double.
 
 template <typename T>
 __global__ void __launch_bounds__(threads)
@@ -227,9 +233,9 @@ __global__ void __launch_bounds__(threads)
   C* grad_output = query + Tile::rows * Tile::stride;
   C* key_tile = grad_output + Tile::rows * Tile::stride;
   C* value_tile = key_tile + Tile::columns * Tile::stride;
-  C* gradients = value_tile + Tile::columns * Tile::stride;  // [rows][columns + 1]
+  C* weights = value_tile + Tile::columns * Tile::stride;     // [rows][columns + 1]
+  C* gradients = weights + Tile::rows * (Tile::columns + 1);  // likewise
   __shared__ double sums[threads / 32];
-  __shared__ C first_weights[Tile::rows];
   const int tile = blockIdx.x % row_tiles, head = blockIdx.x / row_tiles % c.heads;
   const int sample = blockIdx.x / row_tiles / c.heads, key_head = head / (c.heads / c.key_heads);
   const Sight s = sight_of(c, sample);
@@ -239,9 +245,8 @@ __global__ void __launch_bounds__(threads)
 
   load_both<T, C, size, Tile::rows>(query, c.query, grad_output, g.grad_output, c, sample, head,
                                     first, c.queries);
-  if (threadIdx.x < Tile::rows) first_weights[threadIdx.x] = 0;
-  C grad_query[Tile::values] = {}, others = 0, first_change = 0;
-  double log_scale_part = 0;
+  C grad_query[Tile::values] = {}, others = 0;
+  Share<C> first_scaled, rest_scaled;
   int key_begin, key_end;
   key_range(s, first, end, &key_begin, &key_end);
   for (int key = key_begin; key < key_end; key += Tile::columns) {
@@ -254,32 +259,33 @@ __global__ void __launch_bounds__(threads)
       const Pair<C> pair = pair_of<size>(
           s, head_rows, first + r, key + j, query + r * Tile::stride, key_tile + j * Tile::stride,
           grad_output + r * Tile::stride, value_tile + j * Tile::stride);
-      if (s.first_scaled(key + j)) {
-        first_weights[r] = pair.weight;
-      } else if (s.scaled(key + j)) {
-        log_scale_part += pair.gradient;
-      }
+      weights[r * (Tile::columns + 1) + j] = pair.weight;
       gradients[r * (Tile::columns + 1) + j] = pair.gradient;
     }
     __syncthreads();
     for (int j = 0; j < Tile::columns; ++j) {
       const C gradient = gradients[row * (Tile::columns + 1) + j];
-      if (s.first_scaled(key + j)) {
-        first_change = gradient;
-        continue;
+      if (s.scaled(key + j)) {
+        const C weight = weights[row * (Tile::columns + 1) + j];
+        if (key + j == s.span_begin) {
+          first_scaled.add(weight, gradient);
+          continue;
+        }
+        rest_scaled.add(weight, gradient);
+      } else {
+        others += gradient;
       }
-      others += gradient;
 #pragma unroll
       for (int i = 0; i < Tile::values; ++i)
         grad_query[i] += gradient * key_tile[j * Tile::stride + lane + i * Tile::row_threads];
     }
   }
-  __syncthreads();
-  const C weight = first_weights[row];
-  first_change = (1 - weight) * first_change - weight * others;
+  const C first_change = first_scaled.settled(rest_scaled.change + others);
+  first_scaled.add(rest_scaled.weight, rest_scaled.change);
+  double log_scale_part = 0;
   if (lane == 0 && first + row < c.queries) {
     head_rows.first_change[first + row] = first_change;
-    log_scale_part += first_change;
+    log_scale_part = first_scaled.settled(others);
   }
   log_scale_part = row_sum<32>(log_scale_part);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = log_scale_part;
@@ -341,9 +347,10 @@ __global__ void __launch_bounds__(threads)
             s, head_rows, i0 + j, first + r, query + j * Tile::stride, key_tile + r * Tile::stride,
             grad_output + j * Tile::stride, value_tile + r * Tile::stride);
         weights[r * (Tile::columns + 1) + j] = pair.weight;
-        gradients[r * (Tile::columns + 1) + j] = s.first_scaled(first + r) && i0 + j < c.queries
-                                                     ? head_rows.first_change[i0 + j]
-                                                     : pair.gradient;
+        gradients[r * (Tile::columns + 1) + j] =
+            first + r == s.span_begin && s.scaled(first + r) && i0 + j < c.queries
+                ? head_rows.first_change[i0 + j]
+                : pair.gradient;
       }
       __syncthreads();
       for (int j = 0; j < Tile::columns; ++j) {

@@ -33,18 +33,16 @@ struct AttentionOptions {
 namespace detail {
 
 using OptionalTensor = std::optional<at::Tensor>;
-using ForwardSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
-                                                            const at::Tensor&, const at::Tensor&,
-                                                            const OptionalTensor&,
-                                                            const OptionalTensor&,
-                                                            const OptionalTensor&, int64_t, double);
+using ForwardSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
+    const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double);
 using DecodeSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                    const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                    const OptionalTensor&, int64_t, double);
 using BackwardSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const at::Tensor&, const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
-    const OptionalTensor&, int64_t, double);
+    const OptionalTensor&, int64_t, double, const OptionalTensor&);
 
 template <typename Signature>
 auto operator_named(const char* name) {
@@ -63,13 +61,15 @@ class Attention : public torch::autograd::Function<Attention> {
                                                 const at::Tensor& log_scale,
                                                 const AttentionOptions& options, double scale) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
-    static const auto forward_operator = operator_named<ForwardSignature>("zerotuning::attention");
-    auto [output, logsumexp] =
+    static const auto forward_operator =
+        operator_named<ForwardSignature>("zerotuning::_attention_with_departure");
+    auto [output, logsumexp, departure] =
         forward_operator.call(query, key, value, log_scale, options.key_mask, options.span,
                               options.query_start, options.window, scale);
-    context->save_for_backward(
-        {query, key, value, log_scale, output, logsumexp, options.key_mask.value_or(at::Tensor()),
-         options.span.value_or(at::Tensor()), options.query_start.value_or(at::Tensor())});
+    context->save_for_backward({query, key, value, log_scale, output, logsumexp,
+                                options.key_mask.value_or(at::Tensor()),
+                                options.span.value_or(at::Tensor()),
+                                options.query_start.value_or(at::Tensor()), departure});
     context->saved_data["window"] = options.window;
     context->saved_data["scale"] = scale;
     context->mark_non_differentiable({logsumexp});
@@ -84,7 +84,7 @@ class Attention : public torch::autograd::Function<Attention> {
     auto [query, key, value, log_scale] = backward_operator.call(
         gradients[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], present(saved[6]),
         present(saved[7]), present(saved[8]), context->saved_data["window"].toInt(),
-        context->saved_data["scale"].toDouble());
+        context->saved_data["scale"].toDouble(), present(saved[9]));
     return {query, key, value, log_scale, at::Tensor(), at::Tensor()};
   }
 };

@@ -136,16 +136,17 @@ bool ordinary(const Problem& p, const Call& call) {
 
 // cuDNN's kernels are built for cards from sm_90 on; flash-attention 2 is the faster one before and
 // on sm_120.
-bool stock_is_cudnn(const CudaDevice& device) {
-  return device.capability >= 90 && device.capability < 120;
+bool stock_is_cudnn(int32_t capability) { return capability >= 90 && capability < 120; }
+
+// By the card, the head size and the mask; largest_head: of cuDNN's.
+bool stock_knows(const Problem& p, int32_t capability, int64_t largest_head) {
+  if (capability < 80 || (p.key_mask && !stock_is_cudnn(capability))) return false;
+  return p.head_size == p.value_head_size &&
+         p.head_size <= (stock_is_cudnn(capability) ? largest_head : 256);
 }
 
 bool stock_takes(const Problem& p, const Call& call, int64_t largest_head) {
-  const CudaDevice& device = call.device;
-  if (!ordinary(p, call) || device.capability < 80) return false;
-  if (p.key_mask && !stock_is_cudnn(device)) return false;
-  return p.head_size == p.value_head_size &&
-         p.head_size <= (stock_is_cudnn(device) ? largest_head : 256);
+  return ordinary(p, call) && stock_knows(p, call.device.capability, largest_head);
 }
 
 Route choose_forward(const Problem& p, const Call& call) {
@@ -155,12 +156,17 @@ Route choose_forward(const Problem& p, const Call& call) {
 }
 
 // Of shorter sequences the plain kernels take no more time than the stock route's launches.
-constexpr int64_t shortest_stock_backward = 16;
+constexpr int64_t shortest_stock_backward = 16, largest_stock_backward_head = 128;
 
 // Up to here one kernel for all keys beats torch's own and the launches around it (on an H100,
 // forward + backward over untuned cuDNN's: 16 x 128 0.60 against 1.33, 1 x 4096 1.04 against 1.06,
 // 1 x 16384 1.13 against 1.02); with padding always, of which torch's kernels skip nothing.
 constexpr int64_t longest_hopper_backward = 4096;
+
+// Where Hopper's own kernel takes a backward that torch's could take as well.
+bool hopper_is_faster(const Problem& p) {
+  return p.key_mask || p.queries <= longest_hopper_backward;
+}
 
 bool hopper_takes_backward(const Call& call) {
   return call.device.capability == 90 && attention::hopper_backward_takes(call.arguments);
@@ -171,10 +177,9 @@ bool hopper_takes_backward(const Call& call) {
 bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64; }
 
 Route choose_backward(const Problem& p, const Call& call) {
-  const bool stock =
-      p.queries >= shortest_stock_backward && stock_takes(p, call, 128) && !cudnn_may_fail(p);
-  const bool for_hopper = !stock || p.key_mask || p.queries <= longest_hopper_backward;
-  if (for_hopper && hopper_takes_backward(call)) return Route::hopper;
+  const bool stock = p.queries >= shortest_stock_backward &&
+                     stock_takes(p, call, largest_stock_backward_head) && !cudnn_may_fail(p);
+  if ((!stock || hopper_is_faster(p)) && hopper_takes_backward(call)) return Route::hopper;
   return stock ? Route::stock : Route::plain;
 }
 
@@ -199,7 +204,7 @@ std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call) {
   double scale = p.scale;
   std::array<AtenTensorHandle, 7> results{};
   int64_t most_queries, most_keys;
-  if (stock_is_cudnn(call.device)) {
+  if (stock_is_cudnn(call.device.capability)) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_cudnn_attention(
         query.get(), key.get(), value.get(), nullptr, true, 0.0, true, false, &scale, &results[0],
         &results[1], &results[2], &results[3], &most_queries, &most_keys, &results[4], &results[5],
@@ -251,7 +256,7 @@ Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_
           "keys");
   }
   const auto stack = [&] {
-    if (!stock_is_cudnn(call.device)) {
+    if (!stock_is_cudnn(call.device.capability)) {
       return aten::call<3>("aten::_scaled_dot_product_flash_attention_backward", "", grad_output,
                            call.query, key, value, output, logsumexp, undefined(), undefined(),
                            p.queries, p.keys, 0.0, true, seed, seed, std::optional(p.scale));
@@ -277,8 +282,6 @@ Tensor backward_logsumexp(const Problem& p, const Call& call, const Tensor& logs
   return copy;
 }
 
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
 // The row layout, which a view into other memory may have at an address that 16 bytes do not
 // divide.
 Tensor aligned_rows(const Tensor& t) {
@@ -291,15 +294,31 @@ Tensor aligned_rows(const Tensor& t) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
+bool needs_departure(const Problem& p, int32_t capability) {
+  const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
+  const bool square = p.queries == p.keys && !p.query_start && !p.span;
+  if (!narrow || !square || (p.window != 0 && p.window < p.keys) || p.head_size % 8 != 0) {
+    return false;
+  }
+  return p.queries >= shortest_stock_backward &&
+         stock_knows(p, capability, largest_stock_backward_head) && !cudnn_may_fail(p) &&
+         !(capability == 90 && hopper_is_faster(p));
+}
+
+ThreeTensors attention_cuda(const Problem& p, Route route, bool departure) {
   Call call = begin(p);
   const Tensor output = new_output(p);
+  departure =
+      departure && (route != Route::automatic || needs_departure(p, call.device.capability));
+  const Tensor difference =
+      departure ? new_output(p) : aten::empty(p.query, Sizes{0}, p.query.scalar_type());
   const Tensor logsumexp =
       aten::empty(p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
-  if (empty(p)) return {output, logsumexp};
+  if (empty(p)) return {output, logsumexp, difference};
   CudaAttention& a = call.arguments;
   a.output = array_of(output);
   a.logsumexp = array_of(logsumexp);
+  if (departure) a.departure = array_of(difference);
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_forward(p, call);
   switch (route) {
@@ -319,11 +338,12 @@ std::tuple<Tensor, Tensor> attention_cuda(const Problem& p, Route route) {
     default:
       check(attention::attention_plain(a, call.stream), "attention");
   }
-  return {output, logsumexp};
+  return {output, logsumexp, difference};
 }
 
 FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
-                                    const Tensor& output, const Tensor& logsumexp, Route route) {
+                                    const Tensor& output, const Tensor& logsumexp,
+                                    const std::optional<Tensor>& departure, Route route) {
   Call call = begin(p);
   const Tensor grad_log_scale = torch::stable::empty_like(call.log_scale);
   if (empty(p)) {
@@ -336,6 +356,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   }
   const Tensor grad_rows = aligned_rows(grad_output), output_rows = aligned_rows(output),
                sums = aten::dense(logsumexp);
+  std::optional<Tensor> departure_rows;
   CudaAttention& a = call.arguments;
   a.output = array_of(output_rows);
   a.logsumexp = array_of(sums);
@@ -353,7 +374,12 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                  memory.mutable_data_ptr()};
   };
   if (route == Route::stock) {
-    require(stock_takes(p, call, 128), "the stock route does not take this call");
+    require(stock_takes(p, call, largest_stock_backward_head),
+            "the stock route does not take this call");
+    if (departure && departure->numel() > 0) {
+      departure_rows = aligned_rows(*departure);
+      a.departure = array_of(*departure_rows);
+    }
     Gradients g =
         stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
     const attention::StockGradients stock{array_of(g.query), !p.key_mask};

@@ -16,15 +16,21 @@ enum class Route : int64_t {
   stock = 3,   // torch's fastest kernel on all keys but the initial one, which is then added
 };
 
-// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous).
-std::tuple<Tensor, Tensor> attention_cuda(const Problem& problem, Route route = Route::automatic);
+// Whether backward needs the departure: output minus the initial token's value, of which the
+// 16-bit output alone holds nothing where that token has all the weight. By shapes and the card:
+// fake kernels know no more (python/zerotuning/ops.py has the same rule).
+bool needs_departure(const Problem& problem, int32_t capability);
+
+// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure like
+// output where it is asked for and needed, else [0]).
+ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
+                            bool departure = false);
 
 // Gradients of query, key, value and log_scale.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cuda(const Problem& problem,
-                                                                   const Tensor& grad_output,
-                                                                   const Tensor& output,
-                                                                   const Tensor& logsumexp,
-                                                                   Route route = Route::automatic);
+FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_output,
+                                    const Tensor& output, const Tensor& logsumexp,
+                                    const std::optional<Tensor>& departure = {},
+                                    Route route = Route::automatic);
 
 // output [B, H, Tq, Dv]; up to 16 queries read each key and value once for all heads that share it.
 Tensor decode_attention_cuda(const Problem& problem,

@@ -7,30 +7,42 @@
 namespace {
 
 using zerotuning::ops::check_problem;
+using zerotuning::ops::FourTensors;
 using zerotuning::ops::Problem;
 using zerotuning::ops::Tensor;
+using zerotuning::ops::ThreeTensors;
 using OptionalTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor> attention_by_route(Tensor query, Tensor key, Tensor value,
-                                              Tensor log_scale, OptionalTensor key_mask,
-                                              OptionalTensor span, OptionalTensor query_start,
-                                              int64_t window, double scale, int64_t route) {
-  return zerotuning::ops::attention_cpu(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      static_cast<zerotuning::ops::CpuRoute>(route));
-}
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                                      OptionalTensor key_mask, OptionalTensor span,
                                      OptionalTensor query_start, int64_t window, double scale) {
-  return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
-                            scale, 0);
+  return zerotuning::ops::attention_cpu(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor output,
-    Tensor logsumexp, OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
-    int64_t window, double scale) {
+// No departure is kept here (attention_cuda.h).
+ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                OptionalTensor key_mask, OptionalTensor span,
+                                OptionalTensor query_start, int64_t window, double scale,
+                                bool /*departure*/, int64_t route) {
+  auto [output, logsumexp] = zerotuning::ops::attention_cpu(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      static_cast<zerotuning::ops::CpuRoute>(route));
+  return {output, logsumexp, zerotuning::ops::aten::empty(query, {0}, query.scalar_type())};
+}
+
+ThreeTensors attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                      OptionalTensor key_mask, OptionalTensor span,
+                                      OptionalTensor query_start, int64_t window, double scale) {
+  return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
+                            scale, true, 0);
+}
+
+FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                               Tensor log_scale, Tensor output, Tensor logsumexp,
+                               OptionalTensor key_mask, OptionalTensor span,
+                               OptionalTensor query_start, int64_t window, double scale,
+                               OptionalTensor /*departure*/) {
   const Problem problem =
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
   return zerotuning::ops::attention_backward_cpu(problem, grad_output, output, logsumexp);
@@ -54,22 +66,29 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
       "log_scale, Tensor output, "
       "Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float "
-      "scale) -> "
+      "scale, Tensor? departure=None) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
   library.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
+  // What is kept for a gradient: with the departure (ops/attention_cuda.h), [0] where none is
+  // needed.
+  library.def(
+      "_attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
+      "key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> (Tensor output, "
+      "Tensor logsumexp, Tensor departure)");
   // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_kernels.h), for
   // tests and benchmarks.
   library.def(
       "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
-      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> (Tensor "
-      "output, Tensor logsumexp)");
+      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, bool departure, int "
+      "route) -> (Tensor output, Tensor logsumexp, Tensor departure)");
   library.def(
       "_attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
       "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
-      "query_start, int window, float scale, int route) -> (Tensor grad_query, Tensor grad_key, "
+      "query_start, int window, float scale, Tensor? departure, int route) -> (Tensor grad_query, "
+      "Tensor grad_key, "
       "Tensor grad_value, Tensor grad_log_scale)");
   library.def(
       "_decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
@@ -79,6 +98,7 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention));
+  library.impl("_attention_with_departure", TORCH_BOX(&attention_with_departure));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));

@@ -9,41 +9,50 @@ using zerotuning::ops::check_problem;
 using zerotuning::ops::Route;
 using zerotuning::ops::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using TwoTensors = std::tuple<Tensor, Tensor>;
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using zerotuning::ops::FourTensors;
+using zerotuning::ops::ThreeTensors;
 
-TwoTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                              OptionalTensor key_mask, OptionalTensor span,
-                              OptionalTensor query_start, int64_t window, double scale,
-                              int64_t route) {
+ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                OptionalTensor key_mask, OptionalTensor span,
+                                OptionalTensor query_start, int64_t window, double scale,
+                                bool departure, int64_t route) {
   return zerotuning::ops::attention_cuda(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      static_cast<Route>(route));
+      static_cast<Route>(route), departure);
 }
 
-TwoTensors attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                     OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
-                     int64_t window, double scale) {
+ThreeTensors attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                      OptionalTensor key_mask, OptionalTensor span,
+                                      OptionalTensor query_start, int64_t window, double scale) {
   return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
-                            scale, 0);
+                            scale, true, 0);
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                     OptionalTensor key_mask, OptionalTensor span,
+                                     OptionalTensor query_start, int64_t window, double scale) {
+  const auto [output, logsumexp, none] = attention_by_route(
+      query, key, value, log_scale, key_mask, span, query_start, window, scale, false, 0);
+  return {output, logsumexp};
 }
 
 FourTensors attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value,
                                         Tensor log_scale, Tensor output, Tensor logsumexp,
                                         OptionalTensor key_mask, OptionalTensor span,
                                         OptionalTensor query_start, int64_t window, double scale,
-                                        int64_t route) {
+                                        OptionalTensor departure, int64_t route) {
   return zerotuning::ops::attention_backward_cuda(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      grad_output, output, logsumexp, static_cast<Route>(route));
+      grad_output, output, logsumexp, departure, static_cast<Route>(route));
 }
 
 FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
                                Tensor log_scale, Tensor output, Tensor logsumexp,
                                OptionalTensor key_mask, OptionalTensor span,
-                               OptionalTensor query_start, int64_t window, double scale) {
+                               OptionalTensor query_start, int64_t window, double scale,
+                               OptionalTensor departure) {
   return attention_backward_by_route(grad_output, query, key, value, log_scale, output, logsumexp,
-                                     key_mask, span, query_start, window, scale, 0);
+                                     key_mask, span, query_start, window, scale, departure, 0);
 }
 
 Tensor decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
@@ -66,6 +75,7 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("attention", TORCH_BOX(&attention));
+  library.impl("_attention_with_departure", TORCH_BOX(&attention_with_departure));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_decode_attention_by_route", TORCH_BOX(&decode_attention_by_route));

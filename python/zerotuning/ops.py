@@ -22,6 +22,7 @@ if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so")
 
 # The overloads, which Python then need not look up at every call.
 _attention = torch.ops.zerotuning.attention.default
+_attention_with_departure = torch.ops.zerotuning._attention_with_departure.default
 # The same kernels without the Python that torch.library runs for a gradient even where none is asked for.
 _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
@@ -69,12 +70,14 @@ def attention(
     """
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
     if torch.compiler.is_compiling():
-        return _attention(*arguments)  # type: ignore[no-any-return]
-    if torch._C._are_functorch_transforms_active():
-        return _TransformedAttention.apply(*arguments)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
-        return _Attention.apply(*arguments)  # type: ignore[no-any-return]
-    return _attention_by_route(*arguments, _AUTOMATIC)  # type: ignore[no-any-return]
+        results = (_attention_with_departure if torch.is_grad_enabled() else _attention)(*arguments)
+    elif torch._C._are_functorch_transforms_active():
+        results = _TransformedAttention.apply(*arguments)
+    elif torch.is_grad_enabled():
+        results = _Attention.apply(*arguments)
+    else:
+        results = _attention_by_route(*arguments, False, _AUTOMATIC)
+    return results[0], results[1]
 
 
 def decode_attention(
@@ -116,9 +119,45 @@ def _empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -
     return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
+@torch.library.register_fake("zerotuning::_attention_with_departure")
 @torch.library.register_fake("zerotuning::_attention_by_route")
+def _(  # type: ignore[no-untyped-def]
+    query, key, value, log_scale, key_mask, span, query_start, window, scale, departure=True, route=_AUTOMATIC
+):
+    results = _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale)
+    wanted = departure and (
+        route != _AUTOMATIC or _needs_departure(query, key, value, key_mask, span, query_start, window)
+    )
+    return *results, torch.empty_like(results[0]) if wanted and query.is_cuda else query.new_empty(0)
+
+
+def _needs_departure(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_mask: Tensor | None,
+    span: Tensor | None,
+    query_start: Tensor | None,
+    window: int,
+) -> bool:
+    """needs_departure of csrc/ops/attention_cuda.cpp."""
+    rows, keys, size = query.shape[2], key.shape[2], query.shape[3]
+    narrow = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    square = rows == keys and span is None and query_start is None and not 0 < window < keys
+    if not narrow or not square or rows < 16 or size % 8 or size != value.shape[3]:
+        return False
+    major, minor = torch.cuda.get_device_capability(query.device)
+    capability = 10 * major + minor
+    cudnn = 90 <= capability < 120
+    if capability < 80 or size > (128 if cudnn else 256):
+        return False
+    if key_mask is not None and (not cudnn or keys % 128 == 64):
+        return False
+    return capability != 90 or (key_mask is None and rows > 4096)
+
+
 @torch.library.register_fake("zerotuning::attention")
-def _(query, key, value, log_scale, key_mask, span, query_start, window, scale, route=0):  # type: ignore[no-untyped-def]
+def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     output = _empty_rows(query, batch, heads, rows, value.shape[-1])
     if query.is_cuda:
@@ -134,33 +173,46 @@ def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):
 
 @torch.library.register_fake("zerotuning::attention_backward")
 def _(  # type: ignore[no-untyped-def]
-    grad_output, query, key, value, log_scale, output, logsumexp, key_mask, span, query_start, window, scale
+    grad_output,
+    query,
+    key,
+    value,
+    log_scale,
+    output,
+    logsumexp,
+    key_mask,
+    span,
+    query_start,
+    window,
+    scale,
+    departure=None,
 ):
     gradients = (_empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
 
-# Gradients: design.md section 4. Nothing but the inputs, the output and its log-sum-exp is kept.
+# Gradients: design.md section 4. Nothing but the inputs, the output and its log-sum-exp is kept, and for a few routes the
+# departure (csrc/ops/attention_cuda.h).
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     query, key, value, log_scale, key_mask, span, query_start, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, log_scale, *output, key_mask, span, query_start)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, log_scale, key_mask, span, query_start, *output)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grad_output, _grad_logsumexp):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad_output, *_others):  # type: ignore[no-untyped-def]
     if grad_output is None:
         return (None,) * 9
-    query, key, value, log_scale, output, logsumexp, *geometry = ctx.saved_tensors
-    gradients = _attention_backward(
-        grad_output, query, key, value, log_scale, output, logsumexp, *geometry, ctx.window, ctx.scale
-    )
+    query, key, value, log_scale, key_mask, span, query_start, output, logsumexp, *departure = ctx.saved_tensors
+    inputs, geometry = (query, key, value, log_scale), (key_mask, span, query_start, ctx.window, ctx.scale)
+    gradients = _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, *departure)
     return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("zerotuning::_attention_with_departure", _backward, setup_context=_keep_for_backward)
 
 
 class _Attention(torch.autograd.Function):
@@ -168,7 +220,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        results = _attention_by_route(*arguments, _AUTOMATIC)
+        results = _attention_by_route(*arguments, True, _AUTOMATIC)
         _keep_for_backward(ctx, arguments, results)
         return results
 
@@ -180,7 +232,7 @@ class _TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]
-        return _attention(*arguments)
+        return _attention_with_departure(*arguments)
 
     setup_context = staticmethod(_keep_for_backward)
     backward = staticmethod(_backward)

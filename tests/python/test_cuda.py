@@ -50,9 +50,9 @@ def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: 
     """Output and gradients by chosen routes."""
     options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
     scale = inputs[0].shape[-1] ** -0.5
-    output, logsumexp = torch.ops.zerotuning._attention_by_route(*inputs, *options, scale, forward)
+    output, logsumexp, departure = torch.ops.zerotuning._attention_by_route(*inputs, *options, scale, True, forward)
     gradients = torch.ops.zerotuning._attention_backward_by_route(
-        grad_output, *inputs, output, logsumexp, *options, scale, backward
+        grad_output, *inputs, output, logsumexp, *options, scale, departure, backward
     )
     return [output, *gradients]
 
@@ -63,7 +63,9 @@ def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> lis
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())]
 
 
-def compare(inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, **geometry: Any) -> None:
+def compare(
+    inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, limit: float = 5e-3, **geometry: Any
+) -> None:
     """Errors relative to the result and to `floor` times the terms that cancel in it where a key has all the weight."""
     batch, heads, rows, _ = inputs[0].shape
     grad_output = torch.randn(batch, rows, heads, inputs[2].shape[-1]).to(inputs[0].dtype).transpose(1, 2)
@@ -76,7 +78,7 @@ def compare(inputs: list[Tensor], forward: int, backward: int, floor: float = 1e
     for name, a, b, cancelling in zip(("query", "key", "value", "log_scale"), got[1:], wanted[1:], terms, strict=True):
         assert not a.isnan().any(), name
         size = b.norm() + floor * cancelling
-        assert ((a.double() - b).norm() / size).item() <= 5e-3, name
+        assert ((a.double() - b).norm() / size).item() <= limit, name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -96,9 +98,9 @@ SINKS = pytest.mark.parametrize("sink", [0.05, 0.5, 0.9, 0.99])
 GAMMAS = pytest.mark.parametrize("gamma", [0.02, 0.3, 1.0, 3.0, 50.0])
 
 
-def inputs_with_scaled_sink(sink: float, gamma: float) -> list[Tensor]:
+def inputs_with_scaled_sink(sink: float, gamma: float, length: int = 200) -> list[Tensor]:
     log_scale = torch.full((4,), math.log(gamma)) + torch.linspace(-0.1, 0.1, 4)
-    return [*(t.bfloat16() for t in inputs_with_sink(sink, "cuda")), log_scale]
+    return [*(t.bfloat16() for t in inputs_with_sink(sink, "cuda", length)), log_scale]
 
 
 @GAMMAS
@@ -106,7 +108,9 @@ def inputs_with_scaled_sink(sink: float, gamma: float) -> list[Tensor]:
 def test_routes_equal_the_formula_for_weak_and_strong_sinks(sink, gamma) -> None:
     inputs = inputs_with_scaled_sink(sink, gamma)
     compare(inputs, PLAIN, PLAIN, floor=0.0)
-    compare(inputs, STOCK, STOCK, floor=1.0)
+    for forward in (PLAIN, STOCK, *([HOPPER] if torch.cuda.get_device_capability() == (9, 0) else [])):
+        # γ's gradient adds few rows here, and what was kept of each is rounded: 5e-3 holds for longer sequences.
+        compare(inputs, forward, STOCK, floor=0.0, limit=1e-2)
 
 
 @needs_hopper
@@ -128,6 +132,17 @@ def test_gradients_of_padded_and_chosen_sinks_equal_the_formula(sink, gamma, rou
     for end in (71, 75):
         compare(turned, 0, route, floor=0.0, span=torch.tensor([[70, end]]))
     compare(turned, 0, route, floor=0.0, span=torch.tensor([[70, 71]]), window=100)
+
+
+@pytest.mark.parametrize("length", [200, 4224])  # the second is torch's kernel's on Hopper
+@pytest.mark.parametrize("compiled", [False, True])
+def test_attention_of_a_strong_sink_has_exact_gradients(compiled, length) -> None:
+    inputs = [t.requires_grad_() for t in inputs_with_scaled_sink(0.99, 3.0, length)]
+    attend = torch.compile(ops.attention, fullgraph=True) if compiled else ops.attention
+    grad_output = torch.randn_like(inputs[0])
+    got = torch.autograd.grad(attend(*inputs)[0], inputs, grad_output)
+    for a, b in zip(got, reference([t.detach() for t in inputs], grad_output)[1:], strict=True):
+        assert error(a, b) <= 5e-3
 
 
 @pytest.mark.parametrize("layout", ["rows", "heads"])

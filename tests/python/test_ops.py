@@ -103,9 +103,9 @@ def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Te
     scale = geometry.get("scale") or inputs[0].shape[-1] ** -0.5
     names = ("key_mask", "span", "query_start")
     arguments = (*inputs, *(geometry.get(name) for name in names), geometry.get("window", 0), scale)
-    yield torch.ops.zerotuning._attention_by_route(*arguments, 1)[0]
+    yield torch.ops.zerotuning._attention_by_route(*arguments, False, 1)[0]
     try:
-        yield torch.ops.zerotuning._attention_by_route(*arguments, 2)[0]
+        yield torch.ops.zerotuning._attention_by_route(*arguments, False, 2)[0]
     except (RuntimeError, ValueError) as refusal:
         if "does not take this call" not in str(refusal):
             raise
@@ -165,14 +165,14 @@ def test_attention_equals_the_formula_for_every_head_size_length_and_head_groupi
 
 
 @cache
-def inputs_with_sink(sink: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value (1, 4|2, 200, 64) whose initial token gets the mean attention weight `sink`."""
+def inputs_with_sink(sink: float, device: str, length: int = 200) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key, value (1, 4|2, length, 64) whose initial token gets the mean attention weight `sink`."""
     torch.manual_seed(1)
-    query, key, value, _ = random_inputs((1, 4, 2, 200, 200, 64, 64), torch.float64)
+    query, key, value, _ = random_inputs((1, 4, 2, length, length, 64, 64), torch.float64)
     direction = torch.nn.functional.normalize(torch.randn(64, dtype=torch.float64), dim=0)
     query = query - (query @ direction)[..., None] * direction + 8 * direction
     logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8
-    logits = logits.masked_fill(torch.ones(200, 200, dtype=torch.bool).triu(1), -math.inf)[:, :, 1:]
+    logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)[:, :, 1:]
 
     low, high = -40.0, 60.0  # strength of key 0 along the queries' common direction, by bisection
     for _ in range(40):
@@ -270,10 +270,11 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
         geometry.get("window", 0),
         0.25,
     )
-    torch.library.opcheck(torch.ops.zerotuning.attention.default, (*inputs, *options))
+    for operator in (torch.ops.zerotuning.attention, torch.ops.zerotuning._attention_with_departure):
+        torch.library.opcheck(operator.default, (*inputs, *options))
     plain = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.zerotuning.decode_attention.default, (*plain, *options))
-    torch.library.opcheck(torch.ops.zerotuning._attention_by_route.default, (*plain, *options, 0))
+    torch.library.opcheck(torch.ops.zerotuning._attention_by_route.default, (*plain, *options, True, 0))
     output, logsumexp = torch.ops.zerotuning.attention(*plain, *options)
     arguments = (torch.randn_like(output), *plain, output, logsumexp, *options)
     torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)
