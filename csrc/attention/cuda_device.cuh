@@ -59,6 +59,37 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
+// Whether a kernel can start while the one before it runs, and wait for its end.
+#if __CUDA_ARCH__ >= 900
+constexpr bool starts_early = true;
+#else
+constexpr bool starts_early = false;
+#endif
+__device__ __forceinline__ void start_dependent_kernel() {
+  if constexpr (starts_early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_previous_kernel() {
+  if constexpr (starts_early) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// early: it may start before the kernel before it ends (cards from sm_90 on).
+template <typename... Parameters>
+cudaError_t launch_kernel(void (*kernel)(Parameters...), const dim3& grid, int threads, int bytes,
+                          bool early, cudaStream_t stream,
+                          const std::common_type_t<Parameters>&... parameters) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = static_cast<unsigned>(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
 // Of a query row: weights P of some keys, and the gradients dS of their logits, summed.
 template <typename C>
 struct Share {

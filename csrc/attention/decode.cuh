@@ -448,19 +448,6 @@ __device__ __forceinline__ void finish(const Arguments& a, int split, int first_
   }
 }
 
-// Whether the merging kernel can start while the one before it runs, and wait for its end.
-#if __CUDA_ARCH__ >= 900
-constexpr bool starts_early = true;
-#else
-constexpr bool starts_early = false;
-#endif
-__device__ __forceinline__ void start_dependent_kernel() {
-  if constexpr (starts_early) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-  if constexpr (starts_early) asm volatile("griddepcontrol.wait;" ::: "memory");
-}
-
 // The kernel of decode_hopper_cuda.cu; row_tiles is 1 or 2.
 cudaError_t attend_in_bulk(const CudaAttention& c, const Arguments& a, int row_tiles,
                            const dim3& grid, cudaStream_t stream);

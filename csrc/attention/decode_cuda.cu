@@ -296,16 +296,8 @@ bool floods_level2(const CudaAttention& c, const CudaDevice& device) {
 template <typename T>
 cudaError_t launch_merge(const CudaAttention& c, const Arguments& a, bool dependent,
                          cudaStream_t stream) {
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(c.batch * c.heads * c.queries);
-  config.blockDim = merge_threads;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = dependent ? 1 : 0;
-  return cudaLaunchKernelEx(&config, merge_splits<T>, a);
+  return launch_kernel(merge_splits<T>, static_cast<unsigned>(c.batch * c.heads * c.queries),
+                       merge_threads, 0, dependent, stream, a);
 }
 
 template <typename T, int size, int row_tiles>

@@ -667,6 +667,10 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
   extern __shared__ __align__(1024) char memory[];
   auto& s = *reinterpret_cast<Shared<size>*>(memory);
   if (threadIdx.x == 0) {
+    for (const CUtensorMap* map :
+         {&a.query, &a.key, &a.value, &a.grad_output, &a.grad_query, &a.grad_key, &a.grad_value}) {
+      prefetch_map(map);
+    }
     constexpr int consumer_warps = consumers * warpgroup / 32;
     for (int i = 0; i < items; ++i) {
       init(&s.item_set[i], 1);
@@ -680,6 +684,8 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
     }
     publish_barriers();
   }
+  start_dependent_kernel();
+  wait_for_previous_kernel();
   __syncthreads();
   if (threadIdx.x < warpgroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -701,6 +707,7 @@ __global__ void __launch_bounds__(row_threads)
   constexpr int row_step = row_threads / lanes, unrolled = tile_rows / row_step;
   const int head = blockIdx.x % c.heads, tile = blockIdx.x / c.heads % row_tiles;
   const int sample = blockIdx.x / c.heads / row_tiles, lane = threadIdx.x % lanes;
+  start_dependent_kernel();
   if (blockIdx.x == 0 && threadIdx.x == 0) *taken = 0;
   RowTerms& own = terms[(static_cast<int64_t>(sample) * c.heads + head) * row_tiles + tile];
   uint4 output[unrolled], gradient[unrolled];
@@ -828,8 +835,8 @@ cudaError_t launch_gradients(const CudaAttention& c, const CudaAttentionGradient
   if (error != cudaSuccess) return error;
   const int all_items =
       a.key_order.sequences * a.key_order.tiles + a.query_order.sequences * a.query_order.tiles;
-  kernel<<<std::min(all_items, multiprocessors), threads, bytes, stream>>>(a);
-  return cudaGetLastError();
+  return launch_kernel(kernel, std::min(all_items, multiprocessors), threads, bytes, true, stream,
+                       a);
 }
 
 template <typename T>
@@ -841,7 +848,7 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
               ? launch_gradients<T, 64>(c, g, multiprocessors, stream)
               : launch_gradients<T, 128>(c, g, multiprocessors, stream);
   if (error != cudaSuccess) return error;
-  return launch_add_row_parts<T>(c, g, Scratch(c, g.scratch).parts, stream);
+  return launch_add_row_parts<T>(c, g, Scratch(c, g.scratch).parts, true, stream);
 }
 
 }  // namespace

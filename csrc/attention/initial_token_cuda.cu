@@ -249,7 +249,7 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
         <<<parts.of_head * c.heads * c.batch, threads, 0, stream>>>(c, g, stock, parts);
     return cudaGetLastError();
   });
-  return error == cudaSuccess ? launch_add_row_parts<T>(c, g, parts, stream) : error;
+  return error == cudaSuccess ? launch_add_row_parts<T>(c, g, parts, false, stream) : error;
 }
 
 template <typename T>

@@ -82,6 +82,7 @@ template <typename T>
 static __global__ void __launch_bounds__(parts_threads)
     add_row_parts(const CudaAttention c, const CudaAttentionGradients g, const RowParts parts,
                   int row_blocks) {
+  wait_for_previous_kernel();
   const int block = blockIdx.x, entry_block = block - row_blocks;
   if (entry_block < 0) {
     write_first_scaled_rows<T>(c, g, parts, block);
@@ -92,14 +93,13 @@ static __global__ void __launch_bounds__(parts_threads)
 
 template <typename T>
 static cudaError_t launch_add_row_parts(const CudaAttention& c, const CudaAttentionGradients& g,
-                                        const RowParts& parts, cudaStream_t stream) {
+                                        const RowParts& parts, bool early, cudaStream_t stream) {
   const int entries = c.log_scale_batch_stride != 0 ? c.batch * c.heads : c.heads;
   const int column_blocks = (parts.columns() + parts_block_columns - 1) / parts_block_columns;
   const int row_blocks = c.batch * c.key_heads * column_blocks;
   const int log_scale_blocks = (entries * 32 + parts_threads - 1) / parts_threads;
-  add_row_parts<T>
-      <<<row_blocks + log_scale_blocks, parts_threads, 0, stream>>>(c, g, parts, row_blocks);
-  return cudaGetLastError();
+  return launch_kernel(add_row_parts<T>, row_blocks + log_scale_blocks, parts_threads, 0, early,
+                       stream, c, g, parts, row_blocks);
 }
 
 }  // namespace zerotuning::attention::device
