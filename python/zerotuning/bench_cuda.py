@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from zerotuning.bench import (
     paper_eager,
 )
 from zerotuning.patch import head_parameters
+from zerotuning.recorded_passes import MOST_TOKENS
 from zerotuning.scoring import GRADIENT_TOKENS, Batch, LabelScorer
 from zerotuning.shared_prefix import behind_prefix
 from zerotuning.tasks import Record, Task
@@ -83,20 +84,23 @@ def _turns(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]]:
     return _summary({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
 
 
+def _recorded(call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
+    """Replays a CUDA graph of so many calls."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(calls):
+            call()
+    return graph.replay
+
+
 def _replays(peers: Peers, calls: int = 1, flush: bool = True) -> dict[str, dict[str, float]]:
     """`_turns` over CUDA graphs of `calls` calls each; milliseconds of one call."""
-    graphs = {}
-    stream = torch.cuda.Stream()
-    for name, peer in peers.items():
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                peer()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name], stream=stream):
-            for _ in range(calls):
-                peer()
-    figures = _turns({name: graph.replay for name, graph in graphs.items()}, flush)
+    replays = {name: _recorded(peer, calls) for name, peer in peers.items()}
+    figures = _turns(replays, flush)
     return {name: {"ms": own["ms"] / calls, "ratio": own["ratio"]} for name, own in figures.items()}
 
 
@@ -331,77 +335,87 @@ def _prefill(model: Any) -> Iterator[Row]:
 
 
 def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]:
-    """Seconds of `new` tokens: the difference of two generations, so that the prompt does not count."""
-    for batch in (1, 16):
+    """Tokens a second after a prompt of `context` tokens, of the median step; the models by turns where none is compiled."""
+    for batch, cache in product((1, 16), ("dynamic", "static")):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
-        for cache in ("dynamic", "static"):
-
-            def tokens_a_second(ids: Tensor = ids, cache: str = cache) -> float:
-                def run(count: int) -> float:
-                    torch.cuda.synchronize()
-                    started = time.perf_counter()
-                    model.generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        max_new_tokens=count,
-                        min_new_tokens=count,
-                        do_sample=False,
-                        pad_token_id=0,
-                        cache_implementation=cache if cache == "static" else None,
-                        max_length=None,
-                    )
-                    torch.cuda.synchronize()
-                    return time.perf_counter() - started
-
-                run(2 + new)  # compiles, where the cache is static
-                return ids.shape[0] * new / (run(2 + new) - run(2))
-
-            peers: dict[str, dict[str, Any]] = {}
-            for name in ("sdpa", OURS):
-                try:
-                    if name == OURS:
-                        with _tuned(model):
-                            peers[name] = {"tokens/s": tokens_a_second()}
-                    else:
-                        peers[name] = {"tokens/s": tokens_a_second()}
-                except Exception as error:
-                    peers[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        rates: dict[str, list[float]] = {"sdpa": [], OURS: []}
+        peers: dict[str, dict[str, Any]] = {}
+        for name in (*rates,) * (1 if cache == "static" else 3):
+            try:
+                with _tuned(model) if name == OURS else nullcontext():
+                    if not rates[name]:
+                        _step_seconds(model, ids, cache, new)  # compiles, where the cache is static
+                    rates[name].append(batch / _step_seconds(model, ids, cache, new))
+                peers[name] = {"tokens/s": statistics.median(rates[name])}
+            except Exception as error:
+                peers[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            if cache == "static":
                 torch.compiler.reset()
-                _free()
-            shape = f"{batch} x {context}, {cache} cache"
-            yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
+            _free()
+        shape = f"{batch} x {context}, {cache} cache"
+        yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
 
 
-def _loss_and_gradient(model: Any, ids: Tensor) -> Tensor:
+def _step_seconds(model: Any, ids: Tensor, cache: str, new: int) -> float:
+    ends: list[float] = []
+
+    def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        cache_implementation=cache if cache == "static" else None,
+        max_length=None,
+        stopping_criteria=[stop],
+    )
+    return statistics.median(end - start for start, end in pairwise(ends))
+
+
+def _loss_and_gradient(model: Any, parameters: list[Tensor], ids: Tensor) -> Tensor:
     """The mean loss' gradient of every head; prompts of more than GRADIENT_TOKENS together go in parts."""
-    with head_parameters(model) as parameters:
-        gradient = torch.zeros(len(parameters), parameters[0].numel(), device="cuda")
-        for part in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1])):
-            logits = model(part, use_cache=False, logits_to_keep=1).logits[:, -1]
-            labels = torch.zeros(len(part), dtype=torch.long, device="cuda")
-            loss = F.cross_entropy(logits[:, :2].float(), labels, reduction="sum") / len(ids)
-            gradient += torch.stack(torch.autograd.grad(loss, parameters))
-        return gradient
+    gradient = torch.zeros(len(parameters), parameters[0].numel(), device="cuda")
+    for part in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1])):
+        logits = model(part, use_cache=False, logits_to_keep=1).logits[:, -1]
+        labels = torch.zeros(len(part), dtype=torch.long, device="cuda")
+        loss = F.cross_entropy(logits[:, :2].float(), labels, reduction="sum") / len(ids)
+        gradient += torch.stack(torch.autograd.grad(loss, parameters))
+    return gradient
 
 
 def _objective(model: Any) -> Iterator[Row]:
+    """As a search runs it: short batches recorded as CUDA graphs; those launched from Python as well."""
     for length in (64, 128, 512):
         ids = torch.randint(0, 128000, (16, length), device="cuda")
+        with _tuned(model), head_parameters(model) as parameters:
 
-        @torch.no_grad()
-        def forward(ids: Tensor = ids) -> object:
-            return model(ids, use_cache=False, logits_to_keep=1)
+            @torch.no_grad()
+            def forward(ids: Tensor = ids) -> object:
+                return model(ids, use_cache=False, logits_to_keep=1)
 
-        with _tuned(model):
-            plain = _seconds(forward)
-            torch.cuda.reset_peak_memory_stats()
-            own = _seconds(lambda ids=ids: _loss_and_gradient(model, ids))  # type: ignore[misc]
-            peak = torch.cuda.max_memory_allocated() / 2**30
-        figures = {
-            "forward": {"ms": 1e3 * plain, "ratio": 1.0},
-            "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
-        }
-        yield {"what": "objective", "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
+            gradient = partial(_loss_and_gradient, model, parameters, ids)
+            recorded = ids.numel() <= MOST_TOKENS
+            for what, call in (("objective", _recorded), ("objective, from Python", _called))[0 if recorded else 1 :]:
+                plain = _seconds(call(forward))
+                torch.cuda.reset_peak_memory_stats()
+                own = _seconds(call(gradient))
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                figures = {
+                    "forward": {"ms": 1e3 * plain, "ratio": 1.0},
+                    "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
+                }
+                yield {"what": what, "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
+                _free()
+
+
+def _called(call: Callable[[], object]) -> Callable[[], object]:
+    return call
 
 
 def _behind_shots(model: Any) -> Iterator[Row]:
@@ -457,8 +471,8 @@ def _numbers() -> Any:
 
 def _sensitivities(model: Any) -> Iterator[Row]:
     ids = torch.randint(0, 128000, (100, 128), device="cuda")
-    with _tuned(model):
-        seconds = _seconds(lambda: [_loss_and_gradient(model, part) for part in ids.split(20)], repeats=3)
+    with _tuned(model), head_parameters(model) as parameters:
+        seconds = _seconds(lambda: [_loss_and_gradient(model, parameters, part) for part in ids.split(20)], repeats=3)
     figures = {OURS: {"s": seconds}}
     yield {"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": figures}
 

@@ -313,6 +313,9 @@ def zerotuning_mask(
     decoding = q_length <= DECODE_QUERIES and q_length < kv_length
     if ends_at_queries and (attention_mask is None or _is_all_real(attention_mask, decoding)):
         return None
+    traced = torch.compiler.is_compiling()
+    if decoding and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not traced:
+        return _step_geometry(attention_mask, kv_length, q_offset)[:, None, None]
     words = _key_mask_words(attention_mask, batch_size, kv_length, kv_offset, device)
     if not (ends_at_queries and not decoding):
         start = _first_real(attention_mask, batch_size, device) - kv_offset
@@ -324,6 +327,19 @@ def zerotuning_mask(
         )
         words = torch.cat((torch.stack(header, dim=1), words), dim=1)
     return words[:, None, None]
+
+
+def _step_geometry(attention_mask: Tensor, kv_length: int, q_offset: int) -> Tensor:
+    """`zerotuning_mask`'s words of a step with a growing cache, of few operations: launching them is what takes time."""
+    mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+    real = mask.view(torch.uint8)
+    words = torch.zeros(len(mask), HEADER + _words(kv_length), dtype=torch.long, device=mask.device)
+    length = min(mask.shape[1], kv_length)
+    words.view(torch.uint8)[:, HEADER * BYTES :][:, :length] = real[:, :length]
+    words[:, 0] = q_offset
+    words[:, 1] = real.argmax(dim=-1)
+    words[:, 2] = words[:, 1] + 1
+    return words
 
 
 def _is_all_real(attention_mask: Tensor, decoding: bool) -> bool:

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterf
 from transformers.masking_utils import eager_mask
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patch import (
+    _read_geometry,
     apply_scales,
     head_parameters,
     head_scales,
@@ -25,6 +26,7 @@ from zerotuning.patch import (
     scaled_keys,
     unpatch,
     untuned,
+    zerotuning_mask,
 )
 from zerotuning.scales import HeadScales
 
@@ -186,6 +188,22 @@ def test_padding_on_either_side_changes_nothing(kind) -> None:
         right = model(input_ids=torch.cat((ids, zeros), 1), attention_mask=torch.cat((ones, zeros), 1)).logits[:, :12]
     torch.testing.assert_close(left, alone, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(right, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
+@pytest.mark.parametrize(("keys", "rows"), [(9, 1), (16, 3), (40, 16)])
+@pytest.mark.parametrize("beyond", [0, 5])
+def test_what_a_step_says_of_padding_is_the_same_with_positions_on_the_host_and_on_the_device(
+    keys, rows, beyond, dtype
+) -> None:
+    mask = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1])[:, None]).to(dtype)
+    mask[1, 4] = 0
+    found, wanted = (
+        _read_geometry(zerotuning_mask(3, rows, keys, start, attention_mask=mask), keys)
+        for start in (keys - rows, torch.tensor(keys - rows))
+    )
+    assert found.keys() == wanted.keys() == {"query_start", "span", "key_mask"}
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize("kind", MODELS)
