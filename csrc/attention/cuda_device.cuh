@@ -87,12 +87,13 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), const dim3& grid, int t
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = early ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, parameters...);
+  cudaLaunchKernelEx(&config, kernel, parameters...);
+  return cudaGetLastError();
 }
 
-// Of a query row: weights P of some keys, and the gradients dS of their logits, summed.
+// What some keys have of a query row: their weights P and the gradients dS of their logits, summed.
 template <typename C>
-struct Share {
+struct RowShare {
   C weight = 0, change = 0;
 
   __device__ __forceinline__ void add(C key_weight, C key_change) {

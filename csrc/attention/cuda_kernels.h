@@ -48,7 +48,8 @@ struct CudaAttention {
                      // stride of queries. Written forward (data may be null: not wanted), read
                      // backward
   // output - the first scaled key's value, of which rounding the output leaves nothing where that
-  // key has all the weight: laid out and used like output; data may be null: not wanted, not kept.
+  // key has all the weight. As output; data may be null: not wanted, not kept. Rows that see no key
+  // hold some number.
   Array4 departure;
 };
 

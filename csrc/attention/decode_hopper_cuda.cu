@@ -1,9 +1,10 @@
 // Decode attention of caches that are much larger than the level-2 cache, on Hopper: one warp has
 // the bulk copy engine fill a ring of units for the four others, which share each unit. A unit is
 // one run of memory: all columns of some keys, or of their values. Units of K and of V come by
-// turns, each with a place and barriers of its own, so that three places hold runs of 32 KiB and
-// each is free again once its half of a pair is read. Memory likes long runs: on an H100 16 x 8192
-// keys take 0.992 of the time of a ring of three pairs, 16 KiB of K and of V at once.
+// turns, each with a place and barriers of its own, so that three places hold runs of 32 KiB (at
+// head size 128) and each is free again once its half of a pair is read. Memory likes long runs: on
+// an H100 16 x 8192 keys take 0.992 of the time of a ring of three pairs, 16 KiB of K and of V at
+// once.
 // decode_cuda.cu does the rest, small caches included: there the copies that each warp makes for
 // itself start sooner.
 #include "attention/decode.cuh"

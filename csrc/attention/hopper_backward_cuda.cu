@@ -1,17 +1,17 @@
 // Backward attention on Hopper in three launches: one for what each query row needs, one for all
-// gradients but those of the first scaled key, whose sums over rows the last one adds. The second
-// has two kinds of items of 128 rows, a warpgroup for 64 of them:
+// gradients but two, γ's and the first scaled key's, whose sums over rows the last one adds. The
+// second has two kinds of items of 128 rows, a warpgroup for 64 of them:
 //   128 keys of a key head, past which the queries of its heads go:
 //     P^T = exp(scale K Q^T + bias - lse), dS^T = P^T (V dO^T - Δ);  dV += P^T dO, dK += dS^T Q
 //   128 queries of a head, past which the keys go:
-//     dS = P (dO V^T - Δ);  dQ += dS K, dlog γ += the scaled keys' columns of dS
+//     dS = P (dO V^T - Δ);  dQ += dS K
 // So P and dS never leave the registers, nothing is added by atomics, and a group's heads are
 // summed in registers; the price is that P and dS are made twice.
 //
-// dS of the scaled keys is made of the other keys' as well (Share in cuda_device.cuh), which the
-// items of queries have all of: they add dS_0 k_0 of the first scaled key to dQ themselves and
-// leave sums of dS_0 q as parts of k_0's gradient. So γ's is exact, and those of query and key are
-// where the scaled key is the only one that may have nearly all of the weight.
+// dS of the scaled keys is made of the other keys' as well (RowShare in cuda_device.cuh), which the
+// items of queries have all of: they add dS_0 k_0 of the first scaled key to dQ, and leave sums of
+// dS_0 q as parts of k_0's gradient and of dS as parts of γ's. So rounding the output costs γ's
+// nothing, and those of query and key only where another key has nearly all of the weight.
 //
 // Blocks stay and take the next item when they are through, heaviest first. In a block two warps
 // feed tiles through the bulk copy engine, one writes results back through it, and two warpgroups
@@ -407,7 +407,7 @@ struct QuerySums {
 
   float query[size / 2] = {};
   // Of a thread's two rows: the first scaled key, the other scaled ones, dS of all others.
-  Share<float> first_scaled[2], rest_scaled[2];
+  RowShare<float> first_scaled[2], rest_scaled[2];
   float others[2] = {};
   float logsumexp[2], delta[2];  // of a thread's two rows
   float bias;                    // log_scale in units of unscaled logits
@@ -508,14 +508,14 @@ struct QuerySums {
   // thread's summand of the gradient of log_scale.
   __device__ __forceinline__ float settle(const Arguments& a, const Item& item,
                                           float (&changes)[tile_rows]) {
-    const auto all_columns = [](const Share<float>& share) {
-      return Share<float>{quad_sum(share.weight), quad_sum(share.change)};
+    const auto all_columns = [](const RowShare<float>& share) {
+      return RowShare<float>{quad_sum(share.weight), quad_sum(share.change)};
     };
     float change[2], scaled_change = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const Share<float> rest = all_columns(rest_scaled[half]);
-      Share<float> own = all_columns(first_scaled[half]);
+      const RowShare<float> rest = all_columns(rest_scaled[half]);
+      RowShare<float> own = all_columns(first_scaled[half]);
       const float other = quad_sum(others[half]);
       change[half] = own.settled(rest.change + other);
       own.add(rest.weight, rest.change);

@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(threads)
   const Work w(c, parts.of_head, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.second_key_doubled, kept = c.departure.data != nullptr;
-  Chunk key{}, value{}, second_key{}, second_gap{}, grad_key{}, grad_value{};
+  Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
   float grad_log_scale = 0;
   if (w.key < c.keys) {
     key = unpack<T>(read<T>(c.key, w.sample, w.key_head, w.key, lane, c.head_size));
@@ -115,23 +115,24 @@ __global__ void __launch_bounds__(threads)
   }
   if (doubled) {
     second_key = unpack<T>(read<T>(c.key, w.sample, w.key_head, 1, lane, c.head_size));
-    second_gap = difference(
-        unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size)), value);
+    second_value = unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size));
   }
   const float scale = static_cast<float>(c.scale);
   for (int row0 = w.begin + row_thread; row0 - row_thread < w.end; row0 += unrolled * row_step) {
-    uint4 query[unrolled], grad_output[unrolled], output[unrolled], part[unrolled];
+    uint4 query[unrolled], grad_output[unrolled], output[unrolled], departure[unrolled],
+        part[unrolled];
     float logsumexp[unrolled];
 #pragma unroll
     for (int u = 0; u < unrolled; ++u) {
       const int row = row0 + u * row_step;
-      query[u] = grad_output[u] = output[u] = part[u] = uint4{0, 0, 0, 0};
+      query[u] = grad_output[u] = output[u] = departure[u] = part[u] = uint4{0, 0, 0, 0};
       logsumexp[u] = -INFINITY;
       if (row >= w.end) continue;
       query[u] = read<T>(c.query, w.sample, w.head, row, lane, c.head_size);
       grad_output[u] = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
-      output[u] =
-          read<T>(kept ? c.departure : c.output, w.sample, w.head, row, lane, c.value_head_size);
+      if (doubled || !kept)
+        output[u] = read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size);
+      if (kept) departure[u] = read<T>(c.departure, w.sample, w.head, row, lane, c.value_head_size);
       logsumexp[u] = *row_of<float>(c.logsumexp, w.sample, w.head, row);
       // Row 0 sees no second key; what a stock kernel says of it may be infinite.
       if (row > 0 || !doubled)
@@ -141,14 +142,16 @@ __global__ void __launch_bounds__(threads)
     for (int u = 0; u < unrolled; ++u) {
       const int row = row0 + u * row_step;
       const Chunk q = unpack<T>(query[u]), d = unpack<T>(grad_output[u]);
-      // v_0 - o
-      const Chunk gap = difference(kept ? Chunk{} : value, unpack<T>(output[u]));
+      const Chunk o = unpack<T>(output[u]);
+      const Chunk gap =  // v_0 - o
+          kept ? difference(Chunk{}, unpack<T>(departure[u])) : difference(value, o);
       const float product = lane_sum<lanes>(dot(q, key));
       const float change = lane_sum<lanes>(dot(d, gap));
       float second_gradient = 0;
       if (doubled) {
         const float logit = scale * lane_sum<lanes>(dot(q, second_key));
-        const float second_change = change + lane_sum<lanes>(dot(d, second_gap));
+        // Of the output as the stock kernel read it, so that its rounding goes with that part.
+        const float second_change = lane_sum<lanes>(dot(d, difference(second_value, o)));
         if (row > 0) second_gradient = expf(logit - logsumexp[u]) * second_change;
       }
       if (row >= w.end) continue;

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(threads)
   load_both<T, C, size, Tile::rows>(query, c.query, grad_output, g.grad_output, c, sample, head,
                                     first, c.queries);
   C grad_query[Tile::values] = {}, others = 0;
-  Share<C> first_scaled, rest_scaled;
+  RowShare<C> first_scaled, rest_scaled;
   int key_begin, key_end;
   key_range(s, first, end, &key_begin, &key_end);
   for (int key = key_begin; key < key_end; key += Tile::columns) {

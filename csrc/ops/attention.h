@@ -36,6 +36,11 @@ using OptionalTensor = std::optional<at::Tensor>;
 using ForwardSignature = std::tuple<at::Tensor, at::Tensor, at::Tensor>(
     const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
     const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, int64_t, double);
+using PlainSignature = std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, const at::Tensor&,
+                                                          const at::Tensor&, const at::Tensor&,
+                                                          const OptionalTensor&,
+                                                          const OptionalTensor&,
+                                                          const OptionalTensor&, int64_t, double);
 using DecodeSignature = at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                    const at::Tensor&, const OptionalTensor&, const OptionalTensor&,
                                    const OptionalTensor&, int64_t, double);
@@ -100,8 +105,17 @@ inline std::tuple<at::Tensor, at::Tensor> attention(const at::Tensor& query, con
                                                     const at::Tensor& value,
                                                     const at::Tensor& log_scale,
                                                     const AttentionOptions& options = {}) {
-  auto results = detail::Attention::apply(query, key, value, log_scale, options,
-                                          detail::softmax_scale(query, options));
+  const double scale = detail::softmax_scale(query, options);
+  const bool needs_gradient =
+      at::GradMode::is_enabled() && (query.requires_grad() || key.requires_grad() ||
+                                     value.requires_grad() || log_scale.requires_grad());
+  if (!needs_gradient) {
+    static const auto plain_operator =
+        detail::operator_named<detail::PlainSignature>("zerotuning::attention");
+    return plain_operator.call(query, key, value, log_scale, options.key_mask, options.span,
+                               options.query_start, options.window, scale);
+  }
+  auto results = detail::Attention::apply(query, key, value, log_scale, options, scale);
   return {results[0], results[1]};
 }
 

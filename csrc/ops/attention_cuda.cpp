@@ -158,9 +158,10 @@ Route choose_forward(const Problem& p, const Call& call) {
 // Of shorter sequences the plain kernels take no more time than the stock route's launches.
 constexpr int64_t shortest_stock_backward = 16, largest_stock_backward_head = 128;
 
-// Up to here one kernel for all keys beats torch's own and the launches around it (on an H100,
-// forward + backward over untuned cuDNN's: 16 x 128 0.60 against 1.33, 1 x 4096 1.04 against 1.06,
-// 1 x 16384 1.13 against 1.02); with padding always, of which torch's kernels skip nothing.
+// Up to here one kernel for all keys is no slower than torch's own and the launches around it (on
+// an H100, forward + backward over untuned cuDNN's: 16 x 128 0.62 against 1.33, 1 x 4096 1.06
+// against 1.06, 1 x 16384 1.13 against 1.03; those of the route not taken are of an earlier build),
+// and γ's gradient is exacter; with padding always, of which torch's kernels skip nothing.
 constexpr int64_t longest_hopper_backward = 4096;
 
 // Where Hopper's own kernel takes a backward that torch's could take as well.
@@ -305,20 +306,20 @@ bool needs_departure(const Problem& p, int32_t capability) {
          !(capability == 90 && hopper_is_faster(p));
 }
 
-ThreeTensors attention_cuda(const Problem& p, Route route, bool departure) {
+ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) {
   Call call = begin(p);
   const Tensor output = new_output(p);
-  departure =
-      departure && (route != Route::automatic || needs_departure(p, call.device.capability));
-  const Tensor difference =
-      departure ? new_output(p) : aten::empty(p.query, Sizes{0}, p.query.scalar_type());
+  const bool wanted =
+      with_departure && (route != Route::automatic || needs_departure(p, call.device.capability));
+  const Tensor departure =
+      wanted ? new_output(p) : aten::empty(p.query, Sizes{0}, p.query.scalar_type());
   const Tensor logsumexp =
       aten::empty(p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
-  if (empty(p)) return {output, logsumexp, difference};
+  if (empty(p)) return {output, logsumexp, departure};
   CudaAttention& a = call.arguments;
   a.output = array_of(output);
   a.logsumexp = array_of(logsumexp);
-  if (departure) a.departure = array_of(difference);
+  if (wanted) a.departure = array_of(departure);
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_forward(p, call);
   switch (route) {
@@ -338,7 +339,7 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool departure) {
     default:
       check(attention::attention_plain(a, call.stream), "attention");
   }
-  return {output, logsumexp, difference};
+  return {output, logsumexp, departure};
 }
 
 FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,

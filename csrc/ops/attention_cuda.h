@@ -24,7 +24,7 @@ bool needs_departure(const Problem& problem, int32_t capability);
 // (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure like
 // output where it is asked for and needed, else [0]).
 ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
-                            bool departure = false);
+                            bool with_departure = false);
 
 // Gradients of query, key, value and log_scale.
 FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_output,

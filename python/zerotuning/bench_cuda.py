@@ -45,7 +45,6 @@ SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
 SHOTS = 4
 LONGEST_ATOMICS = 4096
-LONGEST_FUSED = 4096  # queries whose gradients one kernel of ours makes on Hopper
 LARGEST_MATRIX = 8 * 2**30
 ROUNDS = 25
 Peers = Mapping[str, Callable[[], object]]
@@ -190,7 +189,7 @@ def _backward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
 def accuracy_rows() -> Iterator[Row]:
     """Relative error of output and gradients against the formula in float64, by length, γ and mean a_0; of torch's own
     attention with an additive mask as well, whose gradients of a saturated sink are what rounding its output leaves."""
-    for length, sink in product((1024, LONGEST_FUSED + 128), (0.05, 0.5, 0.9, 0.99)):
+    for length, sink in product((1024, ops.LONGEST_HOPPER_BACKWARD + 128), (0.05, 0.5, 0.9, 0.99)):
         query, key, value = _inputs_with_sink(sink, length)
         for gamma in (0.02, 0.3, 3.0, 50.0):
             inputs = [query, key, value, torch.full((4,), math.log(gamma), device="cuda")]
@@ -357,6 +356,7 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]
 
 
 def _step_seconds(model: Any, ids: Tensor, cache: str, new: int) -> float:
+    """The median step's, of `new` tokens."""
     ends: list[float] = []
 
     def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -400,22 +400,18 @@ def _objective(model: Any) -> Iterator[Row]:
                 return model(ids, use_cache=False, logits_to_keep=1)
 
             gradient = partial(_loss_and_gradient, model, parameters, ids)
-            recorded = ids.numel() <= MOST_TOKENS
-            for what, call in (("objective", _recorded), ("objective, from Python", _called))[0 if recorded else 1 :]:
-                plain = _seconds(call(forward))
+            for recorded in (True, False) if ids.numel() <= MOST_TOKENS else (False,):
+                plain = _seconds(_recorded(forward) if recorded else forward)
                 torch.cuda.reset_peak_memory_stats()
-                own = _seconds(call(gradient))
+                own = _seconds(_recorded(gradient) if recorded else gradient)
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 figures = {
                     "forward": {"ms": 1e3 * plain, "ratio": 1.0},
                     "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
                 }
+                what = "objective" if recorded else "objective, from Python"
                 yield {"what": what, "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
                 _free()
-
-
-def _called(call: Callable[[], object]) -> Callable[[], object]:
-    return call
 
 
 def _behind_shots(model: Any) -> Iterator[Row]:

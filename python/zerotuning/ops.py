@@ -28,6 +28,8 @@ _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
+# Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
+SHORTEST_STOCK_BACKWARD, LARGEST_STOCK_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 4096
 
 
 def attention(
@@ -70,7 +72,8 @@ def attention(
     """
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
     if torch.compiler.is_compiling():
-        results = (_attention_with_departure if torch.is_grad_enabled() else _attention)(*arguments)
+        needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
+        results = (_attention_with_departure if needs_gradient else _attention)(*arguments)
     elif torch._C._are_functorch_transforms_active():
         results = _TransformedAttention.apply(*arguments)
     elif torch.is_grad_enabled():
@@ -140,20 +143,25 @@ def _needs_departure(
     query_start: Tensor | None,
     window: int,
 ) -> bool:
-    """needs_departure of csrc/ops/attention_cuda.cpp."""
-    rows, keys, size = query.shape[2], key.shape[2], query.shape[3]
-    narrow = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
-    square = rows == keys and span is None and query_start is None and not 0 < window < keys
-    if not narrow or not square or rows < 16 or size % 8 or size != value.shape[3]:
+    """needs_departure of csrc/ops/attention_cuda.cpp: a traced graph with gradients is of the card it was traced on.
+
+    Sizes are asked last, and only where they matter: each question becomes a condition of a graph of symbolic sizes.
+    """
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
     capability = 10 * major + minor
-    cudnn = 90 <= capability < 120
-    if capability < 80 or size > (128 if cudnn else 256):
+    stock_is_cudnn = 90 <= capability < 120
+    if capability < 80 or span is not None or query_start is not None:
         return False
-    if key_mask is not None and (not cudnn or keys % 128 == 64):
+    if key_mask is not None and (not stock_is_cudnn or capability == 90):
         return False
-    return capability != 90 or (key_mask is None and rows > 4096)
+    rows, keys, size = query.shape[2], key.shape[2], query.shape[3]
+    if size % 8 or size != value.shape[3] or size > (LARGEST_STOCK_HEAD if stock_is_cudnn else 256):
+        return False
+    if rows <= LONGEST_HOPPER_BACKWARD if capability == 90 else rows < SHORTEST_STOCK_BACKWARD:
+        return False
+    return rows == keys and not 0 < window < keys and (key_mask is None or keys % 128 != 64)
 
 
 @torch.library.register_fake("zerotuning::attention")
@@ -220,7 +228,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
-        results = _attention_by_route(*arguments, True, _AUTOMATIC)
+        results = _attention_by_route(*arguments, any(ctx.needs_input_grad), _AUTOMATIC)
         _keep_for_backward(ctx, arguments, results)
         return results
 

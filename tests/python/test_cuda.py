@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_scale
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
 from zerotuning import ops, packed_sequences
 from zerotuning.candidates import Candidates
@@ -134,6 +135,57 @@ def test_gradients_of_padded_and_chosen_sinks_equal_the_formula(sink, gamma, rou
     compare(turned, 0, route, floor=0.0, span=torch.tensor([[70, 71]]), window=100)
 
 
+@pytest.mark.parametrize("size", HEAD_SIZES, ids=str)
+def test_the_departure_is_the_output_less_the_initial_tokens_value(size) -> None:
+    torch.manual_seed(5)
+    rows = 200
+    inputs = random_inputs((2, 4, 2, rows, rows, *size), torch.bfloat16)
+    key = torch.arange(rows)
+    routes = [PLAIN, *([HOPPER] if torch.cuda.get_device_capability() == (9, 0) else [])]
+    cases: list[tuple[dict[str, Any], list[int]]] = [
+        ({}, [0, 0]),
+        ({"key_mask": key >= torch.tensor([0, 70])[:, None]}, [0, 70]),
+        ({"span": torch.tensor([[3, 9], [66, 67]])}, [3, 66]),
+    ]
+    for geometry, first in cases:
+        options = (geometry.get("key_mask"), geometry.get("span"), None, 0, size[0] ** -0.5)
+        wide = [t.double() for t in inputs]
+        output = formula(*wide, **geometry)[0]
+        value = torch.stack([wide[2][sample, :, place] for sample, place in enumerate(first)])
+        wanted = output - value.repeat_interleave(2, 1)[:, :, None]
+        seen = torch.ones(2, rows, dtype=torch.bool)
+        if "key_mask" in geometry:
+            seen = key >= torch.tensor(first)[:, None]
+        for route in [*routes, *([STOCK] if not geometry and size[0] == size[1] else [])]:
+            got = torch.ops.zerotuning._attention_by_route(*inputs, *options, True, route)[2]
+            for sample in range(2):
+                assert error(got[sample][:, seen[sample]], wanted[sample][:, seen[sample]]) <= 3e-3
+
+
+def test_the_fake_departure_has_the_shape_of_the_real_one() -> None:
+    operator = torch.ops.zerotuning._attention_with_departure
+    for rows, size, dtype in (
+        *((rows, (64, 64), torch.bfloat16) for rows in (15, 16, 64, 4096, 4097)),
+        *((4224, size, torch.float16) for size in ((64, 128), (72, 72), (128, 128), (136, 136), (256, 256), (60, 60))),
+        (4224, (64, 64), torch.float32),
+    ):
+        inputs = random_inputs((1, 2, 1, rows, rows, *size), dtype)
+        for geometry in (
+            (None, None, None, 0),
+            (torch.ones(1, rows, dtype=torch.bool), None, None, 0),
+            (None, torch.tensor([[0, 1]]), None, 0),
+            (None, None, torch.tensor([0]), 0),
+            (None, None, None, rows - 1),
+            (None, None, None, rows),
+        ):
+            real = operator(*inputs, *geometry, 0.125)[2]
+            with FakeTensorMode() as mode:
+                fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in (*inputs, *geometry)]
+                fake = operator(*fakes, 0.125)[2]
+            assert real.shape == fake.shape, (rows, size, dtype, geometry)
+            assert real.stride() == fake.stride(), (rows, size, dtype, geometry)
+
+
 @pytest.mark.parametrize("length", [200, 4224])  # the second is torch's kernel's on Hopper
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attention_of_a_strong_sink_has_exact_gradients(compiled, length) -> None:
@@ -164,7 +216,23 @@ def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink)
     query, key, value = (t.bfloat16() for t in inputs_with_sink(sink, "cuda"))
     order = [1, 0, *range(2, key.shape[2])]
     log_scale = torch.linspace(-4.0, 4.0, 4)
-    compare([query, key[:, :, order], value[:, :, order], log_scale], 0, STOCK, floor=1.0)
+    inputs = [query, key[:, :, order], value[:, :, order], log_scale]
+    compare(inputs, 0, STOCK, floor=1.0)
+    # What rounding the output does to that part goes away with it, also where the departure was kept.
+    options = (None, None, None, 0, 0.125)
+    grad_output = torch.randn_like(query)
+    output, logsumexp, departure = torch.ops.zerotuning._attention_by_route(*inputs, *options, True, PLAIN)
+    wanted = reference(inputs, grad_output)[1]
+    errors = [
+        error(
+            torch.ops.zerotuning._attention_backward_by_route(
+                grad_output, *inputs, output, logsumexp, *options, kept, STOCK
+            )[0],
+            wanted,
+        )
+        for kept in (None, departure)
+    ]
+    assert errors[1] <= 1.1 * errors[0]
 
 
 def test_a_first_row_to_which_the_second_key_would_be_infinite_leaves_the_others_as_they_are() -> None:

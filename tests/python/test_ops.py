@@ -280,6 +280,27 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
     torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)
 
 
+@pytest.mark.parametrize("needs_gradient", [False, True])
+def test_an_exported_program_takes_square_and_other_lengths(needs_gradient) -> None:
+    class Attend(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+            return ops.attention(query, key, value, log_scale)[0]
+
+    def inputs(rows: int, keys: int) -> list[Tensor]:
+        torch.manual_seed(11)
+        return [t.requires_grad_(needs_gradient) for t in random_inputs((2, 4, 2, rows, keys, 16, 16), torch.float32)]
+
+    rows, keys = torch.export.Dim("rows", min=2), torch.export.Dim("keys", min=2)
+    lengths = ({2: rows}, {2: keys}, {2: keys}, None)
+    exported = torch.export.export(Attend(), tuple(inputs(7, 11)), dynamic_shapes=lengths).module()
+    compiled = torch.compile(ops.attention, dynamic=True, fullgraph=True)
+    for sizes in ((7, 11), (9, 9), (5, 12)):
+        tensors = inputs(*sizes)
+        wanted = ops.attention(*tensors)[0]
+        torch.testing.assert_close(exported(*tensors), wanted)
+        torch.testing.assert_close(compiled(*tensors)[0], wanted)
+
+
 def test_torch_func_grad_gives_the_gradients_of_autograd() -> None:
     torch.manual_seed(10)
     inputs = [t.requires_grad_() for t in random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32)]
