@@ -565,12 +565,6 @@ __device__ __forceinline__ void step(const Arguments& a, const Item& item, int c
   sums.pin_sums();
 }
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
-}
-
 // Column `column` of changes^T tile, of 64 rows.
 template <typename T>
 __device__ __forceinline__ float column_sum(const float (&changes)[tile_rows], const uint16_t* tile,
@@ -594,7 +588,7 @@ __device__ __forceinline__ void leave_part(const Arguments& a, Shared<size>& s, 
   const Item& item = s.item[slot];
   const int thread = threadIdx.x % warpgroup;
   float(&shares)[warpgroup / 32] = s.log_scale_sums[consumer];
-  const float share = warp_sum(sums.settle(a, item, s.first_changes[consumer]));
+  const float share = lane_sum<32>(sums.settle(a, item, s.first_changes[consumer]));
   if (thread % 32 == 0) shares[thread / 32] = share;
   wait_named(sums_barrier + consumer, warpgroup);
   const int64_t sequence = static_cast<int64_t>(item.batch) * a.heads + item.head;

@@ -177,11 +177,27 @@ bool hopper_takes_backward(const Call& call) {
 // (logsumexp below -88: pytorch issue 196678, on Hopper).
 bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64; }
 
+// Where torch's kernel may make the gradients, by the card and the shapes.
+bool stock_may_differentiate(const Problem& p, int32_t capability) {
+  return p.queries >= shortest_stock_backward &&
+         stock_knows(p, capability, largest_stock_backward_head) && !cudnn_may_fail(p);
+}
+
 Route choose_backward(const Problem& p, const Call& call) {
-  const bool stock = p.queries >= shortest_stock_backward &&
-                     stock_takes(p, call, largest_stock_backward_head) && !cudnn_may_fail(p);
+  const bool stock = ordinary(p, call) && stock_may_differentiate(p, call.device.capability);
   if ((!stock || hopper_is_faster(p)) && hopper_takes_backward(call)) return Route::hopper;
   return stock ? Route::stock : Route::plain;
+}
+
+// Whether backward will want the departure: output minus the initial token's value, of which the
+// 16-bit output alone holds nothing where that token has all the weight. By shapes and the card:
+// fake kernels know no more (python/zerotuning/ops.py has the same rule).
+bool needs_departure(const Problem& p, int32_t capability) {
+  const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
+  const bool square =
+      p.queries == p.keys && !p.query_start && !p.span && (p.window == 0 || p.window >= p.keys);
+  return narrow && square && p.head_size % 8 == 0 && stock_may_differentiate(p, capability) &&
+         !(capability == 90 && hopper_is_faster(p));
 }
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
@@ -294,17 +310,6 @@ Tensor aligned_rows(const Tensor& t) {
 }
 
 }  // namespace
-
-bool needs_departure(const Problem& p, int32_t capability) {
-  const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
-  const bool square = p.queries == p.keys && !p.query_start && !p.span;
-  if (!narrow || !square || (p.window != 0 && p.window < p.keys) || p.head_size % 8 != 0) {
-    return false;
-  }
-  return p.queries >= shortest_stock_backward &&
-         stock_knows(p, capability, largest_stock_backward_head) && !cudnn_may_fail(p) &&
-         !(capability == 90 && hopper_is_faster(p));
-}
 
 ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) {
   Call call = begin(p);

@@ -16,13 +16,9 @@ enum class Route : int64_t {
   stock = 3,   // torch's fastest kernel on all keys but the initial one, which is then added
 };
 
-// Whether backward needs the departure: output minus the initial token's value, of which the
-// 16-bit output alone holds nothing where that token has all the weight. By shapes and the card:
-// fake kernels know no more (python/zerotuning/ops.py has the same rule).
-bool needs_departure(const Problem& problem, int32_t capability);
-
-// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure like
-// output where it is asked for and needed, else [0]).
+// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure:
+// output minus the initial token's value, like output where it is asked for and backward will want
+// it, else [0]).
 ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
                             bool with_departure = false);
 

@@ -88,8 +88,7 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "_attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
       "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
       "query_start, int window, float scale, Tensor? departure, int route) -> (Tensor grad_query, "
-      "Tensor grad_key, "
-      "Tensor grad_value, Tensor grad_log_scale)");
+      "Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
   library.def(
       "_decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
       "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> "

@@ -6,11 +6,11 @@
 namespace {
 
 using zerotuning::ops::check_problem;
+using zerotuning::ops::FourTensors;
 using zerotuning::ops::Route;
 using zerotuning::ops::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-using zerotuning::ops::FourTensors;
 using zerotuning::ops::ThreeTensors;
+using OptionalTensor = std::optional<Tensor>;
 
 ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                                 OptionalTensor key_mask, OptionalTensor span,
