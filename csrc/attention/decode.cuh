@@ -164,11 +164,42 @@ __device__ __forceinline__ Rows<row_tiles> rows_of(const Arguments& a, int batch
   return rows;
 }
 
-// A lane's key of the 16 from `first` on: whether it is real. Lanes 16 and up repeat the others.
-__device__ __forceinline__ bool read_mask(const RangeSight& s, int first) {
-  const int key = first + static_cast<int>(threadIdx.x % tile_keys);
-  return s.key_mask && key < s.end && s.key_mask[key];
+// Which of the 16 keys from `first` on padding hides, a bit each.
+__device__ __forceinline__ uint32_t hidden_keys_of_tile(const RangeSight& s, int first) {
+  const bool* mask = s.key_mask + first;
+  uint32_t real = 0;
+  if (first + tile_keys <= s.end && reinterpret_cast<uintptr_t>(mask) % 8 == 0) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // The product gathers the lowest bits of eight bytes in its highest byte.
+      const uint64_t bytes = reinterpret_cast<const uint64_t*>(mask)[half];
+      real |= static_cast<uint32_t>(bytes * 0x0102040810204080 >> 56) << half * 8;
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < tile_keys; ++i) {
+      real |= static_cast<uint32_t>(first + i >= s.end || mask[i]) << i;
+    }
+  }
+  return real ^ 0xffff;
 }
+
+// Padding as a warp goes through its tiles, the keys of one `step` behind those of the one before.
+// It is read for 32 tiles at once, one a lane, since each reading is waited for (on an H100 1 x
+// 32768 keys with padding in 60 us, not 65).
+struct Padding {
+  static constexpr int tiles = 32;
+  uint32_t lane_tile = 0;
+
+  // Of a tile and those behind it, `left` in all.
+  __device__ __forceinline__ void read(const RangeSight& s, int first, int step, int left) {
+    const int lane = threadIdx.x % 32;
+    lane_tile = lane < left ? hidden_keys_of_tile(s, first + lane * step) : 0;
+  }
+  __device__ __forceinline__ uint32_t hidden_keys(int tile) const {
+    return __shfl_sync(~0u, lane_tile, tile % tiles);
+  }
+};
 
 // A warp's sums over the keys that it has seen.
 template <int size, int row_tiles>
@@ -197,7 +228,7 @@ using Logits = float[row_tiles][2][4];  // of 16 keys: two 16 x 8 tiles side by 
 // Scales the logits to base 2, adds log_scale to those of scaled keys, hides keys out of sight.
 template <int row_tiles>
 __device__ __forceinline__ void look(const Arguments& a, const RangeSight& s,
-                                     const Rows<row_tiles>& rows, int first, uint32_t real_keys,
+                                     const Rows<row_tiles>& rows, int first, uint32_t hidden_keys,
                                      Logits<row_tiles>& logits) {
   const int window = a.geometry.window;
   const bool scaled = first < s.span_end && first + tile_keys > s.span_begin;
@@ -208,7 +239,7 @@ __device__ __forceinline__ void look(const Arguments& a, const RangeSight& s,
 #pragma unroll
     for (int i = 0; i < 8; ++i) logits[tile][i / 4][i % 4] *= a.scale_log2;
   }
-  if (!scaled && !edge && !s.key_mask) return;
+  if (!scaled && !edge && !hidden_keys) return;
 #pragma unroll
   for (int tile = 0; tile < row_tiles; ++tile) {
 #pragma unroll
@@ -219,7 +250,7 @@ __device__ __forceinline__ void look(const Arguments& a, const RangeSight& s,
       const int position = s.start + rows.query[tile][half];
       if (key >= s.span_begin && key < s.span_end) logit += rows.bias[tile][half];
       const bool seen = key <= position && key < s.end && !(window && key <= position - window) &&
-                        (!s.key_mask || (real_keys >> offset & 1));
+                        !(hidden_keys >> offset & 1);
       if (!seen) logit = -INFINITY;
     }
   }

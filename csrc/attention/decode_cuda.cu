@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
 #pragma unroll
   for (int t = 0; t < stages - 1; ++t) copy(t);
   const Rows<row_tiles> lane_rows = rows_of<row_tiles>(a, batch, key_head, first_row);
-  bool real = share.count > 0 && read_mask(sight, share.first);
+  Padding padding;
   wait_copies<stages - 1>();
   __syncthreads();
   const LaneAddresses lane = lane_addresses<size>();
@@ -129,8 +129,9 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
   sums.clear();
   for (int t = 0; t < share.count; ++t) {
     const int first = share.first + t * share.step;
-    const uint32_t real_keys = __ballot_sync(~0u, real);
-    if (t + 1 < share.count) real = read_mask(sight, first + share.step);
+    if (sight.key_mask && t % Padding::tiles == 0)
+      padding.read(sight, first, share.step, share.count - t);
+    const uint32_t hidden_keys = padding.hidden_keys(t);
     wait_copies<stages - 2>();
     // The tile is complete, and all lanes are through with the one before it, whose place the
     // next copy takes.
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(most_warps * 32) attend(const __grid_constant_
     Logits<row_tiles> logits[1];
     multiply_keys<T>(
         queries, [&](int k) { return keys + lane.right + k * 32; }, logits[0]);
-    look<row_tiles>(a, sight, lane_rows, first, real_keys, logits[0]);
+    look<row_tiles>(a, sight, lane_rows, first, hidden_keys, logits[0]);
     weigh(logits, sums);
     add_values<T>(
         logits[0], [&](int n) { return values + lane.left + n * 32; }, sums);

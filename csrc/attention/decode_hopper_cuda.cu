@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
     __syncwarp();
   } else {
     const Rows<row_tiles> lane_rows = rows_of<row_tiles>(a, batch, key_head, first_row);
+    Padding padding;
     Queries<size, row_tiles> queries;
     queries.load(shared_address(query_memory) + lane_addresses<size>().left);
     // Chunk c of block k of row r lies at c ^ (r * blocks + k) % 8. So k turns bits of the address
@@ -138,21 +139,19 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
     };
     for (int pair = 0; pair < pairs; ++pair) {
       const int warp_first = first_key + pair * Shape::keys + warp * tile_keys;
-      bool real[Shape::tiles];
-#pragma unroll
-      for (int i = 0; i < Shape::tiles; ++i) {
-        real[i] = read_mask(sight, warp_first + i * Shape::step);
+      const int tile = pair * Shape::tiles;  // of the warp's
+      if (sight.key_mask && tile % Padding::tiles == 0) {
+        padding.read(sight, warp_first, Shape::step, pairs * Shape::tiles - tile);
       }
       hopper::wait(&full[ring.stage()], ring.parity());
       Logits<row_tiles> logits[Shape::tiles];
 #pragma unroll
       for (int i = 0; i < Shape::tiles; ++i) {
         const int first = warp_first + i * Shape::step;
-        const uint32_t real_keys = __ballot_sync(~0u, real[i]);
         const uint32_t keys = key_lane + tile_offset(i);
         multiply_keys<T>(
             queries, [&](int k) { return turned(keys, k); }, logits[i]);
-        look<row_tiles>(a, sight, lane_rows, first, real_keys, logits[i]);
+        look<row_tiles>(a, sight, lane_rows, first, padding.hidden_keys(tile + i), logits[i]);
       }
       hopper::arrive_warp(&empty[ring.stage()]);
       ++ring.count;

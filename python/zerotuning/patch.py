@@ -29,8 +29,9 @@ IMPLEMENTATION = "zerotuning"
 CHILD = "zerotuning"
 #: Cached generation steps of up to so many queries take the decode operator.
 DECODE_QUERIES = 16
-#: int64 numbers in front of the key mask in a geometry tensor: query_start, first scaled key, end of the scaled keys.
-HEADER = 3
+#: int64 numbers in front of the key mask in a geometry tensor: first scaled key, end of the scaled keys; or query_start
+#: before both.
+SPAN_HEADER, HEADER = 2, 3
 #: Bytes of the key mask that one int64 holds.
 BYTES = 8
 
@@ -183,9 +184,12 @@ def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
         return _latest[2]
     arguments = {}
     words = geometry[:, 0, 0]
-    if words.shape[-1] > _words(keys):
-        arguments["query_start"], arguments["span"] = words[:, 0], words[:, 1:HEADER]
-        words = words[:, HEADER:]
+    header = words.shape[-1] - _words(keys)
+    if header == HEADER:
+        arguments["query_start"] = words[:, 0]
+    if header > 0:
+        arguments["span"] = words[:, header - SPAN_HEADER : header]
+        words = words[:, header:]
     arguments["key_mask"] = words.view(torch.uint8)[:, :keys]
     if not compiling:
         _latest = (geometry, keys, arguments)
@@ -284,9 +288,10 @@ def zerotuning_mask(
     """What the attention function needs to know of padding and caches.
 
     None: nothing, the queries are the last keys and all keys are real. Else the geometry, int64 [B, 1, 1, words]: the key
-    mask, 8 keys a word, a byte each; in front of it, where that does not say all, query_start and the scaled keys [first,
-    end). Packed sequences: the code of `packed_sequences`, int64 [B, 1, T, 3]. Masks of another kind (chunks, custom mask
-    functions, packed sequences in a graph that is traced): int8 [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
+    mask, 8 keys a word, a byte each; in front of it, where that does not say all, the scaled keys [first, end), and before
+    them query_start where the queries may not be the last keys. Packed sequences: the code of `packed_sequences`, int64
+    [B, 1, T, 3]. Masks of another kind (chunks, custom mask functions, packed sequences in a graph that is traced): int8
+    [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
     """
     if _probe.active and local_size is not None:
         _probe.windows.add(local_size)
@@ -315,30 +320,30 @@ def zerotuning_mask(
         return None
     traced = torch.compiler.is_compiling()
     if decoding and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not traced:
-        return _step_geometry(attention_mask, kv_length, q_offset)[:, None, None]
+        return _step_geometry(attention_mask, kv_length, None if ends_at_queries else q_offset)[:, None, None]
     words = _key_mask_words(attention_mask, batch_size, kv_length, kv_offset, device)
     if not (ends_at_queries and not decoding):
         start = _first_real(attention_mask, batch_size, device) - kv_offset
         present = start >= 0  # a sliding cache drops old keys, the initial token among them
-        header = (
-            torch.zeros_like(start) + (q_offset - kv_offset),
-            torch.where(present, start, 0),
-            torch.where(present, start + 1, 0),
-        )
+        header = [torch.where(present, start, 0), torch.where(present, start + 1, 0)]
+        if not ends_at_queries:
+            header.insert(0, torch.zeros_like(start) + (q_offset - kv_offset))
         words = torch.cat((torch.stack(header, dim=1), words), dim=1)
     return words[:, None, None]
 
 
-def _step_geometry(attention_mask: Tensor, kv_length: int, q_offset: int) -> Tensor:
-    """`zerotuning_mask`'s words of a step with a growing cache, of few operations: launching them is what takes time."""
+def _step_geometry(attention_mask: Tensor, kv_length: int, query_start: int | None) -> Tensor:
+    """`zerotuning_mask`'s words of a generation step, of few operations: launching them is what takes time."""
+    header = SPAN_HEADER if query_start is None else HEADER
     mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
     real = mask.view(torch.uint8)
-    words = torch.zeros(len(mask), HEADER + _words(kv_length), dtype=torch.long, device=mask.device)
+    words = torch.zeros(len(mask), header + _words(kv_length), dtype=torch.long, device=mask.device)
     length = min(mask.shape[1], kv_length)
-    words.view(torch.uint8)[:, HEADER * BYTES :][:, :length] = real[:, :length]
-    words[:, 0] = q_offset
-    words[:, 1] = real.argmax(dim=-1)
-    words[:, 2] = words[:, 1] + 1
+    words.view(torch.uint8)[:, header * BYTES :][:, :length] = real[:, :length]
+    if query_start is not None:
+        words[:, 0] = query_start
+    words[:, header - 2] = real.argmax(dim=-1)
+    words[:, header - 1] = words[:, header - 2] + 1
     return words
 
 
@@ -375,7 +380,9 @@ def _key_mask_words(
 
 def _is_geometry(mask: Tensor, key: Tensor) -> bool:
     words = _words(key.shape[2])
-    return mask.dtype == torch.long and mask.shape[1:-1] == (1, 1) and mask.shape[-1] in (words, HEADER + words)
+    return (
+        mask.dtype == torch.long and mask.shape[1:-1] == (1, 1) and mask.shape[-1] - words in (0, SPAN_HEADER, HEADER)
+    )
 
 
 def _dense_codes(

@@ -32,7 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not (torch.cuda.is_available() and ops.runs_on("cuda")), reason="needs a GPU and a CUDA build"),
 ]
 PLAIN, HOPPER, STOCK = 1, 2, 3
-BULK = 2  # of decoding
+RINGS, BULK = 1, 2  # of decoding
 needs_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
 )
@@ -443,6 +443,26 @@ def test_decoding_of_a_cache_that_floods_level_2() -> None:
         assert error(ops.decode_attention(*inputs, **geometry), expected) <= 3e-3  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
+@pytest.mark.parametrize("keys", [3000, 3003])
+def test_decoding_of_long_shares_with_holes_in_the_padding(route, keys) -> None:
+    """More samples than multiprocessors: a warp goes through 47 tiles, whose padding it reads 32 at a time."""
+    torch.manual_seed(15)
+    samples = 70
+    inputs = random_inputs((samples, 4, 2, 1, keys, 64, 64), torch.bfloat16)
+    mask = torch.arange(keys) >= torch.arange(samples)[:, None] * 40
+    mask[::2] &= torch.rand(samples // 2, keys) > 0.3
+    mask[:, 2500:2600] = True
+    # As a step of `generate` has it: behind what else a row says.
+    behind = torch.zeros(samples, 16 + -(-keys // 8) * 8, dtype=torch.uint8)
+    behind[:, 16 : 16 + keys] = mask
+    for geometry in ({"key_mask": mask}, {"key_mask": mask, "window": 2901}):
+        expected = formula(*(t.double() for t in inputs), **geometry)[0]  # type: ignore[arg-type]
+        assert error(decode_by_route(inputs, route, **geometry), expected) <= 3e-3
+        geometry["key_mask"] = behind[:, 16 : 16 + keys]
+        assert error(decode_by_route(inputs, route, **geometry), expected) <= 3e-3
+
+
 def test_a_captured_graph_follows_positions_on_the_device() -> None:
     torch.manual_seed(4)
     inputs = random_inputs((2, 8, 2, 1, 900, 128, 128), torch.bfloat16)
@@ -632,10 +652,10 @@ def test_scales_expanded_over_the_batch_get_a_gradient_for_each_sample() -> None
 def _loss_and_gradient(
     model: Any, tokenizer: Any, recorded: bool, told: str = "", read_once: bool = False
 ) -> tuple[list[float], list[Tensor], list[str]]:
-    """Of 21 examples of two lengths, in batches, at three points; replayed or not. What is told before each of them may
+    """Of 21 examples, in batches of two lengths, at three points; replayed or not. What is told before each of them may
     be read once a batch."""
     task = Task("reviews", prompt=told + "Review: {text} Sentiment:", labels=[" positive", " negative"])
-    records = [{"text": "good " * (1 + n % 3), "label": n % 2} for n in range(21)]
+    records = [{"text": "good " * (1 + n % 3 * 6), "label": n % 2} for n in range(21)]
     losses, gradients, notes = [], [], []
     with torch.device("cpu"), head_parameters(model) as parameters:
         scorer = LabelScorer(model, tokenizer, task, records, batch_size=8)

@@ -193,17 +193,20 @@ def test_padding_on_either_side_changes_nothing(kind) -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
 @pytest.mark.parametrize(("keys", "rows"), [(9, 1), (16, 3), (40, 16)])
 @pytest.mark.parametrize("beyond", [0, 5])
+@pytest.mark.parametrize("later", [0, 2], ids=["last", "not last"])
 def test_what_a_step_says_of_padding_is_the_same_with_positions_on_the_host_and_on_the_device(
-    keys, rows, beyond, dtype
+    keys, rows, later, beyond, dtype
 ) -> None:
     mask = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1])[:, None]).to(dtype)
     mask[1, 4] = 0
     found, wanted = (
         _read_geometry(zerotuning_mask(3, rows, keys, start, attention_mask=mask), keys)
-        for start in (keys - rows, torch.tensor(keys - rows))
+        for start in (keys - rows - later, torch.tensor(keys - rows - later))
     )
-    assert found.keys() == wanted.keys() == {"query_start", "span", "key_mask"}
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert wanted.keys() == {"query_start", "span", "key_mask"}
+    # Queries that are the last keys need no word of where they are.
+    assert found.keys() == (wanted.keys() if later else {"span", "key_mask"})
+    assert all(torch.equal(found[name], wanted[name]) for name in found)
 
 
 @pytest.mark.parametrize("kind", MODELS)
