@@ -115,7 +115,8 @@ cudaError_t double_second_key(const CudaAttention& arguments, const Array4& key,
 int64_t initial_token_backward_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t initial_token_backward(const CudaAttention& arguments,
                                    const CudaAttentionGradients& gradients,
-                                   const StockGradients& stock, cudaStream_t stream);
+                                   const StockGradients& stock, const CudaDevice& device,
+                                   cudaStream_t stream);
 
 // For a stock kernel that takes an additive bias [batch, 1, 1, keys] of the query's 16-bit dtype:
 // -inf for padding and for the first real key, else 0. Contiguous.

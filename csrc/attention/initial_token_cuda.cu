@@ -17,6 +17,10 @@ constexpr int threads = 256;
 // of reading k_0 and v_0 more often; backward writes sums for each block.
 constexpr int merge_rows = 64;
 constexpr int backward_rows = 512;
+// The second key's gradient is taken away as the stock kernel made it: of the output in 16 bits,
+// whose rounding then goes with it. Below this weight that rounding is a small part of what the
+// kernel's gradients of the other keys have of it, and the output is not read.
+constexpr float most_without_output = 1.f / 16;
 
 // What a block works on: rows [begin, end) of one head, and its scaled key.
 struct Work {
@@ -100,74 +104,80 @@ __global__ void __launch_bounds__(threads)
 }
 
 template <typename T, int lanes>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
              const RowParts parts) {
-  constexpr int row_step = threads / lanes, unrolled = 1;
+  constexpr int row_step = threads / lanes;
+  start_dependent_kernel();
   const Work w(c, parts.of_head, backward_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.second_key_doubled, kept = c.departure.data != nullptr;
-  Chunk key{}, value{}, second_key{}, second_value{}, grad_key{}, grad_value{};
+  uint4 key{}, value{}, second_key{}, second_value{};
+  Chunk grad_key{}, grad_value{};
   float grad_log_scale = 0;
   if (w.key < c.keys) {
-    key = unpack<T>(read<T>(c.key, w.sample, w.key_head, w.key, lane, c.head_size));
-    value = unpack<T>(read<T>(c.value, w.sample, w.key_head, w.key, lane, c.value_head_size));
+    key = read<T>(c.key, w.sample, w.key_head, w.key, lane, c.head_size);
+    value = read<T>(c.value, w.sample, w.key_head, w.key, lane, c.value_head_size);
   }
   if (doubled) {
-    second_key = unpack<T>(read<T>(c.key, w.sample, w.key_head, 1, lane, c.head_size));
-    second_value = unpack<T>(read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size));
+    second_key = read<T>(c.key, w.sample, w.key_head, 1, lane, c.head_size);
+    second_value = read<T>(c.value, w.sample, w.key_head, 1, lane, c.value_head_size);
   }
   const float scale = static_cast<float>(c.scale);
-  for (int row0 = w.begin + row_thread; row0 - row_thread < w.end; row0 += unrolled * row_step) {
-    uint4 query[unrolled], grad_output[unrolled], output[unrolled], departure[unrolled],
-        part[unrolled];
-    float logsumexp[unrolled];
-#pragma unroll
-    for (int u = 0; u < unrolled; ++u) {
-      const int row = row0 + u * row_step;
-      query[u] = grad_output[u] = output[u] = departure[u] = part[u] = uint4{0, 0, 0, 0};
-      logsumexp[u] = -INFINITY;
-      if (row >= w.end) continue;
-      query[u] = read<T>(c.query, w.sample, w.head, row, lane, c.head_size);
-      grad_output[u] = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
-      if (doubled || !kept)
-        output[u] = read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size);
-      if (kept) departure[u] = read<T>(c.departure, w.sample, w.head, row, lane, c.value_head_size);
-      logsumexp[u] = *row_of<float>(c.logsumexp, w.sample, w.head, row);
-      // Row 0 sees no second key; what a stock kernel says of it may be infinite.
-      if (row > 0 || !doubled)
-        part[u] = read<T>(stock.query, w.sample, w.head, row, lane, c.head_size);
+  struct Row {
+    uint4 query, grad_output, output, part;
+    float logsumexp;
+  };
+  const auto load = [&](int row) {
+    Row r{};
+    r.logsumexp = -INFINITY;
+    if (row >= w.end) return r;
+    r.query = read<T>(c.query, w.sample, w.head, row, lane, c.head_size);
+    r.grad_output = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
+    r.output =
+        read<T>(kept ? c.departure : c.output, w.sample, w.head, row, lane, c.value_head_size);
+    r.logsumexp = *row_of<float>(c.logsumexp, w.sample, w.head, row);
+    // Row 0 sees no second key; what a stock kernel says of it may be infinite.
+    if (row > 0 || !doubled)
+      r.part = read<T>(stock.query, w.sample, w.head, row, lane, c.head_size);
+    return r;
+  };
+  // Each row is on its way while the one before it is worked on (on an H100 4 x 1024 in 73 us, not
+  // 79).
+  Row next = load(w.begin + row_thread);
+  for (int row = w.begin + row_thread; row - row_thread < w.end; row += row_step) {
+    const Row r = next;
+    next = load(row + row_step);
+    const Chunk q = unpack<T>(r.query), d = unpack<T>(r.grad_output);
+    // v_0 - o
+    const Chunk gap = difference(kept ? Chunk{} : unpack<T>(value), unpack<T>(r.output));
+    const float product = lane_sum<lanes>(dot(q, unpack<T>(key)));
+    const float change = lane_sum<lanes>(dot(d, gap));
+    float second_gradient = 0;
+    if (doubled) {
+      const float logit = scale * lane_sum<lanes>(dot(q, unpack<T>(second_key)));
+      const bool real = row > 0 && row < w.end;
+      const float second_weight = real ? expf(logit - r.logsumexp) : 0;
+      Chunk o = difference(unpack<T>(value), gap);
+      if (kept && second_weight > most_without_output)
+        o = unpack<T>(read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size));
+      second_gradient =
+          second_weight * lane_sum<lanes>(dot(d, difference(unpack<T>(second_value), o)));
     }
+    if (row >= w.end) continue;
+    const bool sees = w.sees(row, c.keys) && r.logsumexp != -INFINITY;
+    const float weight = sees ? expf(scale * product + w.bias - r.logsumexp) : 0;
+    const float gradient = weight * change;
+    Chunk grad_query = unpack<T>(r.part);
+    const Chunk k = unpack<T>(key), k1 = unpack<T>(second_key);
 #pragma unroll
-    for (int u = 0; u < unrolled; ++u) {
-      const int row = row0 + u * row_step;
-      const Chunk q = unpack<T>(query[u]), d = unpack<T>(grad_output[u]);
-      const Chunk o = unpack<T>(output[u]);
-      const Chunk gap =  // v_0 - o
-          kept ? difference(Chunk{}, unpack<T>(departure[u])) : difference(value, o);
-      const float product = lane_sum<lanes>(dot(q, key));
-      const float change = lane_sum<lanes>(dot(d, gap));
-      float second_gradient = 0;
-      if (doubled) {
-        const float logit = scale * lane_sum<lanes>(dot(q, second_key));
-        // Of the output as the stock kernel read it, so that its rounding goes with that part.
-        const float second_change = lane_sum<lanes>(dot(d, difference(second_value, o)));
-        if (row > 0) second_gradient = expf(logit - logsumexp[u]) * second_change;
-      }
-      if (row >= w.end) continue;
-      const bool sees = w.sees(row, c.keys) && logsumexp[u] != -INFINITY;
-      const float weight = sees ? expf(scale * product + w.bias - logsumexp[u]) : 0;
-      const float gradient = weight * change;
-      Chunk grad_query = unpack<T>(part[u]);
-#pragma unroll
-      for (int i = 0; i < chunk; ++i) {
-        grad_query.x[i] += scale * (gradient * key.x[i] - second_gradient * second_key.x[i]);
-        grad_key.x[i] += gradient * q.x[i];
-        grad_value.x[i] += weight * d.x[i];
-      }
-      grad_log_scale += gradient;
-      write<T>(g.grad_query, w.sample, w.head, row, lane, c.head_size, grad_query);
+    for (int i = 0; i < chunk; ++i) {
+      grad_query.x[i] += scale * (gradient * k.x[i] - second_gradient * k1.x[i]);
+      grad_key.x[i] += gradient * q.x[i];
+      grad_value.x[i] += weight * d.x[i];
     }
+    grad_log_scale += gradient;
+    write<T>(g.grad_query, w.sample, w.head, row, lane, c.head_size, grad_query);
   }
   // The block's row threads, summed in order.
   __shared__ float sums[row_step][2 * lanes * chunk + 1];
@@ -245,14 +255,14 @@ cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array
 
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                            const StockGradients& stock, cudaStream_t stream) {
+                            const StockGradients& stock, bool early, cudaStream_t stream) {
   const RowParts parts = parts_of(c, static_cast<float*>(g.scratch));
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
     backward<T, decltype(lanes)::value>
         <<<parts.of_head * c.heads * c.batch, threads, 0, stream>>>(c, g, stock, parts);
     return cudaGetLastError();
   });
-  return error == cudaSuccess ? launch_add_row_parts<T>(c, g, parts, false, stream) : error;
+  return error == cudaSuccess ? launch_add_row_parts<T>(c, g, parts, early, stream) : error;
 }
 
 template <typename T>
@@ -283,10 +293,12 @@ int64_t initial_token_backward_scratch(const CudaAttention& c) {
 }
 
 cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                                   const StockGradients& stock, cudaStream_t stream) {
+                                   const StockGradients& stock, const CudaDevice& device,
+                                   cudaStream_t stream) {
+  const bool early = device.capability >= 90;
   return c.dtype == DType::float16
-             ? initial_token::launch_backward<__half>(c, g, stock, stream)
-             : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, stream);
+             ? initial_token::launch_backward<__half>(c, g, stock, early, stream)
+             : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, early, stream);
 }
 
 cudaError_t double_second_key(const CudaAttention& c, const Array4& key, const Array4& value,

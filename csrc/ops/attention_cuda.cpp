@@ -392,7 +392,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     const Tensor part_query = g.query;  // lives until the launch, also where it is not the result
     if (!has_row_layout(g.query)) g.query = gradient_like(p.query);
     write_to(g, attention::initial_token_backward_scratch(a));
-    check(attention::initial_token_backward(a, gradients, stock, call.stream),
+    check(attention::initial_token_backward(a, gradients, stock, call.device, call.stream),
           "attention_backward");
     return {g.query, g.key, g.value, grad_log_scale};
   }
