@@ -108,13 +108,14 @@ class RecordedPasses:
             with torch.set_grad_enabled(differentiable):  # without: nothing is kept for a backward pass
                 return forward(dict(zip(names, tensors, strict=False)))
 
-        samples = [tensor.clone() for tensor in inputs.values()]
+        samples = {name: tensor.clone() for name, tensor in inputs.items()}
+        samples["attention_mask"][:, 0] = 0  # rehearsed with padding, as recorded, whatever this batch has
         with torch.enable_grad(), warnings.catch_warnings(), _without_collection():
             # Earlier recordings keep the leaves' nodes, made on another stream; nothing accumulates through them.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
             # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
             return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return,return-value]
-                run, (*samples, *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
+                run, (*samples.values(), *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
             )
 
     def _give_up(self, error: RuntimeError) -> None:
@@ -144,12 +145,11 @@ def recorded_tokens(input_ids: Tensor, copies: int = 1) -> int:
 
 
 def _rounded(input_ids: Tensor, copies: int) -> tuple[int, int]:
-    """Sequences of each copy, and length, of the recording that a batch [S, T] is run by; it has padding, whatever the
-    batch has."""
+    """Sequences of each copy, and length, of the recording that a batch [S, T] is run by."""
     sequences, length = input_ids.shape[0] // copies, input_ids.shape[1]
     few = 1 << (sequences - 1).bit_length()
     step = max(STEP, 1 << max(0, length.bit_length() - 4))
-    return few if few <= STEP else -(-sequences // STEP) * STEP, (length // step + 1) * step
+    return few if few <= STEP else -(-sequences // STEP) * STEP, -(-length // step) * step
 
 
 def _padded(tensor: Tensor, sequences: int, length: int, value: int, copies: int) -> Tensor:
