@@ -34,7 +34,7 @@ from zerotuning.bench import (
     paper_eager,
 )
 from zerotuning.patch import head_parameters
-from zerotuning.recorded_passes import MOST_TOKENS
+from zerotuning.recorded_passes import RecordedPasses
 from zerotuning.scoring import GRADIENT_TOKENS, Batch, LabelScorer
 from zerotuning.shared_prefix import behind_prefix
 from zerotuning.tasks import Record, Task
@@ -44,6 +44,7 @@ HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
 SHOTS = 4
+GRADIENT = "forward + gradient of every head"
 LONGEST_ATOMICS = 4096
 LARGEST_MATRIX = 8 * 2**30
 ROUNDS = 25
@@ -232,17 +233,21 @@ def _inputs_with_sink(sink: float, length: int) -> list[Tensor]:
 
 
 def decode_rows() -> Iterator[Row]:
-    """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph."""
+    """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph; ours also as a step of
+    `generate` calls it, which is told what is padding."""
     torch.manual_seed(0)
     copy_rate = card()["copy TB/s"]
     for batch, length in CACHES:
         query, key, value, log_scale = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
         query, key, value = query[:, :, -1:], key.contiguous(), value.contiguous()
         inputs = [query, key, value, log_scale]
+        mask = torch.ones(batch, length, dtype=torch.uint8, device="cuda")
+        span = torch.tensor([[0, 1]], device="cuda").repeat(batch, 1)
         peers = {
             CUDNN: _untuned(SDPBackend.CUDNN_ATTENTION),
             FLASH: _untuned(SDPBackend.FLASH_ATTENTION),
             OURS: ops.decode_attention,
+            f"{OURS}, padding told": partial(ops.decode_attention, key_mask=mask, span=span),
             "repeat_kv": _repeated,
         }
         for what, calls in (("decode", 1), ("decode, 10 calls", 10)):
@@ -307,16 +312,24 @@ def _tuned(model: Any) -> Iterator[None]:
         unpatch(model)
 
 
-def _seconds(call: Callable[[], object], repeats: int = 5) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+Within = Callable[[], AbstractContextManager[None]]
+
+
+def _compared(peers: Peers, within: Mapping[str, Within] | None = None, rounds: int = 7) -> dict[str, dict[str, Any]]:
+    """Milliseconds on the clock, by turns: a card that is hot is slower. `within`: what a peer's calls go on in, which
+    is not measured."""
+    times: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, peer in peers.items():
+            with (within or {}).get(name, nullcontext)():
+                if within or not times[name]:
+                    peer()
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                peer()
+                torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - started)
+    return {name: dict(own) for name, own in _summary(times).items()}
 
 
 def _prefill(model: Any) -> Iterator[Row]:
@@ -326,31 +339,35 @@ def _prefill(model: Any) -> Iterator[Row]:
     def run() -> object:
         return model(ids, use_cache=False, logits_to_keep=1)
 
-    plain = _seconds(run)
-    with _tuned(model):
-        own = _seconds(run)
-    figures = {"sdpa": {"ms": 1e3 * plain, "ratio": 1.0}, OURS: {"ms": 1e3 * own, "ratio": own / plain}}
+    figures = _compared({"sdpa": run, OURS: run}, within={OURS: partial(_tuned, model)})
     yield {"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}
 
 
 def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]:
-    """Tokens a second after a prompt of `context` tokens, of the median step; the models by turns where none is compiled."""
+    """Tokens a second after a prompt of `context` tokens: of the median step, in each model's best of several runs, since
+    what else the host does only takes time from a step. With a growing cache also of the first run: cuDNN plans each
+    length that it has not seen."""
     for batch, cache in product((1, 16), ("dynamic", "static")):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
-        rates: dict[str, list[float]] = {"sdpa": [], OURS: []}
-        peers: dict[str, dict[str, Any]] = {}
-        for name in (*rates,) * (1 if cache == "static" else 3):
+        seconds: dict[str, list[float]] = {"sdpa": [], OURS: []}
+        peers: dict[str, dict[str, Any]] = {name: {} for name in seconds}
+        # A compiled model runs again before the other one is compiled, else they take turns.
+        turns, runs = (1, 3) if cache == "static" else (5, 1)
+        for name in [*seconds] * turns:
             try:
                 with _tuned(model) if name == OURS else nullcontext():
-                    if not rates[name]:
-                        _step_seconds(model, ids, cache, new)  # compiles, where the cache is static
-                    rates[name].append(batch / _step_seconds(model, ids, cache, new))
-                peers[name] = {"tokens/s": statistics.median(rates[name])}
+                    for _ in range(runs):
+                        seconds[name].append(_step_seconds(model, ids, cache, new))
             except Exception as error:
-                peers[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+                peers[name]["error"] = f"{type(error).__name__}: {error}"[:300]
             if cache == "static":
                 torch.compiler.reset()
             _free()
+        for name, steps in seconds.items():
+            if len(steps) > 1:
+                peers[name]["tokens/s"] = batch / min(steps[1:])
+                if cache == "dynamic":
+                    peers[name]["tokens/s at new lengths"] = batch / steps[0]
         shape = f"{batch} x {context}, {cache} cache"
         yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
 
@@ -378,81 +395,77 @@ def _step_seconds(model: Any, ids: Tensor, cache: str, new: int) -> float:
     return statistics.median(end - start for start, end in pairwise(ends))
 
 
-def _loss_and_gradient(model: Any, parameters: list[Tensor], ids: Tensor) -> Tensor:
-    """The mean loss' gradient of every head; prompts of more than GRADIENT_TOKENS together go in parts."""
-    gradient = torch.zeros(len(parameters), parameters[0].numel(), device="cuda")
-    for part in ids.split(max(1, GRADIENT_TOKENS // ids.shape[1])):
-        logits = model(part, use_cache=False, logits_to_keep=1).logits[:, -1]
-        labels = torch.zeros(len(part), dtype=torch.long, device="cuda")
-        loss = F.cross_entropy(logits[:, :2].float(), labels, reduction="sum") / len(ids)
-        gradient += torch.stack(torch.autograd.grad(loss, parameters))
-    return gradient
+def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:
+    """As `calibrate` makes one, of prompts of random tokens with two labels, behind so many more that are solved."""
+    records = [
+        Record({"text": " ".join(map(str, torch.randint(2, 10000, (tokens,)).tolist())), "label": n % 2}, f"prompt {n}")
+        for n in range(prompts + shots)
+    ]
+    task = Task("numbers", "{text}", (" 0", " 1"))
+    behind = task.with_shots(records[:shots]) if shots else task
+    return LabelScorer(model, _numbers(), behind, records[shots:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS)
+
+
+@torch.no_grad()
+def _forward_passes(scorer: LabelScorer, batches: list[Batch], within: Within = nullcontext) -> None:
+    with within():
+        for batch in batches:
+            scorer.scores(batch)
+
+
+def _gradient_passes(
+    scorer: LabelScorer, parameters: list[Tensor], batches: list[Batch], within: Within = nullcontext
+) -> None:
+    for batch in batches:
+        with within():
+            loss = objectives.task_loss(scorer.scores(batch), batch.labels.cuda())
+            torch.autograd.grad(loss, parameters)
 
 
 def _objective(model: Any) -> Iterator[Row]:
-    """As a search runs it: short batches recorded as CUDA graphs; those launched from Python as well."""
-    for length in (64, 128, 512):
-        ids = torch.randint(0, 128000, (16, length), device="cuda")
-        with _tuned(model), head_parameters(model) as parameters:
-
-            @torch.no_grad()
-            def forward(ids: Tensor = ids) -> object:
-                return model(ids, use_cache=False, logits_to_keep=1)
-
-            gradient = partial(_loss_and_gradient, model, parameters, ids)
-            for recorded in (True, False) if ids.numel() <= MOST_TOKENS else (False,):
-                plain = _seconds(_recorded(forward) if recorded else forward)
+    """The task loss of 16 prompts: as a search computes it, replaying passes that it recorded as CUDA graphs, and with
+    passes that are launched from Python."""
+    for tokens in (64, 128, 512):
+        scorer = _scorer(model, 16, tokens)
+        for recorded in (True, False):
+            with _tuned(model), head_parameters(model) as parameters:
+                notes: list[str] = []
+                scorer.recorded = RecordedPasses(model, parameters, notes.append) if recorded else None
+                forward = partial(_forward_passes, scorer, scorer.batches)
+                gradient = partial(_gradient_passes, scorer, parameters, scorer.batches)
                 torch.cuda.reset_peak_memory_stats()
-                own = _seconds(_recorded(gradient) if recorded else gradient)
+                gradient()
                 peak = torch.cuda.max_memory_allocated() / 2**30
-                figures = {
-                    "forward": {"ms": 1e3 * plain, "ratio": 1.0},
-                    "forward + gradient of every head": {"ms": 1e3 * own, "ratio": own / plain, "GiB": peak},
-                }
-                what = "objective" if recorded else "objective, from Python"
-                yield {"what": what, "shape": f"16 x {length}", "dtype": "bfloat16", "peers": figures}
-                _free()
+                figures = _compared({"forward": forward, GRADIENT: gradient})
+                figures[GRADIENT]["GiB"] = peak
+                if notes:
+                    figures[GRADIENT]["error"] = notes[0]
+            what = "objective" if recorded else "objective, from Python"
+            yield {"what": what, "shape": f"16 x {tokens}", "dtype": "bfloat16", "peers": figures}
+            scorer.recorded = None
+            _free()
 
 
 def _behind_shots(model: Any) -> Iterator[Row]:
-    for prompts in (16, 64):
-        yield from _behind_shots_rows(model, prompts)
-
-
-def _behind_shots_rows(model: Any, prompts: int, words: int = 64) -> Iterator[Row]:
     """Prompts of 64 tokens behind four more that are solved, which are read with each prompt or once a pass."""
-    records = [
-        Record({"text": " ".join(map(str, torch.randint(2, 10000, (words,)).tolist())), "label": n % 2}, f"prompt {n}")
-        for n in range(prompts + SHOTS)
-    ]
-    task = Task("numbers", "{text}", (" 0", " 1")).with_shots(records[:SHOTS])
-    scorer = LabelScorer(model, _numbers(), task, records[SHOTS:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS)
-
-    @torch.no_grad()
-    def forward(batches: list[Batch], together: Callable[[], AbstractContextManager[None]]) -> None:
-        with together():
-            for batch in batches:
-                scorer.scores(batch)
-
-    def gradient(batches: list[Batch], together: Callable[[], AbstractContextManager[None]]) -> None:
-        with head_parameters(model) as parameters:
-            for batch in batches:
-                with together():
-                    torch.autograd.grad(objectives.task_loss(scorer.scores(batch), batch.labels.cuda()), parameters)
-
-    with _tuned(model):
+    for prompts in (16, 64):
+        scorer = _scorer(model, prompts, shots=SHOTS)
         whole = scorer.batches
         scorer.tokens_read_once = scorer.shared_length
         once = scorer.batches_of(range(prompts))
-        for what, call in (("forward", forward), ("forward + gradient of every head", gradient)):
-            plain = _seconds(partial(call, whole, nullcontext))
-            shared = _seconds(partial(call, once, partial(behind_prefix, scorer)))
-            figures = {
-                "whole prompts": {"ms": 1e3 * plain, "ratio": 1.0},
-                "shots read once": {"ms": 1e3 * shared, "ratio": shared / plain},
+        shape = f"{prompts} x {scorer.examples[0].longest}, {scorer.shared_length} of them shots"
+        with _tuned(model), head_parameters(model) as parameters:
+            passes = {
+                "forward": partial(_forward_passes, scorer),
+                GRADIENT: partial(_gradient_passes, scorer, parameters),
             }
-            shape = f"{prompts} x {scorer.examples[0].longest}, {scorer.shared_length} of them shots"
-            yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": figures}
+            for what, call in passes.items():
+                peers = {
+                    "whole prompts": partial(call, whole),
+                    "shots read once": partial(call, once, partial(behind_prefix, scorer)),
+                }
+                yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _compared(peers)}
+        _free()
 
 
 def _numbers() -> Any:
@@ -466,11 +479,11 @@ def _numbers() -> Any:
 
 
 def _sensitivities(model: Any) -> Iterator[Row]:
-    ids = torch.randint(0, 128000, (100, 128), device="cuda")
+    scorer = _scorer(model, 100, 128)
     with _tuned(model), head_parameters(model) as parameters:
-        seconds = _seconds(lambda: [_loss_and_gradient(model, parameters, part) for part in ids.split(20)], repeats=3)
-    figures = {OURS: {"s": seconds}}
-    yield {"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": figures}
+        figures = _compared({OURS: partial(_gradient_passes, scorer, parameters, scorer.batches)}, rounds=3)
+    peers = {OURS: {"s": figures[OURS]["ms"] / 1e3}}
+    yield {"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": peers}
 
 
 def _free() -> None:
