@@ -171,7 +171,7 @@ __device__ __forceinline__ uint32_t hidden_keys_of_tile(const RangeSight& s, int
   if (first + tile_keys <= s.end && reinterpret_cast<uintptr_t>(mask) % 8 == 0) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // The product gathers the lowest bits of eight bytes in its highest byte.
+      // The product gathers eight bytes of 0 or 1 as the bits of its highest byte.
       const uint64_t bytes = reinterpret_cast<const uint64_t*>(mask)[half];
       real |= static_cast<uint32_t>(bytes * 0x0102040810204080 >> 56) << half * 8;
     }
@@ -186,7 +186,7 @@ __device__ __forceinline__ uint32_t hidden_keys_of_tile(const RangeSight& s, int
 
 // Padding as a warp goes through its tiles, the keys of one `step` behind those of the one before.
 // It is read for 32 tiles at once, one a lane, since each reading is waited for (on an H100 1 x
-// 32768 keys with padding in 60 us, not 65).
+// 32768 keys with a mask whose rows are aligned in 60 us, not 65).
 struct Padding {
   static constexpr int tiles = 32;
   uint32_t lane_tile = 0;

@@ -139,9 +139,9 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
     };
     for (int pair = 0; pair < pairs; ++pair) {
       const int warp_first = first_key + pair * Shape::keys + warp * tile_keys;
-      const int tile = pair * Shape::tiles;  // of the warp's
-      if (sight.key_mask && tile % Padding::tiles == 0) {
-        padding.read(sight, warp_first, Shape::step, pairs * Shape::tiles - tile);
+      const int first_tile = pair * Shape::tiles;  // of the warp's
+      if (sight.key_mask && first_tile % Padding::tiles == 0) {
+        padding.read(sight, warp_first, Shape::step, pairs * Shape::tiles - first_tile);
       }
       hopper::wait(&full[ring.stage()], ring.parity());
       Logits<row_tiles> logits[Shape::tiles];
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
         const uint32_t keys = key_lane + tile_offset(i);
         multiply_keys<T>(
             queries, [&](int k) { return turned(keys, k); }, logits[i]);
-        look<row_tiles>(a, sight, lane_rows, first, padding.hidden_keys(tile + i), logits[i]);
+        look<row_tiles>(a, sight, lane_rows, first, padding.hidden_keys(first_tile + i), logits[i]);
       }
       hopper::arrive_warp(&empty[ring.stage()]);
       ++ring.count;

@@ -18,9 +18,9 @@ constexpr int threads = 256;
 constexpr int merge_rows = 64;
 constexpr int backward_rows = 512;
 // The second key's gradient is taken away as the stock kernel made it: of the output in 16 bits,
-// whose rounding then goes with it. Below this weight that rounding is a small part of what the
-// kernel's gradients of the other keys have of it, and the output is not read.
-constexpr float most_without_output = 1.f / 16;
+// whose rounding then goes with it. Up to this weight the output is not read: what of its rounding
+// stays is no more than the second key's own gradient has of it, a sixteenth of it at most.
+constexpr float largest_weight_without_output = 1.f / 16;
 
 // What a block works on: rows [begin, end) of one head, and its scaled key.
 struct Work {
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(threads, 2)
   }
   const float scale = static_cast<float>(c.scale);
   struct Row {
-    uint4 query, grad_output, output, part;
+    uint4 query, grad_output, output /* or the departure */, part;
     float logsumexp;
   };
   const auto load = [&](int row) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(threads, 2)
       const bool real = row > 0 && row < w.end;
       const float second_weight = real ? expf(logit - r.logsumexp) : 0;
       Chunk o = difference(unpack<T>(value), gap);
-      if (kept && second_weight > most_without_output)
+      if (kept && second_weight > largest_weight_without_output)
         o = unpack<T>(read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size));
       second_gradient =
           second_weight * lane_sum<lanes>(dot(d, difference(unpack<T>(second_value), o)));

@@ -234,7 +234,7 @@ def _inputs_with_sink(sink: float, length: int) -> list[Tensor]:
 
 def decode_rows() -> Iterator[Row]:
     """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph; ours also as a step of
-    `generate` calls it, which is told what is padding."""
+    `generate` calls it, with a key mask."""
     torch.manual_seed(0)
     copy_rate = card()["copy TB/s"]
     for batch, length in CACHES:
@@ -247,7 +247,7 @@ def decode_rows() -> Iterator[Row]:
             CUDNN: _untuned(SDPBackend.CUDNN_ATTENTION),
             FLASH: _untuned(SDPBackend.FLASH_ATTENTION),
             OURS: ops.decode_attention,
-            f"{OURS}, padding told": partial(ops.decode_attention, key_mask=mask, span=span),
+            f"{OURS}, with a key mask": partial(ops.decode_attention, key_mask=mask, span=span),
             "repeat_kv": _repeated,
         }
         for what, calls in (("decode", 1), ("decode, 10 calls", 10)):
@@ -345,7 +345,7 @@ def _prefill(model: Any) -> Iterator[Row]:
 
 def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]:
     """Tokens a second after a prompt of `context` tokens: of the median step, in each model's best of several runs, since
-    what else the host does only takes time from a step. With a growing cache also of the first run: cuDNN plans each
+    what else the host does only takes time from a step. With a growing cache also of its first run: cuDNN plans each
     length that it has not seen."""
     for batch, cache in product((1, 16), ("dynamic", "static")):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
@@ -367,7 +367,7 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]
             if len(steps) > 1:
                 peers[name]["tokens/s"] = batch / min(steps[1:])
                 if cache == "dynamic":
-                    peers[name]["tokens/s at new lengths"] = batch / steps[0]
+                    peers[name]["tokens/s, first run"] = batch / steps[0]
         shape = f"{batch} x {context}, {cache} cache"
         yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
 

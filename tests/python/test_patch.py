@@ -204,6 +204,7 @@ def test_what_a_step_says_of_padding_is_the_same_with_positions_on_the_host_and_
         for start in (keys - rows - later, torch.tensor(keys - rows - later))
     )
     assert wanted.keys() == {"query_start", "span", "key_mask"}
+    assert wanted["query_start"].tolist() == [keys - rows - later] * 3
     # Queries that are the last keys need no word of where they are.
     assert found.keys() == (wanted.keys() if later else {"span", "key_mask"})
     assert all(torch.equal(found[name], wanted[name]) for name in found)
