@@ -176,7 +176,7 @@ __device__ __forceinline__ uint32_t hidden_keys_of_tile(const RangeSight& s, int
       real |= static_cast<uint32_t>(bytes * 0x0102040810204080 >> 56) << half * 8;
     }
   } else {
-#pragma unroll 1
+#pragma unroll
     for (int i = 0; i < tile_keys; ++i) {
       real |= static_cast<uint32_t>(first + i >= s.end || mask[i]) << i;
     }
