@@ -128,10 +128,14 @@ void read_key_mask(const Problem& p, Call& call, bool find = true) {
         "key_mask");
 }
 
-// A square causal problem without windows and chosen keys, which is torch's kernels' too.
+// As many queries as keys, no window, no chosen keys.
+bool square(const Problem& p) {
+  return p.queries == p.keys && !p.query_start && !p.span && (p.window == 0 || p.window >= p.keys);
+}
+
+// A square causal problem, which is torch's kernels' too.
 bool ordinary(const Problem& p, const Call& call) {
-  return attention::has_16_byte_rows(call.arguments) && p.queries == p.keys && p.queries > 1 &&
-         !p.query_start && !p.span && call.arguments.geometry.window == 0;
+  return attention::has_16_byte_rows(call.arguments) && square(p) && p.queries > 1;
 }
 
 // cuDNN's kernels are built for cards from sm_90 on; flash-attention 2 is the faster one before and
@@ -194,9 +198,7 @@ Route choose_backward(const Problem& p, const Call& call) {
 // fake kernels know no more (python/zerotuning/ops.py has the same rule).
 bool needs_departure(const Problem& p, int32_t capability) {
   const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
-  const bool square =
-      p.queries == p.keys && !p.query_start && !p.span && (p.window == 0 || p.window >= p.keys);
-  return narrow && square && p.head_size % 8 == 0 && stock_may_differentiate(p, capability) &&
+  return narrow && square(p) && p.head_size % 8 == 0 && stock_may_differentiate(p, capability) &&
          !(capability == 90 && hopper_is_faster(p));
 }
 

@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -204,20 +205,33 @@ def machine() -> dict[str, Any]:
     }
 
 
-def take_turns(peers: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each peer and its median ratio to the first, from interleaved rounds (5 at least).
+def take_turns(
+    peers: Mapping[str, Callable[[], object]],
+    seconds: float,
+    rounds: int = 5,
+    within: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
+    wait: Callable[[], object] = lambda: None,
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds of each peer and its median ratio to the first, from interleaved rounds.
 
     Each timed call follows one that is not timed: what the peer before it left in caches and page tables would count
     for whoever comes next (up to 1.4 times the time after a peer that keeps a [H, T, T] matrix).
+
+    rounds    at least, however few seconds there are
+    within    what a peer's calls go on in; entering it is not timed
+    wait      returns when all work that was started is done: on a GPU `torch.cuda.synchronize`
     """
     times: dict[str, list[float]] = {name: [] for name in peers}
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+    while time.perf_counter() < end or len(next(iter(times.values()))) < rounds:
         for name, peer in peers.items():
-            peer()
-            started = time.perf_counter()
-            peer()
-            times[name].append(time.perf_counter() - started)
+            with (within or {}).get(name, nullcontext)():
+                peer()
+                wait()
+                started = time.perf_counter()
+                peer()
+                wait()
+                times[name].append(time.perf_counter() - started)
     return _summary(times)
 
 

@@ -32,6 +32,7 @@ from zerotuning.bench import (
     flex_attention_peer,
     ours,
     paper_eager,
+    take_turns,
 )
 from zerotuning.patch import head_parameters
 from zerotuning.recorded_passes import RecordedPasses
@@ -316,20 +317,8 @@ Within = Callable[[], AbstractContextManager[None]]
 
 
 def _compared(peers: Peers, within: Mapping[str, Within] | None = None, rounds: int = 7) -> dict[str, dict[str, Any]]:
-    """Milliseconds on the clock, by turns: a card that is hot is slower. `within`: what a peer's calls go on in, which
-    is not measured."""
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for _ in range(rounds):
-        for name, peer in peers.items():
-            with (within or {}).get(name, nullcontext)():
-                if within or not times[name]:
-                    peer()
-                torch.cuda.synchronize()
-                started = time.perf_counter()
-                peer()
-                torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - started)
-    return {name: dict(own) for name, own in _summary(times).items()}
+    """Milliseconds on the clock, by turns: a card that is hot is slower."""
+    return {**take_turns(peers, 0.0, rounds, within, torch.cuda.synchronize)}
 
 
 def _prefill(model: Any) -> Iterator[Row]:

@@ -132,7 +132,7 @@ def packed_code(
         int64 (batch, 1, length, COLUMNS) on `device`; None for masks that are not exactly causal, packed and perhaps
         windowed, and while a graph is traced or captured, where the lengths of the sequences cannot be known.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or length == 1:  # one token's code would look like another mask
         return None
     demands = _demands_of_packing(mask_function)
     is_tracing = getattr(masking_utils, "is_tracing", None)

@@ -298,7 +298,7 @@ def zerotuning_mask(
     chunked = getattr(config, "attention_chunk_size", None) is not None
     sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
     if not (mask_function is causal_mask_function or sliding):
-        if 1 < q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0:
+        if q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0:
             code = packed_sequences.packed_code(mask_function, attention_mask, batch_size, q_length, device)
             if code is not None:
                 return code
