@@ -59,7 +59,8 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 2);
 }
 
-// Whether a kernel can start while the one before it runs, and wait for its end.
+// Whether a kernel can start while the one before it runs, and wait for its end
+// (CudaDevice::starts_early).
 #if __CUDA_ARCH__ >= 900
 constexpr bool starts_early = true;
 #else
@@ -72,7 +73,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
   if constexpr (starts_early) asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// early: it may start before the kernel before it ends (cards from sm_90 on).
+// early: it may start before the kernel before it ends, for which it then waits.
 template <typename... Parameters>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), const dim3& grid, int threads, int bytes,
                           bool early, cudaStream_t stream,

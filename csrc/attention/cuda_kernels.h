@@ -15,7 +15,14 @@ namespace zerotuning::attention {
 struct CudaDevice {
   int32_t multiprocessors, capability;  // capability: 90 for sm_90
   int32_t block_bytes, level2_bytes;    // a block's most shared memory; the level-2 cache
+  int32_t built_for;                    // as kernels_built_for says
+
+  // Whether a kernel may start before the one before it ends, since it is compiled to wait for it.
+  bool starts_early() const { return built_for >= 90; }
 };
+// The capability that those of the kernels which run on the current device were compiled for: less
+// than the device's own where a build has only PTX for older ones.
+cudaError_t kernels_built_for(int32_t& capability);
 
 // What each sample's queries see and which keys are scaled, read on the device, so that a captured
 // CUDA graph follows it. Values outside the keys are clamped to them: nothing can be reported.

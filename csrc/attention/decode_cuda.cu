@@ -355,7 +355,7 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, const CudaDevice& d
                                 ? attend_in_bulk(c, a, cut.row_tiles, grid, stream)
                                 : launch_for_size<T>(a, cut, grid, device, stream);
   if (error != cudaSuccess || cut.splits == 1) return error;
-  return launch_merge<T>(c, a, device.capability >= 90, stream);
+  return launch_merge<T>(c, a, device.starts_early(), stream);
 }
 
 // Rows that begin at multiples of 16 bytes.

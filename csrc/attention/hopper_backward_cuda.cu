@@ -631,7 +631,7 @@ __device__ __forceinline__ void sum_up(const Arguments& a, Shared<size>& s, int 
         step<T>(a, item, consumer, s.own[slot][consumer], s.passing[stage], s.terms[stage], tile,
                 sums);
       }
-      arrive_warp(&s.passing_empty[stage]);
+      arrive(&s.passing_empty[stage]);
     }
   }
   hand_over<T>(a, s, slot, consumer, sums);
@@ -674,7 +674,8 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
     }
     for (int i = 0; i < stages; ++i) {
       init(&s.passing_full[i], 1);
-      init(&s.passing_empty[i], consumer_warps);
+      // By each thread, not a lane of each warp: no slower, and racecheck sees who has read.
+      init(&s.passing_empty[i], consumers * warpgroup);
     }
     publish_barriers();
   }

@@ -295,7 +295,7 @@ int64_t initial_token_backward_scratch(const CudaAttention& c) {
 cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGradients& g,
                                    const StockGradients& stock, const CudaDevice& device,
                                    cudaStream_t stream) {
-  const bool early = device.capability >= 90;
+  const bool early = device.starts_early();
   return c.dtype == DType::float16
              ? initial_token::launch_backward<__half>(c, g, stock, early, stream)
              : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, early, stream);

@@ -29,6 +29,13 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 
 }  // namespace
 
+cudaError_t kernels_built_for(int32_t& capability) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, write_exclusion_bias);
+  capability = attributes.ptxVersion;
+  return error;
+}
+
 cudaError_t exclusion_bias(const CudaAttention& c, void* bias, cudaStream_t stream) {
   const dim3 blocks((c.keys + threads - 1) / threads, c.batch);
   write_exclusion_bias<<<blocks, threads, 0, stream>>>(c.geometry, c.dtype == DType::float16,

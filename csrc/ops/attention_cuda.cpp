@@ -30,9 +30,11 @@ CudaDevice read_device(int index) {
     check(cudaDeviceGetAttribute(&value, attribute, index), "device");
     return value;
   };
+  int32_t built_for;
+  check(attention::kernels_built_for(built_for), "kernels");
   return {read(cudaDevAttrMultiProcessorCount),
           10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor),
-          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrL2CacheSize)};
+          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrL2CacheSize), built_for};
 }
 
 const CudaDevice& device_at(int index) {
@@ -138,29 +140,30 @@ bool ordinary(const Problem& p, const Call& call) {
   return attention::has_16_byte_rows(call.arguments) && square(p) && p.queries > 1;
 }
 
-// cuDNN's kernels are built for cards from sm_90 on; flash-attention 2 is the faster one before and
-// on sm_120.
-bool stock_is_cudnn(int32_t capability) { return capability >= 90 && capability < 120; }
-
-// By the card, the head size and the mask; largest_head: of cuDNN's.
-bool stock_knows(const Problem& p, int32_t capability, int64_t largest_head) {
-  if (capability < 80 || (p.key_mask && !stock_is_cudnn(capability))) return false;
-  return p.head_size == p.value_head_size &&
-         p.head_size <= (stock_is_cudnn(capability) ? largest_head : 256);
+// The faster one of torch's kernels: cuDNN's are built for cards from sm_90 on, and not for sm_120.
+Route stock_of(int32_t capability) {
+  return capability >= 90 && capability < 120 ? Route::cudnn : Route::flash;
 }
 
-bool stock_takes(const Problem& p, const Call& call, int64_t largest_head) {
-  return ordinary(p, call) && stock_knows(p, call.device.capability, largest_head);
+// By the card, the head size and the mask; largest_cudnn_head: of cuDNN's.
+bool stock_knows(const Problem& p, Route stock, int32_t capability, int64_t largest_cudnn_head) {
+  const bool cudnn = stock == Route::cudnn;
+  if (capability < (cudnn ? 90 : 80) || (p.key_mask && !cudnn)) return false;
+  return p.head_size == p.value_head_size && p.head_size <= (cudnn ? largest_cudnn_head : 256);
+}
+
+bool stock_takes(const Problem& p, const Call& call, Route stock) {
+  return !p.key_mask && ordinary(p, call) && stock_knows(p, stock, call.device.capability, 256);
 }
 
 Route choose_forward(const Problem& p, const Call& call) {
   if (call.device.capability == 90 && attention::hopper_takes(call.arguments)) return Route::hopper;
-  if (!p.key_mask && stock_takes(p, call, 256)) return Route::stock;
-  return Route::plain;
+  const Route stock = stock_of(call.device.capability);
+  return stock_takes(p, call, stock) ? stock : Route::plain;
 }
 
 // Of shorter sequences the plain kernels take no more time than the stock route's launches.
-constexpr int64_t shortest_stock_backward = 16, largest_stock_backward_head = 128;
+constexpr int64_t shortest_stock_backward = 16, largest_cudnn_backward_head = 128;
 
 // Up to here one kernel for all keys is no slower than torch's own and the launches around it (on
 // an H100, forward + backward over untuned cuDNN's: 4 x 1024 0.87 against 1.24, 1 x 4096 1.07
@@ -181,16 +184,22 @@ bool hopper_takes_backward(const Call& call) {
 // (logsumexp below -88: pytorch issue 196678, on Hopper).
 bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64; }
 
+bool stock_takes_backward(const Problem& p, const Call& call, Route stock) {
+  return ordinary(p, call) &&
+         stock_knows(p, stock, call.device.capability, largest_cudnn_backward_head);
+}
+
 // Where torch's kernel may make the gradients, by the card and the shapes.
 bool stock_may_differentiate(const Problem& p, int32_t capability) {
   return p.queries >= shortest_stock_backward &&
-         stock_knows(p, capability, largest_stock_backward_head) && !cudnn_may_fail(p);
+         stock_knows(p, stock_of(capability), capability, largest_cudnn_backward_head) &&
+         !cudnn_may_fail(p);
 }
 
 Route choose_backward(const Problem& p, const Call& call) {
   const bool stock = ordinary(p, call) && stock_may_differentiate(p, call.device.capability);
   if ((!stock || hopper_is_faster(p)) && hopper_takes_backward(call)) return Route::hopper;
-  return stock ? Route::stock : Route::plain;
+  return stock ? stock_of(call.device.capability) : Route::plain;
 }
 
 // Whether backward will want the departure: output minus the initial token's value, of which the
@@ -217,13 +226,13 @@ Tensor rows_from(const Tensor& t, int64_t begin) { return aten::narrow(t, 2, beg
 // Torch's attention of queries 1… over keys 1…: (output, logsumexp). Called by their C functions:
 // the dispatcher's stable interface does not return the sequence lengths that are among the
 // results.
-std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call) {
+std::tuple<Tensor, Tensor> stock_forward(const Problem& p, const Call& call, Route stock) {
   const Tensor query = rows_from(call.query, 1), key = rows_from(call.key, 1),
                value = rows_from(call.value, 1);
   double scale = p.scale;
   std::array<AtenTensorHandle, 7> results{};
   int64_t most_queries, most_keys;
-  if (stock_is_cudnn(call.device.capability)) {
+  if (stock == Route::cudnn) {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda__scaled_dot_product_cudnn_attention(
         query.get(), key.get(), value.get(), nullptr, true, 0.0, true, false, &scale, &results[0],
         &results[1], &results[2], &results[3], &most_queries, &most_keys, &results[4], &results[5],
@@ -262,7 +271,7 @@ Tensor exclusion_bias(const Problem& p, const Call& call) {
 // Torch's gradients, given the output and logsumexp of all keys: exact for the keys it sees. Its
 // graph cache knows calls by query, key and value alone, so the other arrays always come in one
 // layout.
-Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_output,
+Gradients stock_backward(const Problem& p, const Call& call, Route stock, const Tensor& grad_output,
                          const Tensor& output, const Tensor& logsumexp) {
   const Tensor seed = aten::empty(p.query, Sizes{}, ScalarType::Long);
   Tensor key = call.key, value = call.value, bias = undefined();
@@ -275,7 +284,7 @@ Gradients stock_backward(const Problem& p, const Call& call, const Tensor& grad_
           "keys");
   }
   const auto stack = [&] {
-    if (!stock_is_cudnn(call.device.capability)) {
+    if (stock == Route::flash) {
       return aten::call<3>("aten::_scaled_dot_product_flash_attention_backward", "", grad_output,
                            call.query, key, value, output, logsumexp, undefined(), undefined(),
                            p.queries, p.keys, 0.0, true, seed, seed, std::optional(p.scale));
@@ -335,9 +344,10 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) 
               "the hopper route does not take this call");
       check(attention::attention_hopper(a, call.device.multiprocessors, call.stream), "attention");
       break;
-    case Route::stock: {
-      require(!p.key_mask && stock_takes(p, call, 256), "the stock route does not take this call");
-      const auto [part, part_logsumexp] = stock_forward(p, call);
+    case Route::cudnn:
+    case Route::flash: {
+      require(stock_takes(p, call, route), "torch's kernel does not take this call");
+      const auto [part, part_logsumexp] = stock_forward(p, call, route);
       check(attention::initial_token_merge(a, array_of(part), array_of(part_logsumexp), 1,
                                            call.stream),
             "attention");
@@ -381,15 +391,14 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                  grad_log_scale.mutable_data_ptr(),
                  memory.mutable_data_ptr()};
   };
-  if (route == Route::stock) {
-    require(stock_takes(p, call, largest_stock_backward_head),
-            "the stock route does not take this call");
+  if (route == Route::cudnn || route == Route::flash) {
+    require(stock_takes_backward(p, call, route), "torch's kernel does not take this call");
     if (departure && departure->numel() > 0) {
       departure_rows = aligned_rows(*departure);
       a.departure = array_of(*departure_rows);
     }
     Gradients g =
-        stock_backward(p, call, grad_rows, output_rows, backward_logsumexp(p, call, sums));
+        stock_backward(p, call, route, grad_rows, output_rows, backward_logsumexp(p, call, sums));
     const attention::StockGradients stock{array_of(g.query), !p.key_mask};
     const Tensor part_query = g.query;  // lives until the launch, also where it is not the result
     if (!has_row_layout(g.query)) g.query = gradient_like(p.query);

@@ -13,7 +13,9 @@ enum class Route : int64_t {
   automatic = 0,
   plain = 1,   // our kernels without tensor cores: any dtype, shape and geometry
   hopper = 2,  // our kernels for sm_90a: 16-bit, any geometry; backward up to head size 128
-  stock = 3,   // torch's fastest kernel on all keys but the initial one, which is then added
+  // Torch's kernel on all keys but the initial one, which is then added.
+  cudnn = 3,
+  flash = 4,  // flash-attention 2
 };
 
 // (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from zerotuning import objectives, ops, reference
 from zerotuning.bench import (
@@ -44,6 +45,10 @@ CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
+#: Ways to the same result (csrc/ops/attention_cuda.h): all keys by our kernels, or all but the initial token's by torch's.
+ROUTES = {"plain": 1, "hopper": 2, "cuDNN": 3, "flash": 4}
+ROUTE_SHAPES = ((16, 128), (4, 1024), (1, 2048), (1, 4096), (4, 4096), (1, 8192), (1, 16384))
+LARGEST_PLAIN = 2**20
 SHOTS = 4
 GRADIENT = "forward + gradient of every head"
 LONGEST_ATOMICS = 4096
@@ -131,7 +136,7 @@ def _flash_attention_4() -> dict[str, Callable[..., Tensor]]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them, and accuracy."""
+    """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them; the routes; accuracy."""
     torch.manual_seed(0)
     for heads, shapes in ((HEADS, SHAPES), ((9, 3, 64), ((16, 128), (4, 1024)))):
         for batch, length in shapes:
@@ -152,6 +157,8 @@ def attention_rows() -> Iterator[Row]:
             for what, calls in (("forward", _forward(peers, inputs)), ("forward + backward", _backward(peers, inputs))):
                 yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _replays(calls)}
             _free()
+    yield from route_rows()
+    yield from merge_rows()
     yield from accuracy_rows()
 
 
@@ -186,6 +193,84 @@ def _backward(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
     if FLEX in peers and inputs[0].shape[0] * inputs[0].shape[2] ** 2 <= LONGEST_ATOMICS**2:
         calls[f"{FLEX}, γ's gradient too"] = call(peers[FLEX], leaves)
     return calls
+
+
+def _forward_by_route(inputs: list[Tensor], route: int, keep: bool = False) -> Any:
+    """output, logsumexp and, where backward is to find it, the departure."""
+    scale = inputs[0].shape[-1] ** -0.5
+    return torch.ops.zerotuning._attention_by_route(*inputs, None, None, None, 0, scale, keep, route)
+
+
+def _backward_by_route(inputs: list[Tensor], route: int, grad_output: Tensor, kept: Any) -> Any:
+    output, logsumexp, departure = kept
+    options = (None, None, None, 0, inputs[0].shape[-1] ** -0.5, departure, route)
+    return torch.ops.zerotuning._attention_backward_by_route(grad_output, *inputs, output, logsumexp, *options)
+
+
+def route_rows() -> Iterator[Row]:
+    """What choose_forward and choose_backward choose from, as far as this card has it."""
+    for batch, length in ROUTE_SHAPES:
+        inputs = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
+        grad_output = torch.randn_like(inputs[0])
+        untuned = {CUDNN: _untuned(SDPBackend.CUDNN_ATTENTION)}
+        forward, backward = dict(_forward(untuned, inputs)), dict(_backward(untuned, inputs))
+
+        def both(route: int, keep: bool, x: list[Tensor] = inputs, gradient: Tensor = grad_output) -> object:
+            return _backward_by_route(x, route, gradient, _forward_by_route(x, route, keep))
+
+        for name, route in ROUTES.items():
+            if name == "plain" and batch * length**2 > LARGEST_PLAIN:
+                continue
+            call = partial(both, route, name in ("cuDNN", "flash"))  # our own backward kernels want no departure
+            try:
+                call()
+            except RuntimeError as error:
+                if "does not take this call" not in str(error):
+                    raise
+                continue
+            forward[name], backward[name] = partial(_forward_by_route, inputs, route), call
+        shape = f"{batch} x {length}, {'/'.join(map(str, HEADS))}"
+        yield {"what": "forward, by route", "shape": shape, "dtype": "bfloat16", "peers": _replays(forward)}
+        yield {"what": "forward + backward, by route", "shape": shape, "dtype": "bfloat16", "peers": _replays(backward)}
+        _free()
+
+
+def merge_rows() -> Iterator[Row]:
+    """Our two kernels around torch's, one pass over memory each: their own time, the rate at which they read and write,
+    and that as a part of the card's copy rate and of a copy's of as many bytes."""
+    copy_rate = card()["copy TB/s"]
+    route = ROUTES["cuDNN" if (9, 0) <= torch.cuda.get_device_capability() < (12, 0) else "flash"]
+    for batch, length in ((4, 1024), (4, 4096), (1, 16384)):
+        inputs = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
+        forward = partial(_forward_by_route, inputs, route)
+        backward = partial(_backward_by_route, inputs, route, torch.randn_like(inputs[0]), forward(True))
+        peers: dict[str, dict[str, float]] = {}
+        # Of query, torch's output and the result; of query, its gradient before and after, the output's and departure.
+        calls: tuple[tuple[str, int, Callable[[], object]], ...] = (("merge", 3, forward), ("backward", 5, backward))
+        for kernel, count, call in calls:
+            source = torch.empty(count * inputs[0].numel() // 2, dtype=torch.bfloat16, device="cuda")
+            target = torch.empty_like(source)
+            name = f"initial_token::(anonymous namespace)::{kernel}<"
+            ms = _kernel_ms([call, partial(target.copy_, source)], [name, "Memcpy DtoD"])
+            rate = 4 * source.numel() / ms[0] / 1e9
+            peers[kernel] = {"ms": ms[0], "TB/s": rate, "of copy": rate / copy_rate, "of same-size copy": ms[1] / ms[0]}
+        shape = f"{batch} x {length}, {'/'.join(map(str, HEADS))}"
+        yield {"what": "around torch's kernel", "shape": shape, "dtype": "bfloat16", "peers": peers}
+        _free()
+
+
+def _kernel_ms(calls: list[Callable[[], object]], names: list[str]) -> list[float]:
+    """Median milliseconds of the kernels whose names contain these, while the calls take turns."""
+    cache = torch.empty(2**26, dtype=torch.int32, device="cuda")
+    for call in calls:
+        call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for call in calls * ROUNDS:
+            cache.zero_()
+            call()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    return [statistics.median(e.time_range.elapsed_us() for e in events if name in e.name) / 1e3 for name in names]
 
 
 def accuracy_rows() -> Iterator[Row]:

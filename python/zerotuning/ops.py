@@ -29,7 +29,7 @@ _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
 # Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
-SHORTEST_STOCK_BACKWARD, LARGEST_STOCK_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 4096
+SHORTEST_STOCK_BACKWARD, LARGEST_CUDNN_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 4096
 
 
 def attention(
@@ -157,7 +157,7 @@ def _needs_departure(
     if key_mask is not None and (not stock_is_cudnn or capability == 90):
         return False
     rows, keys, size = query.shape[2], key.shape[2], query.shape[3]
-    if size % 8 or size != value.shape[3] or size > (LARGEST_STOCK_HEAD if stock_is_cudnn else 256):
+    if size % 8 or size != value.shape[3] or size > (LARGEST_CUDNN_HEAD if stock_is_cudnn else 256):
         return False
     if rows <= LONGEST_HOPPER_BACKWARD if capability == 90 else rows < SHORTEST_STOCK_BACKWARD:
         return False
