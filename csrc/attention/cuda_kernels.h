@@ -138,7 +138,7 @@ cudaError_t negate_minus_infinity(float* values, int64_t count, cudaStream_t str
 // them see the initial token only). 16-bit dtypes, one pass, 16-byte accesses.
 cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& part,
                                 const Array4& part_logsumexp, int32_t first_row,
-                                cudaStream_t stream);
+                                const CudaDevice& device, cudaStream_t stream);
 
 // Few queries (1 to 16) against many keys: split over keys, the query heads of a key head packed on
 // one read of K and V; the splits are merged in a fixed order. 16-bit dtypes, head sizes that are

@@ -265,17 +265,25 @@ __device__ __forceinline__ void finish(const Arguments& a, const Work& w, int co
           total == 0 ? -INFINITY : softmax.largest[half] * a.scale + logf(total);
     }
   }
-  write_rows<T, C>(&a.output, w, consumer, output, factor, shared_output);
-  if (!a.value_rows.data) return;
-  const SampleGeometry g = sample_geometry(a.geometry, w.batch, a.queries, a.keys);
-  if (g.span_begin < g.span_end) {
+  // The first scaled key's value, two columns a register, is on its way while the output is
+  // written.
+  uint32_t first[C::value_size / 8];
+  if (a.value_rows.data) {
+    const SampleGeometry g = sample_geometry(a.geometry, w.batch, a.queries, a.keys);
     const T* value = row_of<T>(a.value_rows, w.batch, w.head / a.group, g.span_begin);
 #pragma unroll
-    for (int i = 0; i < C::value_size / 2; ++i) {
-      const int column = column_at(i);
-      const float first = column < a.value_columns ? widened(value[column]) : 0;
-      output[i] = fmaf(output[i], factor[i / 2 % 2], -first);
+    for (int i = 0; i < C::value_size / 8; ++i) {
+      const int column = column_at(4 * i);
+      const bool real = g.span_begin < g.span_end && column < a.value_columns;
+      first[i] = real ? *reinterpret_cast<const uint32_t*>(value + column) : 0;
     }
+  }
+  write_rows<T, C>(&a.output, w, consumer, output, factor, shared_output);
+  if (!a.value_rows.data) return;
+#pragma unroll
+  for (int i = 0; i < C::value_size / 2; ++i) {
+    const T* pair = reinterpret_cast<const T*>(&first[i / 4]);
+    output[i] = fmaf(output[i], factor[i / 2 % 2], -widened(pair[i % 2]));
   }
   write_rows<T, C>(&a.departure, w, consumer, output, {1, 1}, shared_output);
 }

@@ -349,7 +349,7 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) 
       require(stock_takes(p, call, route), "torch's kernel does not take this call");
       const auto [part, part_logsumexp] = stock_forward(p, call, route);
       check(attention::initial_token_merge(a, array_of(part), array_of(part_logsumexp), 1,
-                                           call.stream),
+                                           call.device, call.stream),
             "attention");
       break;
     }

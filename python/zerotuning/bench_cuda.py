@@ -1,7 +1,7 @@
 """The benchmarks on a GPU: attention and decoding beside their peers, and a model of Llama-3.1-8B's shape.
 
 Each call is captured in a CUDA graph, so that no figure holds the time Python takes; events around its replay, the
-level-2 cache overwritten before it, peers by turns. Decoding also as ten calls in one graph on one cache: what fits the
+level-2 cache overwritten before it, peers by turns in a random order. Decoding also as ten calls in one graph on one cache: what fits the
 level-2 cache is then read from there. A ratio is the median of its rounds' ratios to the first peer.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -78,12 +79,13 @@ def _turns(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]]:
         for _ in range(3):
             peer()
     events: dict[str, list[Any]] = {name: [] for name in peers}
+    order = random.Random(0)
     for _ in range(ROUNDS):
-        for name, peer in peers.items():
+        for name in order.sample(list(peers), len(peers)):  # what went before a call leaves the card hotter or cooler
             cache.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            peer()
+            peers[name]()
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
