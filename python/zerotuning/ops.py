@@ -106,6 +106,28 @@ def decode_attention(
     return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
 
 
+def gradients(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    span: Tensor | None = None,
+    window: int = 0,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and log_scale where :func:`attention`'s two results are all that was kept of it."""
+    inputs, geometry = (query, key, value, log_scale), (key_mask, span, None, window, _softmax_scale(query, scale))
+    departure = None
+    if _needs_departure(query, key, value, key_mask, span, None, window):
+        departure = _attention_by_route(*inputs, *geometry, True, _AUTOMATIC)[2]
+    return _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, departure)  # type: ignore[no-any-return]
+
+
 def runs_on(device_type: str) -> bool:
     """Whether this build has operators for a kind of device, "cpu" or "cuda"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("zerotuning::attention", device_type.upper())

@@ -150,7 +150,7 @@ def packed_code(
     window = torch.full_like(begin, min(demands.windows, default=0))
     on_host = torch.stack((begin, (real != 0).long(), window), dim=-1)[:, None]
     code = _moved(on_host, device)
-    _layouts[code] = _lay_out(on_host, code.device)
+    _layouts[code] = lay_out(on_host, code.device)
     return code
 
 
@@ -195,10 +195,11 @@ def dense_codes(code: Tensor) -> Tensor:
 
 
 @dataclass
-class _Group:
+class Group:
     """Sequences of about one length, which one call of the operator attends to."""
 
     longest: int
+    window: int  # keys that a query sees, its own included; 0: all
     row: Tensor  # [sequences] the row of the batch that each came from
     begin: Tensor  # [sequences] where it begins there
     key_mask: Tensor | None  # [sequences, longest] bool; None: all tokens are real
@@ -207,27 +208,73 @@ class _Group:
     def shape(self) -> tuple[int, int]:
         return len(self.row), self.longest
 
+    def geometry(self, span: Tensor | None) -> dict[str, Any]:
+        """Arguments of `ops.attention`; span: in the rows, (B, 2)."""
+        if span is not None:  # the part of its row's span that lies in each sequence, counted from its beginning
+            span = (span.index_select(0, self.row) - self.begin[:, None]).clamp(0, self.longest)
+        return {"key_mask": self.key_mask, "span": span, "window": self.window}
+
+    def log_scale(self, of_rows: Tensor) -> Tensor:
+        """From [H] or [B, H], for the sequences: all of a row share its scales."""
+        return of_rows if of_rows.dim() == 1 else of_rows.index_select(0, self.row)
+
 
 @dataclass
-class _Layout:
-    groups: list[_Group]
-    source: Tensor  # [slots] the token of the rows laid end to end that each slot of the groups laid end to end gets
+class Layout:
+    """Groups that hold all sequences of the rows. Their slots laid end to end are the tokens of the rows, some repeated."""
+
+    groups: list[Group]
+    source: Tensor  # [slots] the token of the rows laid end to end that each slot gets
     slot: Tensor  # [B * T] the slot of each token
-    window: int
+    whole: bool  # each row is one sequence, and they are the one group
+
+    def parts(self, *tensors: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
+        """Tensors (B, H, T, D) as each group's (sequences, H, longest, D)."""
+        if self.whole:
+            yield self.groups[0], list(tensors)
+        else:
+            yield from self._cut([_tokens(tensor).index_select(0, self.source) for tensor in tensors])
+
+    def parts_of_gradient(self, gradient: Tensor) -> Iterator[Tensor]:
+        """The same of an output's gradient, of which repeated tokens get none."""
+        if self.whole:
+            yield gradient
+            return
+        tokens = _tokens(gradient)
+        slots = tokens.new_zeros(len(self.source), *tokens.shape[1:]).index_copy(0, self.slot, tokens)
+        yield from (part for _, (part,) in self._cut([slots]))
+
+    def _cut(self, slots: list[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
+        sizes = [sequences * longest for sequences, longest in (group.shape for group in self.groups)]
+        for group, *parts in zip(self.groups, *(tensor.split(sizes) for tensor in slots), strict=True):
+            yield group, [part.unflatten(0, group.shape).transpose(1, 2) for part in parts]
+
+    def rows(self, parts: list[Tensor], batch: int) -> Tensor:
+        """The way back, to (B, H, T, D)."""
+        if self.whole:
+            return parts[0]
+        slots = [_tokens(part) for part in parts]
+        together = slots[0] if len(slots) == 1 else torch.cat(slots)
+        return together.index_select(0, self.slot).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 #: The layout of each code that is in use: making one waits for a GPU, which the layers must not do.
 _layouts: Any = WeakTensorKeyDictionary()
 
 
-def _layout_of(code: Tensor) -> _Layout:
-    layout = _layouts.get(code)
+def known_layout(code: Tensor) -> Layout | None:
+    """The layout that was made with a code; None for a copy of it."""
+    return _layouts.get(code)  # type: ignore[no-any-return]
+
+
+def _layout_of(code: Tensor) -> Layout:
+    layout = known_layout(code)
     if layout is None:  # a copy of the code: the layer is on another device than the mask was made on
-        layout = _layouts[code] = _lay_out(code.cpu(), code.device)
-    return layout  # type: ignore[no-any-return]
+        layout = _layouts[code] = lay_out(code.cpu(), code.device)
+    return layout
 
 
-def _lay_out(code: Tensor, device: torch.device) -> _Layout:
+def lay_out(code: Tensor, device: torch.device) -> Layout:
     """The layout of a code on the CPU, for layers on `device`."""
     begin, real, window = code[:, 0].unbind(-1)
     rows, columns = (begin == torch.arange(begin.shape[1], device="cpu")).nonzero(as_tuple=True)
@@ -247,8 +294,10 @@ def _lay_out(code: Tensor, device: torch.device) -> _Layout:
         sources.append(source.flatten())
         is_real = real.flatten()[source] != 0
         key_mask = None if bool(is_real.all()) else _moved(is_real, device)
-        groups.append(_Group(len(place), _moved(rows[chosen], device), _moved(columns[chosen], device), key_mask))
-    return _Layout(groups, _moved(torch.cat(sources), device), _moved(slot, device), int(window[0, 0]))
+        keys = int(window[0, 0]) if int(window[0, 0]) < len(place) else 0
+        groups.append(Group(len(place), keys, _moved(rows[chosen], device), _moved(columns[chosen], device), key_mask))
+    whole = len(groups) == 1 and groups[0].shape == begin.shape
+    return Layout(groups, _moved(torch.cat(sources), device), _moved(slot, device), whole)
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -288,31 +337,12 @@ def attend(
         output (B, H, T, Dv).
     """
     layout = _layout_of(code)
-    sizes = [sequences * longest for sequences, longest in (group.shape for group in layout.groups)]
-    slots = (_tokens(tensor).index_select(0, layout.source).split(sizes) for tensor in (query, key, value))
     outputs = []
-    for group, *tensors in zip(layout.groups, *slots, strict=True):
-        query_of, key_of, value_of = (tensor.unflatten(0, group.shape).transpose(1, 2) for tensor in tensors)
-        output, _ = ops.attention(
-            query_of,
-            key_of,
-            value_of,
-            log_scale if log_scale.dim() == 1 else log_scale.index_select(0, group.row),
-            key_mask=group.key_mask,
-            span=None if span is None else _span_in(group, span),
-            window=layout.window if layout.window < group.longest else 0,
-            scale=scale,
-        )
-        outputs.append(_tokens(output))
-    together = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return together.index_select(0, layout.slot).unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
+    for group, (q, k, v) in layout.parts(query, key, value):
+        outputs.append(ops.attention(q, k, v, group.log_scale(log_scale), **group.geometry(span), scale=scale)[0])
+    return layout.rows(outputs, query.shape[0])
 
 
 def _tokens(tensor: Tensor) -> Tensor:
     """(B, H, T, D) -> (B * T, H, D)."""
     return tensor.transpose(1, 2).flatten(0, 1)
-
-
-def _span_in(group: _Group, span: Tensor) -> Tensor:
-    """The part of its row's span that lies in each sequence, counted from the sequence's beginning."""
-    return (span.index_select(0, group.row) - group.begin[:, None]).clamp(0, group.longest)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from zerotuning import ops, packed_sequences, reference
+from zerotuning import dense_masks, ops, packed_sequences
 from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.scales import HeadScales
@@ -126,7 +126,7 @@ def zerotuning_attention(
     elif packed_sequences.is_packed_code(attention_mask, query):
         output = _attend_to_packed(query, key, value, log_scale, attention_mask, span, scaling)
     else:
-        output = _attend_densely(query, key, value, log_scale, attention_mask, span, scaling)
+        output = dense_masks.attend(query, key, value, log_scale, attention_mask, span, scaling)
     return output.transpose(1, 2), None
 
 
@@ -206,35 +206,8 @@ def _attend_to_packed(
     scale: float | None,
 ) -> Tensor:
     if torch.compiler.is_compiling():  # a layer alone: the shapes in a graph must not depend on the sequences' lengths
-        codes = packed_sequences.dense_codes(code)
-        return _attend_densely(query, key, value, log_scale, codes, span, scale)
+        return dense_masks.attend_in_graph(query, key, value, log_scale, code, span, scale)
     return packed_sequences.attend(query, key, value, log_scale, code, span=span, scale=scale)
-
-
-def _attend_densely(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_scale: Tensor,
-    mask: Tensor,
-    span: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """A mask that is no causal, padded or windowed one: the formula itself, as dense as the mask, in float32."""
-    if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
-        raise ZeroTuningError(f"attention_mask must be [B, 1, Tq, Tk] with Tk = {key.shape[2]}, got {list(mask.shape)}")
-    if mask.dtype == torch.int8:
-        visible, scaled = mask > 0, mask == 2
-    else:  # the caller's own 4-D mask: the initial token is the first key that a query sees
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        scaled = torch.zeros_like(visible).scatter(-1, visible.int().argmax(-1, keepdim=True), True)
-    if span is not None:
-        scaled = visible & reference.scaled_keys(query, key, span=span)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    output, _ = reference.scaled_attention(
-        query.to(wide), key.to(wide), value.to(wide), log_scale, visible=visible, scaled=scaled, scale=scale
-    )
-    return output.to(query.dtype)
 
 
 _UNSUPPORTED = {
@@ -302,7 +275,7 @@ def zerotuning_mask(
             code = packed_sequences.packed_code(mask_function, attention_mask, batch_size, q_length, device)
             if code is not None:
                 return code
-        return _dense_codes(
+        codes = _dense_codes(
             batch_size,
             q_length,
             kv_length,
@@ -314,6 +287,7 @@ def zerotuning_mask(
             device,
             kwargs,
         )
+        return dense_masks.recognise(codes) if torch.compiler.is_compiling() and q_length == kv_length else codes
     ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
     decoding = q_length <= DECODE_QUERIES and q_length < kv_length
     if ends_at_queries and (attention_mask is None or _is_all_real(attention_mask, decoding)):

@@ -18,7 +18,7 @@ from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_s
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
-from zerotuning import bench_cuda, ops, packed_sequences
+from zerotuning import bench_cuda, dense_masks, ops, packed_sequences
 from zerotuning.candidates import Candidates
 from zerotuning.evaluate import label_scores
 from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
@@ -613,6 +613,30 @@ def test_packed_sequences_give_what_they_give_alone_and_the_same_head_gradients(
     model.double()
     for a, b, c in zip(got, alone, outcome(packed=False), strict=True):  # no further from float64 than alone
         assert (a - c).norm() <= 1.5 * (b - c).norm() + 1e-5 * c.norm()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_model_without_a_mask_follows_the_sequences_of_each_run(mode, monkeypatch) -> None:
+    model = apply_scales(tiny_llama().float(), random_scales())
+    ids, packed = packed_batch()
+    whole = torch.arange(200).expand(3, -1)
+    for name in ("_by_formula", "_gradients_by_formula"):
+        monkeypatch.delattr(dense_masks, name)  # are not needed
+
+    def loss(positions: Tensor) -> Tensor:
+        logits = model(ids, position_ids=positions, use_cache=False).logits
+        return logits.log_softmax(-1)[..., 3].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, mode=mode)
+    with head_parameters(model) as parameters:
+        for positions in (whole, packed, packed.flip(0), whole, packed):
+            want = loss(positions)
+            wanted = torch.stack(torch.autograd.grad(want, parameters))
+            torch.compiler.cudagraph_mark_step_begin()
+            got = compiled(positions)
+            gradients = torch.stack(torch.autograd.grad(got, parameters))
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert error(gradients, wanted) <= 1e-3
 
 
 def test_layers_of_packed_sequences_do_not_wait_for_the_gpu() -> None:

@@ -311,8 +311,8 @@ def test_the_layout_is_made_once_a_mask_and_checkpointing_gives_the_same_gradien
     model.train()
     ids, positions = ids_of(PACKINGS["uneven_rows"])
     made = []
-    lay_out = packed_sequences._lay_out
-    monkeypatch.setattr(packed_sequences, "_lay_out", lambda *arguments: made.append(1) or lay_out(*arguments))
+    lay_out = packed_sequences.lay_out
+    monkeypatch.setattr(packed_sequences, "lay_out", lambda *arguments: made.append(1) or lay_out(*arguments))
     results = []
     for checkpointed in (False, True):
         if checkpointed:
