@@ -141,8 +141,8 @@ cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& pa
                                 const CudaDevice& device, cudaStream_t stream);
 
 // Few queries (1 to 16) against many keys: split over keys, the query heads of a key head packed on
-// one read of K and V; the splits are merged in a fixed order. 16-bit dtypes, head sizes that are
-// multiples of 8 up to 256.
+// one read of K and V (of up to 32 rows, heads times queries; 16 above head size 128); the splits
+// are merged in a fixed order. 16-bit dtypes, head sizes that are multiples of 8 up to 256.
 bool decode_takes(const CudaAttention& arguments);
 int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
 
@@ -162,7 +162,8 @@ cudaError_t decode(const CudaAttention& arguments, void* scratch, const CudaDevi
 bool hopper_takes(const CudaAttention& arguments);
 cudaError_t attention_hopper(const CudaAttention& arguments, int32_t multiprocessors,
                              cudaStream_t stream);
-// Its backward, for head sizes up to 128. The same from run to run.
+// Its backward. The same from run to run.
+constexpr int32_t largest_hopper_backward_head = 128;
 bool hopper_backward_takes(const CudaAttention& arguments);
 int64_t attention_backward_hopper_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t attention_backward_hopper(const CudaAttention& arguments,

@@ -850,8 +850,8 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
 }  // namespace hopper
 
 bool hopper_backward_takes(const CudaAttention& c) {
-  return has_16_byte_rows(c) && c.head_size <= 128 && c.value_head_size <= 128 && c.scale > 0 &&
-         c.keys > 0;
+  return has_16_byte_rows(c) && c.head_size <= largest_hopper_backward_head &&
+         c.value_head_size <= largest_hopper_backward_head && c.scale > 0 && c.keys > 0;
 }
 
 int64_t attention_backward_hopper_scratch(const CudaAttention& c) {

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <limits>
 #include <mutex>
 
 #include "attention/cuda_kernels.h"
@@ -25,15 +26,19 @@ void check(cudaError_t error, const char* what) {
 }
 
 CudaDevice read_device(int index) {
+  constexpr int32_t oldest = 80;
   const auto read = [&](cudaDeviceAttr attribute) {
     int value;
     check(cudaDeviceGetAttribute(&value, attribute, index), "device");
     return value;
   };
-  int32_t built_for;
-  check(attention::kernels_built_for(built_for), "kernels");
-  return {read(cudaDevAttrMultiProcessorCount),
-          10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor),
+  const int32_t capability =
+      10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
+  int32_t built_for = 0;
+  require(capability >= oldest && attention::kernels_built_for(built_for) == cudaSuccess,
+          "zerotuning was built without kernels for cuda:", index, ", of compute capability ",
+          capability / 10, ".", capability % 10, " (8.0 is the oldest that it knows)");
+  return {read(cudaDevAttrMultiProcessorCount), capability,
           read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrL2CacheSize), built_for};
 }
 
@@ -70,6 +75,9 @@ Call begin(const Problem& p) {
   constexpr int64_t largest = 256;
   require(p.head_size <= largest && p.value_head_size <= largest, "head sizes on a GPU go up to ",
           largest, ", got ", p.head_size, " (query) and ", p.value_head_size, " (value)");
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  require(p.batch <= most && p.heads <= most && p.queries <= most && p.keys <= most,
+          "batch, heads, queries and keys on a GPU go up to ", most, " each");
   const int32_t index = p.query.get_device_index();
   Call call{torch::stable::accelerator::DeviceGuard(index),
             device_at(index),
@@ -140,30 +148,34 @@ bool ordinary(const Problem& p, const Call& call) {
   return attention::has_16_byte_rows(call.arguments) && square(p) && p.queries > 1;
 }
 
-// The faster one of torch's kernels: cuDNN's are built for cards from sm_90 on, and not for sm_120.
-Route stock_of(int32_t capability) {
-  return capability >= 90 && capability < 120 ? Route::cudnn : Route::flash;
+// The faster one of torch's kernels: cuDNN's are built for cards from sm_90 on, not for sm_120, and
+// know larger heads on Hopper's forward alone.
+constexpr int64_t largest_cudnn_head = 128;
+Route stock_of(const Problem& p, int32_t capability) {
+  const bool cudnn = capability >= 90 && capability < 120 && p.head_size <= largest_cudnn_head;
+  return cudnn ? Route::cudnn : Route::flash;
 }
 
-// By the card, the head size and the mask; largest_cudnn_head: of cuDNN's.
-bool stock_knows(const Problem& p, Route stock, int32_t capability, int64_t largest_cudnn_head) {
-  const bool cudnn = stock == Route::cudnn;
-  if (capability < (cudnn ? 90 : 80) || (p.key_mask && !cudnn)) return false;
-  return p.head_size == p.value_head_size && p.head_size <= (cudnn ? largest_cudnn_head : 256);
+// By the card, the sizes and the mask. Batch and heads are dimensions of torch's grids.
+bool stock_knows(const Problem& p, Route stock, int32_t capability) {
+  constexpr int64_t most_sequences = 65535, largest_head = 256;
+  if (p.batch > most_sequences || p.heads > most_sequences) return false;
+  if (p.head_size != p.value_head_size || p.head_size > largest_head) return false;
+  return stock == Route::cudnn ? capability >= 90 : !p.key_mask;
 }
 
 bool stock_takes(const Problem& p, const Call& call, Route stock) {
-  return !p.key_mask && ordinary(p, call) && stock_knows(p, stock, call.device.capability, 256);
-}
-
-Route choose_forward(const Problem& p, const Call& call) {
-  if (call.device.capability == 90 && attention::hopper_takes(call.arguments)) return Route::hopper;
-  const Route stock = stock_of(call.device.capability);
-  return stock_takes(p, call, stock) ? stock : Route::plain;
+  return !p.key_mask && ordinary(p, call) && stock_knows(p, stock, call.device.capability);
 }
 
 // Of shorter sequences the plain kernels take no more time than the stock route's launches.
-constexpr int64_t shortest_stock_backward = 16, largest_cudnn_backward_head = 128;
+constexpr int64_t shortest_stock = 16;
+
+Route choose_forward(const Problem& p, const Call& call) {
+  if (call.device.capability == 90 && attention::hopper_takes(call.arguments)) return Route::hopper;
+  const Route stock = stock_of(p, call.device.capability);
+  return p.queries >= shortest_stock && stock_takes(p, call, stock) ? stock : Route::plain;
+}
 
 // Up to here one kernel for all keys is no slower than torch's own and the launches around it (on
 // an H100, forward + backward over untuned cuDNN's: 4 x 1024 0.87 against 1.24, 1 x 4096 1.07
@@ -173,7 +185,8 @@ constexpr int64_t longest_hopper_backward = 4096;
 
 // Where Hopper's own kernel takes a backward that torch's could take as well.
 bool hopper_is_faster(const Problem& p) {
-  return p.key_mask || p.queries <= longest_hopper_backward;
+  return p.head_size <= attention::largest_hopper_backward_head &&
+         (p.key_mask || p.queries <= longest_hopper_backward);
 }
 
 bool hopper_takes_backward(const Call& call) {
@@ -184,22 +197,35 @@ bool hopper_takes_backward(const Call& call) {
 // (logsumexp below -88: pytorch issue 196678, on Hopper).
 bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64; }
 
+// What torch's flash kernel cannot differentiate: head sizes that it wants more shared memory for
+// than some cards have, and float32 sums of grad_query that 32 bits do not count.
+bool flash_may_fail(const Problem& p, int32_t capability) {
+  const bool large_memory = capability == 80 || (capability >= 90 && capability < 120);
+  const int64_t rows = (p.queries + 127) / 128 * 128;
+  return (p.head_size > 192 && p.head_size <= 224 && !large_memory) ||
+         p.batch * p.heads * rows * p.head_size > std::numeric_limits<int32_t>::max();
+}
+
+bool stock_knows_backward(const Problem& p, Route stock, int32_t capability) {
+  return stock_knows(p, stock, capability) &&
+         (stock == Route::cudnn ? p.head_size <= largest_cudnn_head
+                                : !flash_may_fail(p, capability));
+}
+
 bool stock_takes_backward(const Problem& p, const Call& call, Route stock) {
-  return ordinary(p, call) &&
-         stock_knows(p, stock, call.device.capability, largest_cudnn_backward_head);
+  return ordinary(p, call) && stock_knows_backward(p, stock, call.device.capability);
 }
 
 // Where torch's kernel may make the gradients, by the card and the shapes.
 bool stock_may_differentiate(const Problem& p, int32_t capability) {
-  return p.queries >= shortest_stock_backward &&
-         stock_knows(p, stock_of(capability), capability, largest_cudnn_backward_head) &&
-         !cudnn_may_fail(p);
+  return p.queries >= shortest_stock &&
+         stock_knows_backward(p, stock_of(p, capability), capability) && !cudnn_may_fail(p);
 }
 
 Route choose_backward(const Problem& p, const Call& call) {
   const bool stock = ordinary(p, call) && stock_may_differentiate(p, call.device.capability);
   if ((!stock || hopper_is_faster(p)) && hopper_takes_backward(call)) return Route::hopper;
-  return stock ? stock_of(call.device.capability) : Route::plain;
+  return stock ? stock_of(p, call.device.capability) : Route::plain;
 }
 
 // Whether backward will want the departure: output minus the initial token's value, of which the

@@ -30,7 +30,8 @@ FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_o
                                     const std::optional<Tensor>& departure = {},
                                     Route route = Route::automatic);
 
-// output [B, H, Tq, Dv]; up to 16 queries read each key and value once for all heads that share it.
+// output [B, H, Tq, Dv]; up to 16 queries read a key and value once for up to 32 of the rows, heads
+// times queries, that share it.
 Tensor decode_attention_cuda(const Problem& problem,
                              attention::DecodeRoute route = attention::DecodeRoute::automatic);
 

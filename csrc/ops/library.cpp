@@ -45,6 +45,7 @@ FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Ten
                                OptionalTensor /*departure*/) {
   const Problem problem =
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
+  zerotuning::ops::check_backward(problem, grad_output, output, logsumexp);
   return zerotuning::ops::attention_backward_cpu(problem, grad_output, output, logsumexp);
 }
 

@@ -41,9 +41,11 @@ FourTensors attention_backward_by_route(Tensor grad_output, Tensor query, Tensor
                                         OptionalTensor key_mask, OptionalTensor span,
                                         OptionalTensor query_start, int64_t window, double scale,
                                         OptionalTensor departure, int64_t route) {
-  return zerotuning::ops::attention_backward_cuda(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      grad_output, output, logsumexp, departure, static_cast<Route>(route));
+  const auto problem =
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
+  zerotuning::ops::check_backward(problem, grad_output, output, logsumexp, departure);
+  return zerotuning::ops::attention_backward_cuda(problem, grad_output, output, logsumexp,
+                                                  departure, static_cast<Route>(route));
 }
 
 FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,

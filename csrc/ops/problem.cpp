@@ -153,4 +153,19 @@ Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& valu
   return p;
 }
 
+void check_backward(const Problem& p, const Tensor& grad_output, const Tensor& output,
+                    const Tensor& logsumexp, const std::optional<Tensor>& departure) {
+  const auto check_rows = [&](const char* name, const Tensor& tensor) {
+    check_shape(name, tensor, {p.batch, p.heads, p.queries, p.value_head_size}, "[B, H, Tq, Dv]");
+    check_dtype(name, tensor, p.query.scalar_type());
+    check_device(name, tensor, p.query);
+  };
+  check_rows("grad_output", grad_output);
+  check_rows("output", output);
+  check_shape("logsumexp", logsumexp, {p.batch, p.heads, p.queries}, "[B, H, Tq]");
+  check_dtype("logsumexp", logsumexp, p.log_scale.scalar_type());
+  check_device("logsumexp", logsumexp, p.query);
+  if (departure && departure->numel() > 0) check_rows("departure", *departure);
+}
+
 }  // namespace zerotuning::ops

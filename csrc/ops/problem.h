@@ -50,4 +50,8 @@ Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& valu
                       const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
                       int64_t window, double scale);
 
+// The same for what a backward pass gets beside them.
+void check_backward(const Problem& problem, const Tensor& grad_output, const Tensor& output,
+                    const Tensor& logsumexp, const std::optional<Tensor>& departure = {});
+
 }  // namespace zerotuning::ops

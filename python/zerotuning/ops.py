@@ -29,7 +29,8 @@ _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
 # Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
-SHORTEST_STOCK_BACKWARD, LARGEST_CUDNN_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 4096
+SHORTEST_STOCK, LARGEST_CUDNN_HEAD, LARGEST_HOPPER_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 128, 4096
+MOST_SEQUENCES = 65535
 
 
 def attention(
@@ -97,7 +98,8 @@ def decode_attention(
 ) -> Tensor:
     """:func:`attention` for few queries against a long cache (generation): the same arguments, no gradient.
 
-    A single query reads each key and value once for all the query heads that share it.
+    A key and value is read once for the query heads that share it (on a GPU up to 32 of heads times queries, 16 above head
+    size 128).
 
     Returns:
         output (B, H, Tq, Dv).
@@ -173,16 +175,23 @@ def _needs_departure(
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
     capability = 10 * major + minor
-    stock_is_cudnn = 90 <= capability < 120
+    batch, heads, rows, size = query.shape
+    keys = key.shape[2]
+    hopper = capability == 90 and size <= LARGEST_HOPPER_HEAD
+    stock_is_cudnn = 90 <= capability < 120 and size <= LARGEST_CUDNN_HEAD
     if capability < 80 or span is not None or query_start is not None:
         return False
-    if key_mask is not None and (not stock_is_cudnn or capability == 90):
+    if key_mask is not None and (not stock_is_cudnn or hopper):
         return False
-    rows, keys, size = query.shape[2], key.shape[2], query.shape[3]
-    if size % 8 or size != value.shape[3] or size > (LARGEST_CUDNN_HEAD if stock_is_cudnn else 256):
+    if size % 8 or size != value.shape[3] or size > 256 or batch > MOST_SEQUENCES or heads > MOST_SEQUENCES:
         return False
-    if rows <= LONGEST_HOPPER_BACKWARD if capability == 90 else rows < SHORTEST_STOCK_BACKWARD:
+    if rows <= LONGEST_HOPPER_BACKWARD if hopper else rows < SHORTEST_STOCK:
         return False
+    if not stock_is_cudnn:  # flash-attention 2
+        if 192 < size <= 224 and not (capability == 80 or 90 <= capability < 120):
+            return False
+        if batch * heads * ((rows + 127) // 128 * 128) * size > torch.iinfo(torch.int32).max:
+            return False
     return rows == keys and not 0 < window < keys and (key_mask is None or keys % 128 != 64)
 
 

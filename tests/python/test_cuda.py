@@ -46,15 +46,23 @@ HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 @pytest.fixture(autouse=True)
 def on_cuda() -> Any:
     torch.set_default_device("cuda")
-    torch.full((2**26,), math.nan)  # poisons what the next allocations get
+    poison()
     yield
     torch.set_default_device(None)
+
+
+def poison() -> None:
+    """NaN in what the next allocations get, large ones and those of less than a megabyte, which have memory of their own."""
+    large = torch.full((2**28,), 255, dtype=torch.uint8)
+    small = [torch.full((2**19,), 255, dtype=torch.uint8) for _ in range(64)]
+    del large, small
 
 
 def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: int, **geometry: Any) -> list[Tensor]:
     """Output and gradients by chosen routes."""
     options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
     scale = inputs[0].shape[-1] ** -0.5
+    poison()
     output, logsumexp, departure = torch.ops.zerotuning._attention_by_route(*inputs, *options, scale, True, forward)
     gradients = torch.ops.zerotuning._attention_backward_by_route(
         grad_output, *inputs, output, logsumexp, *options, scale, departure, backward
@@ -69,7 +77,7 @@ def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> lis
 
 
 def compare(
-    inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, limit: float = 5e-3, **geometry: Any
+    inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, scales_limit: float = 5e-3, **geometry: Any
 ) -> None:
     """Errors relative to the result and to `floor` times the terms that cancel in it where a key has all the weight."""
     batch, heads, rows, _ = inputs[0].shape
@@ -83,6 +91,7 @@ def compare(
     for name, a, b, cancelling in zip(("query", "key", "value", "log_scale"), got[1:], wanted[1:], terms, strict=True):
         assert not a.isnan().any(), name
         size = b.norm() + floor * cancelling
+        limit = scales_limit if name == "log_scale" else 5e-3
         assert ((a.double() - b).norm() / size).item() <= limit, name
 
 
@@ -125,7 +134,7 @@ def test_routes_equal_the_formula_for_weak_and_strong_sinks(sink, gamma, stock) 
     for forward in (PLAIN, stock, *([HOPPER] if CAPABILITY == (9, 0) else [])):
         # γ's gradient is the sum of few rows that cancel here, and what was kept of each is rounded: by the draw of the
         # gradients up to 1.2e-2 of it; 5e-3 holds for longer sequences.
-        compare(inputs, forward, stock, floor=0.0, limit=1.5e-2)
+        compare(inputs, forward, stock, floor=0.0, scales_limit=1.5e-2)
 
 
 @needs_hopper
@@ -156,6 +165,7 @@ def test_the_departure_is_the_output_less_the_initial_tokens_value(size) -> None
     inputs = random_inputs((2, 4, 2, rows, rows, *size), torch.bfloat16)
     key = torch.arange(rows)
     routes = [PLAIN, *([HOPPER] if CAPABILITY == (9, 0) else [])]
+    stocks = [FLASH, *([CUDNN] if (9, 0) <= CAPABILITY < (12, 0) else [])]
     cases: list[tuple[dict[str, Any], list[int]]] = [
         ({}, [0, 0]),
         ({"key_mask": key >= torch.tensor([0, 70])[:, None]}, [0, 70]),
@@ -170,7 +180,7 @@ def test_the_departure_is_the_output_less_the_initial_tokens_value(size) -> None
         seen = torch.ones(2, rows, dtype=torch.bool)
         if "key_mask" in geometry:
             seen = key >= torch.tensor(first)[:, None]
-        for route in [*routes, *([FLASH] if not geometry and size[0] == size[1] else [])]:
+        for route in [*routes, *(stocks if not geometry and size[0] == size[1] else [])]:
             got = torch.ops.zerotuning._attention_by_route(*inputs, *options, True, route)[2]
             for sample in range(2):
                 assert error(got[sample][:, seen[sample]], wanted[sample][:, seen[sample]]) <= 3e-3
@@ -350,7 +360,7 @@ def test_hopper_gradients_are_the_same_from_run_to_run_and_the_choice_for_short_
 
 @needs_hopper
 def test_the_choice_of_route_follows_what_was_measured() -> None:
-    names = {"forward, by route": 0, "forward + backward, by route": 1}
+    names = {"forward, by route": 0, "forward + backward, by backward's route": 1}
     measured = json.loads((Path(__file__).parents[2] / "notebooks/measured/bench_attention_h100.json").read_text())
     rows = [row for row in measured["rows"] if row["what"] in names]
     assert {row["what"] for row in rows} == set(names)
@@ -359,9 +369,26 @@ def test_the_choice_of_route_follows_what_was_measured() -> None:
         ratios = {name: figures["ratio"] for name, figures in row["peers"].items() if name in bench_cuda.ROUTES}
         inputs = bench_cuda.attention_inputs(bench_cuda.HEADS, length, torch.bfloat16, batch, "cuda")
         grad_output = torch.randn_like(inputs[0])
-        chosen, hopper = (by_route(inputs, grad_output, route, route)[names[row["what"]]] for route in (0, HOPPER))
-        own = ratios["hopper" if torch.equal(chosen, hopper) else "cuDNN"]
-        assert own <= 1.05 * min(ratios.values()), row["shape"]
+        chosen, hopper, cudnn_s = (
+            by_route(inputs, grad_output, HOPPER if names[row["what"]] else route, route)[names[row["what"]]]
+            for route in (0, HOPPER, CUDNN)
+        )
+        own = "hopper" if torch.equal(chosen, hopper) else "cuDNN"
+        assert own == "hopper" or error(chosen, cudnn_s.double()) <= 1e-3, row["shape"]
+        assert ratios[own] <= 1.05 * min(ratios.values()), row["shape"]
+
+
+@needs_hopper
+def test_the_choice_for_heads_that_hoppers_backward_does_not_know_is_flash() -> None:
+    torch.manual_seed(16)
+    inputs = random_inputs((2, 4, 2, 300, 300, 256, 256), torch.bfloat16)
+    grad_output = torch.randn_like(inputs[0])
+    chosen, flash, plain = (by_route(inputs, grad_output, HOPPER, route) for route in (0, FLASH, PLAIN))
+    assert torch.equal(chosen[3], flash[3])  # value's gradient, which flash sums in a fixed order
+    assert not torch.equal(chosen[3], plain[3])
+    leaves = [t.requires_grad_() for t in inputs]
+    output, _, departure = torch.ops.zerotuning._attention_with_departure(*leaves, None, None, None, 0, 1 / 16)
+    assert departure.shape == output.shape
 
 
 @needs_hopper
@@ -669,8 +696,13 @@ def test_generation_is_the_same_with_every_cache_and_alone_or_padded() -> None:
     assert torch.equal(batch[0, 40:], alone[0, 25:])
     half = model.bfloat16()
     dynamic = half.generate(input_ids=ids, attention_mask=mask, **options)
+    torch._dynamo.utils.counters.clear()
     static = half.generate(input_ids=ids, attention_mask=mask, cache_implementation="static", **options)
     assert (dynamic == static).float().mean().item() > 0.95
+    counted = torch._dynamo.utils.counters
+    assert counted["stats"]["unique_graphs"] > 0  # transformers compiles the steps, with CUDA graphs
+    assert not counted["graph_break"]
+    assert not counted["inductor"]["cudagraph_skips"]
 
 
 def test_a_decoding_step_does_not_wait_for_the_gpu() -> None:
@@ -693,6 +725,25 @@ def test_tensors_on_different_devices_are_refused_by_name() -> None:
     query, key, value, log_scale = random_inputs((1, 2, 2, 8, 8, 64, 64), torch.bfloat16)
     with pytest.raises((ValueError, RuntimeError), match="log_scale must be on query's device, cuda:0, got cpu"):
         ops.attention(query, key, value, log_scale.cpu())
+    for name, tensor in {
+        "key_mask": torch.ones(1, 8, dtype=torch.bool),
+        "span": torch.tensor([[0, 1]]),
+        "query_start": torch.tensor([0]),
+    }.items():
+        with pytest.raises((ValueError, RuntimeError), match=f"{name} must be on query's device, cuda:0, got cpu"):
+            ops.attention(query, key, value, log_scale, **{name: tensor.cpu()})
+    for own, others, named in (
+        (query, (key.cpu(), value), "key must be on query's device, cuda:0, got cpu"),
+        (query.cpu(), (key, value), "key must be on query's device, cpu, got cuda:0"),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=named):
+            ops.attention(own, *others, log_scale)
+    output, logsumexp = ops.attention(query, key, value, log_scale)
+    backward, rest = torch.ops.zerotuning.attention_backward, (None, None, None, 0, 0.125)
+    with pytest.raises((ValueError, RuntimeError), match="grad_output must be on query's device, cuda:0, got cpu"):
+        backward(output.cpu(), query, key, value, log_scale, output, logsumexp, *rest)
+    with pytest.raises((ValueError, RuntimeError), match="grad_output must be on query's device, cpu, got cuda:0"):
+        backward(output, query.cpu(), key.cpu(), value.cpu(), log_scale.cpu(), output.cpu(), logsumexp.cpu(), *rest)
     with pytest.raises((ValueError, RuntimeError), match="head sizes on a GPU go up to 256"):
         ops.attention(*random_inputs((1, 1, 1, 8, 8, 264, 264), torch.bfloat16))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from functools import cache
 
@@ -20,6 +21,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(request.param)
     if request.param == "cuda":  # memory that a kernel forgets to write shows up as NaN
         torch.full((2**26,), math.nan, dtype=torch.float32)
+        [torch.full((2**17,), math.nan) for _ in range(64)]  # also in what small results get
     yield request.param
     torch.set_default_device(None)
 
@@ -467,3 +469,25 @@ def test_empty_batches_and_queries_give_empty_outputs() -> None:
         output = ops.attention(*inputs)[0]
         assert output.numel() == 0
         assert all(g.abs().sum() == 0 for g in torch.autograd.grad(output.sum(), inputs))
+
+
+def test_what_a_backward_pass_gets_is_checked(device) -> None:
+    inputs = random_inputs((2, 4, 2, 9, 9, 16, 24), torch.float32)
+    output, logsumexp = ops.attention(*inputs)
+    rest = (None, None, None, 0, 0.25)
+    backward = torch.ops.zerotuning.attention_backward
+    for wrong, message in (
+        (
+            (output[:, :, :8], output, logsumexp),
+            "grad_output must be [B, H, Tq, Dv] = [2, 4, 9, 24], got [2, 4, 8, 24]",
+        ),
+        ((output, output.double(), logsumexp), "output must be float32, got float64"),
+        ((output, output, logsumexp[:1]), "logsumexp must be [B, H, Tq] = [2, 4, 9], got [1, 4, 9]"),
+        ((output, output, logsumexp.half()), "logsumexp must be float32, got float16"),
+    ):
+        grad_output, *kept = wrong
+        with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
+            backward(grad_output, *inputs, *kept, *rest)
+    if device == "cuda":  # no other device keeps a departure
+        with pytest.raises((ValueError, RuntimeError), match="departure must be"):
+            backward(output, *inputs, output, logsumexp, *rest, output[:1])
