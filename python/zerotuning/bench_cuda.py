@@ -519,7 +519,7 @@ def _objective(model: Any) -> Iterator[Row]:
                 gradient()
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 figures = _compared({"forward": forward, GRADIENT: gradient})
-                figures[GRADIENT]["GiB"] = peak
+                figures[GRADIENT] |= {"GiB": peak, "passes": len(scorer.batches)}
                 if notes:
                     figures[GRADIENT]["error"] = notes[0]
             what = "objective" if recorded else "objective, from Python"
