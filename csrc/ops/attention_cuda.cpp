@@ -178,9 +178,9 @@ Route choose_forward(const Problem& p, const Call& call) {
 }
 
 // Up to here one kernel for all keys is no slower than torch's own and the launches around it (on
-// an H100, forward + backward over untuned cuDNN's: 4 x 1024 0.87 against 1.24, 1 x 4096 1.07
-// against 1.07, 4 x 4096 1.06 against 1.09, 1 x 8192 1.10 against 1.05), and γ's gradient is
-// exacter; with padding always, of which torch's kernels skip nothing.
+// an H100, forward + backward over untuned cuDNN's, `bench attention`: 4 x 1024 0.87 against 1.22,
+// 1 x 4096 1.07 against 1.06, 4 x 4096 1.05 against 1.09, 1 x 8192 1.09 against 1.05), and γ's
+// gradient is exacter; with padding always, of which torch's kernels skip nothing.
 constexpr int64_t longest_hopper_backward = 4096;
 
 // Where Hopper's own kernel takes a backward that torch's could take as well.
