@@ -32,6 +32,7 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 cudaError_t kernels_built_for(int32_t& capability) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, write_exclusion_bias);
+  if (error != cudaSuccess) cudaGetLastError();  // it would be taken for the next launch's
   capability = attributes.ptxVersion;
   return error;
 }

@@ -161,7 +161,7 @@ bool stock_knows(const Problem& p, Route stock, int32_t capability) {
   constexpr int64_t most_sequences = 65535, largest_head = 256;
   if (p.batch > most_sequences || p.heads > most_sequences) return false;
   if (p.head_size != p.value_head_size || p.head_size > largest_head) return false;
-  return stock == Route::cudnn ? capability >= 90 : !p.key_mask;
+  return stock == Route::cudnn ? capability >= 90 && capability < 120 : !p.key_mask;
 }
 
 bool stock_takes(const Problem& p, const Call& call, Route stock) {
@@ -202,8 +202,9 @@ bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64;
 bool flash_may_fail(const Problem& p, int32_t capability) {
   const bool large_memory = capability == 80 || (capability >= 90 && capability < 120);
   const int64_t rows = (p.queries + 127) / 128 * 128;
+  const int64_t columns = p.head_size > 192 ? 256 : (p.head_size + 31) / 32 * 32;
   return (p.head_size > 192 && p.head_size <= 224 && !large_memory) ||
-         p.batch * p.heads * rows * p.head_size > std::numeric_limits<int32_t>::max();
+         p.batch * p.heads * rows * columns > std::numeric_limits<int32_t>::max();
 }
 
 bool stock_knows_backward(const Problem& p, Route stock, int32_t capability) {

@@ -437,7 +437,7 @@ def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]
         # A compiled model runs again before the other one is compiled, else they take turns.
         turns, runs = (1, 3) if cache == "static" else (8, 1)
         for name in [*seconds] * turns:
-            # The cache's copies lie elsewhere in each run: a model's own place would be faster or slower in all of them.
+            # Should it matter where the cache's copies lie, they lie elsewhere in each run.
             room = torch.empty(room_size.randrange(1, 512) * 2**20, dtype=torch.uint8, device="cuda")
             try:
                 with _tuned(model) if name == OURS else nullcontext():

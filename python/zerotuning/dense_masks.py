@@ -1,6 +1,6 @@
-"""Attention under a mask that is written out, [B, 1, Tq, Tk]: the formula itself, as dense as the mask, in float32.
+"""Attention under a mask that is written out, [B, 1, Tq, Tk].
 
-A graph that is traced has such a mask wherever transformers was given neither a mask nor a cache: every row may then hold
+That is the formula itself, as dense as the mask, in float32, unless a graph is traced. A graph that is traced has such a mask wherever transformers was given neither a mask nor a cache: every row may then hold
 packed sequences, which is not known before the graph runs. There attention is an operator, which looks at the mask when it
 runs: what says causal sequences, perhaps windowed, is attended to as `packed_sequences` does.
 """
@@ -41,7 +41,8 @@ def attend(
     """
     if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
         raise ZeroTuningError(f"attention_mask must be [B, 1, Tq, Tk] with Tk = {key.shape[2]}, got {list(mask.shape)}")
-    if torch.compiler.is_compiling() and mask.dtype == torch.int8 and mask.shape[2] == mask.shape[3]:
+    square = mask.shape[2] == mask.shape[3] and mask.shape[0] == query.shape[0]
+    if torch.compiler.is_compiling() and mask.dtype == torch.int8 and square:
         return attend_in_graph(query, key, value, log_scale, mask, span, scale)
     return _by_formula(query, key, value, log_scale, mask, span, scale)[0].to(query.dtype)
 
@@ -121,10 +122,11 @@ def _gradients_by_formula(
     return scale * change @ k, grad_key, grad_value, grad_log_scale
 
 
-# What codes say. All layers of a kind get the same tensor, so that it is asked once a forward pass, where the codes are made.
+# What codes say. All layers of a kind get the same tensor, so that it is asked once a forward pass, where they are made in
+# the graph; of codes that came into the graph each layer asks.
 
 
-#: By codes that came out of `_recognise`, whose contents nothing changes; other tensors may get new contents unseen.
+#: By codes that came out of `recognise`, whose contents nothing changes; other tensors may get new contents unseen.
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -139,6 +141,8 @@ def _layout_of(mask: Tensor) -> packed_sequences.Layout | None:
 
 def _layout_of_codes(codes: Tensor) -> packed_sequences.Layout | None:
     """The layout of codes that are exactly causal, packed and perhaps windowed ones."""
+    if codes.numel() == 0:
+        return None
     visible = codes[:, 0] != 0
     row = torch.arange(codes.shape[2], device=codes.device)
     # A query that does not see the key before it begins a sequence.
@@ -231,13 +235,13 @@ def _attention_under_mask_backward(
                 of_scales.index_add_(0, group.row, of_own_scales)
         found = [layout.rows(list(each), len(query)) for each in zip(*parts, strict=True)]
     grad_query, grad_key, grad_value = (_in_rows(gradient, query.dtype) for gradient in found)
-    return grad_query, grad_key, grad_value, of_scales.to(log_scale.dtype)
+    return grad_query, grad_key, grad_value, of_scales.to(log_scale.dtype).contiguous()
 
 
 @_attention_under_mask_backward.register_fake
 def _(grad_output, query, key, value, log_scale, mask, span, scale, output, logsumexp):  # type: ignore[no-untyped-def]
     rows = (tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value))
-    return *rows, torch.empty_like(log_scale)
+    return *rows, log_scale.new_empty(log_scale.shape)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

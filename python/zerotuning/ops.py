@@ -183,14 +183,17 @@ def _needs_departure(
         return False
     if key_mask is not None and (not stock_is_cudnn or hopper):
         return False
-    if size % 8 or size != value.shape[3] or size > 256 or batch > MOST_SEQUENCES or heads > MOST_SEQUENCES:
+    if size % 8 or size != value.shape[3] or size > 256:
         return False
     if rows <= LONGEST_HOPPER_BACKWARD if hopper else rows < SHORTEST_STOCK:
+        return False
+    if batch > MOST_SEQUENCES or heads > MOST_SEQUENCES:
         return False
     if not stock_is_cudnn:  # flash-attention 2
         if 192 < size <= 224 and not (capability == 80 or 90 <= capability < 120):
             return False
-        if batch * heads * ((rows + 127) // 128 * 128) * size > torch.iinfo(torch.int32).max:
+        columns = 256 if size > 192 else (size + 31) // 32 * 32
+        if batch * heads * ((rows + 127) // 128 * 128) * columns > torch.iinfo(torch.int32).max:
             return False
     return rows == keys and not 0 < window < keys and (key_mask is None or keys % 128 != 64)
 

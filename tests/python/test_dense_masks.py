@@ -66,6 +66,30 @@ def test_the_operator_of_traced_graphs_equals_the_formula(mask, per_sample, span
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("lengths", [[[70, 1, 129], [200]], [[300], [300]]], ids=["packed", "whole"])
+def test_the_operator_of_traced_graphs_equals_the_formula_in_16_bits(lengths, per_sample, device) -> None:
+    if device == "cuda" and not (torch.cuda.is_available() and ops.runs_on("cuda")):
+        pytest.skip("needs a GPU and a build with CUDA")
+    torch.manual_seed(5)
+    rows = sum(lengths[0])
+    shapes = ((2, rows, 4, 64), (2, rows, 2, 64), (2, rows, 2, 64))
+    tensors = [torch.randn(shape).bfloat16().transpose(1, 2).to(device) for shape in shapes]
+    tensors.append(torch.randn((2, 4) if per_sample else (4,)).to(device))
+    grad_output = torch.randn(2, rows, 4, 64).bfloat16().transpose(1, 2).to(device)
+    for window, span in ((0, None), (50, None), (0, torch.tensor([[3, 9], [60, 72]]).to(device))):
+        codes = codes_of(lengths, window).to(device)
+        results = []
+        for attend, dtype in ((dense_masks.attend_in_graph, None), (dense_masks.attend, torch.float64)):
+            inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+            output = attend(*inputs, codes, span)
+            gradients = torch.autograd.grad(output, inputs, grad_output.to(dtype or grad_output.dtype))
+            results.append([output.detach(), *gradients])
+        for name, got, want in zip(("output", "query", "key", "value", "log_scale"), *results, strict=True):
+            assert (got.double() - want).norm() <= (2e-2 if name == "log_scale" else 6e-3) * want.norm(), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_operators_are_what_torch_expects_of_one(dtype) -> None:
     torch.manual_seed(3)

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from zerotuning import ops
 
 
@@ -491,3 +492,29 @@ def test_what_a_backward_pass_gets_is_checked(device) -> None:
     if device == "cuda":  # no other device keeps a departure
         with pytest.raises((ValueError, RuntimeError), match="departure must be"):
             backward(output, *inputs, output, logsumexp, *rest, output[:1])
+
+
+def test_which_gradients_want_the_departure_on_cards_that_are_not_here(monkeypatch) -> None:
+    def wanted(capability: tuple[int, int], rows: int, size: int, masked: bool = False, batch: int = 2) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        with FakeTensorMode():
+            query, key = (torch.empty(batch, h, rows, size, dtype=torch.bfloat16, device="cuda") for h in (32, 8))
+            key_mask = torch.empty(batch, rows, dtype=torch.bool, device="cuda") if masked else None
+            return ops._needs_departure(query, key, key, key_mask, None, None, 0)
+
+    hopper, blackwell, ampere, ada = (9, 0), (10, 0), (8, 0), (8, 9)
+    assert [wanted(hopper, *case) for case in ((4096, 128), (4097, 128), (300, 256))] == [False, True, True]
+    assert not any(wanted(hopper, rows, size, masked=True) for rows, size in ((5000, 128), (300, 256)))
+    assert [wanted(blackwell, *case) for case in ((15, 64), (16, 64), (300, 256))] == [False, True, True]
+    # cuDNN takes padding, but not where the last of its tiles is half empty; flash-attention 2 takes none.
+    assert [wanted(blackwell, *case, masked=True) for case in ((300, 128), (320, 128), (300, 256))] == [
+        True,
+        False,
+        False,
+    ]
+    assert [wanted(ada, 300, size) for size in (128, 192, 200, 224, 256)] == [True, True, False, False, True]
+    assert wanted(ampere, 300, 200)
+    assert not wanted(ampere, 300, 128, masked=True)
+    assert [wanted(ampere, 8192, 128, batch=batch) for batch in (63, 64)] == [True, False]  # 2^31 sums
+    assert not wanted(ampere, 16, 64, batch=65536)
+    assert not wanted((7, 5), 300, 64)
