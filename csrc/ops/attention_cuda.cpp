@@ -77,7 +77,8 @@ Call begin(const Problem& p) {
           largest, ", got ", p.head_size, " (query) and ", p.value_head_size, " (value)");
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   require(p.batch <= most && p.heads <= most && p.queries <= most && p.keys <= most,
-          "batch, heads, queries and keys on a GPU go up to ", most, " each");
+          "batch, heads, queries and keys on a GPU go up to ", most, " each, got ", p.batch, ", ",
+          p.heads, ", ", p.queries, " and ", p.keys);
   const int32_t index = p.query.get_device_index();
   Call call{torch::stable::accelerator::DeviceGuard(index),
             device_at(index),
@@ -148,11 +149,13 @@ bool ordinary(const Problem& p, const Call& call) {
   return attention::has_16_byte_rows(call.arguments) && square(p) && p.queries > 1;
 }
 
-// The faster one of torch's kernels: cuDNN's are built for cards from sm_90 on, not for sm_120, and
-// know larger heads on Hopper's forward alone.
+// cuDNN's kernels are built for cards from sm_90 on, not for sm_120.
+bool has_cudnn(int32_t capability) { return capability >= 90 && capability < 120; }
+
+// The faster one of torch's kernels. cuDNN's know larger heads on Hopper's forward alone.
 constexpr int64_t largest_cudnn_head = 128;
 Route stock_of(const Problem& p, int32_t capability) {
-  const bool cudnn = capability >= 90 && capability < 120 && p.head_size <= largest_cudnn_head;
+  const bool cudnn = has_cudnn(capability) && p.head_size <= largest_cudnn_head;
   return cudnn ? Route::cudnn : Route::flash;
 }
 
@@ -161,7 +164,7 @@ bool stock_knows(const Problem& p, Route stock, int32_t capability) {
   constexpr int64_t most_sequences = 65535, largest_head = 256;
   if (p.batch > most_sequences || p.heads > most_sequences) return false;
   if (p.head_size != p.value_head_size || p.head_size > largest_head) return false;
-  return stock == Route::cudnn ? capability >= 90 && capability < 120 : !p.key_mask;
+  return stock == Route::cudnn ? has_cudnn(capability) : !p.key_mask;
 }
 
 bool stock_takes(const Problem& p, const Call& call, Route stock) {

@@ -7,8 +7,6 @@ runs: what says causal sequences, perhaps windowed, is attended to as `packed_se
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,7 +29,8 @@ def attend(
     Args:
         query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv), log_scale, scale: as in `ops.attention`.
         mask: (B, 1, Tq, Tk): codes of `zerotuning_mask`, int8, 0 hidden, 1 visible, 2 visible and scaled; or the caller's
-            own, bool or additive: the initial token is then the first key that a query sees.
+            own, bool or additive: the initial token is then the first key that a query sees. In a graph that is traced
+            also the code of `packed_sequences`.
         span: (B, 2) int64, the keys [first, end) that are scaled in place of the initial token.
 
     Returns:
@@ -39,26 +38,18 @@ def attend(
 
     Raises: ZeroTuningError for a mask of another shape.
     """
+    if torch.compiler.is_compiling() and _can_be_sequences(mask, query):
+        return _attention_under_mask(query, key, value, log_scale, mask, span, ops.softmax_scale(query, scale))[0]
     if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
         raise ZeroTuningError(f"attention_mask must be [B, 1, Tq, Tk] with Tk = {key.shape[2]}, got {list(mask.shape)}")
-    square = mask.shape[2] == mask.shape[3] and mask.shape[0] == query.shape[0]
-    if torch.compiler.is_compiling() and mask.dtype == torch.int8 and square:
-        return attend_in_graph(query, key, value, log_scale, mask, span, scale)
     return _by_formula(query, key, value, log_scale, mask, span, scale)[0].to(query.dtype)
 
 
-def attend_in_graph(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_scale: Tensor,
-    mask: Tensor,
-    span: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """The same as one operator, for a graph that is traced; mask: codes, or the code of `packed_sequences`."""
-    factor = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _attention_under_mask(query, key, value, log_scale, mask, span, factor)[0]
+def _can_be_sequences(mask: Tensor, query: Tensor) -> bool:
+    """Codes of as many queries as keys, or a code, whose sequences' lengths the shapes in a graph must not depend on."""
+    rows = query.shape[2]
+    codes = mask.dtype == torch.int8 and mask.shape == (query.shape[0], 1, rows, rows)
+    return codes or packed_sequences.is_packed_code(mask, query)
 
 
 def _by_formula(
@@ -144,10 +135,8 @@ def _layout_of_codes(codes: Tensor) -> packed_sequences.Layout | None:
     if codes.numel() == 0:
         return None
     visible = codes[:, 0] != 0
+    begin = packed_sequences.beginnings_in(visible)
     row = torch.arange(codes.shape[2], device=codes.device)
-    # A query that does not see the key before it begins a sequence.
-    begins = torch.nn.functional.pad(~visible.diagonal(offset=-1, dim1=-2, dim2=-1), (1, 0), value=True)
-    begin = torch.where(begins, row, 0).cummax(dim=-1).values
     seen = visible.sum(dim=-1)
     window = torch.where(seen < row - begin + 1, seen, 0).amax()
     code = torch.stack((begin, torch.ones_like(begin), window.expand_as(begin)), dim=-1)[:, None]
@@ -198,8 +187,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, mask: Tensor, span: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
-    output = query.new_empty(batch, rows, heads, value.shape[3]).transpose(1, 2)
-    return output, log_scale.new_empty(batch, heads, rows)
+    return ops.empty_rows(query, batch, heads, rows, value.shape[3]), log_scale.new_empty(batch, heads, rows)
 
 
 @torch.library.custom_op(
@@ -240,7 +228,7 @@ def _attention_under_mask_backward(
 
 @_attention_under_mask_backward.register_fake
 def _(grad_output, query, key, value, log_scale, mask, span, scale, output, logsumexp):  # type: ignore[no-untyped-def]
-    rows = (tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value))
+    rows = (ops.empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
     return *rows, log_scale.new_empty(log_scale.shape)
 
 

@@ -71,7 +71,7 @@ def attention(
             positions outside the keys and a log_scale that is not finite; on a GPU, where that would mean waiting for
             it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
     """
-    arguments = (query, key, value, log_scale, key_mask, span, query_start, window, _softmax_scale(query, scale))
+    arguments = (query, key, value, log_scale, key_mask, span, query_start, window, softmax_scale(query, scale))
     if torch.compiler.is_compiling():
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
         results = (_attention_with_departure if needs_gradient else _attention)(*arguments)
@@ -104,7 +104,7 @@ def decode_attention(
     Returns:
         output (B, H, Tq, Dv).
     """
-    factor = _softmax_scale(query, scale)
+    factor = softmax_scale(query, scale)
     return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
 
 
@@ -123,7 +123,7 @@ def gradients(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and log_scale where :func:`attention`'s two results are all that was kept of it."""
-    inputs, geometry = (query, key, value, log_scale), (key_mask, span, None, window, _softmax_scale(query, scale))
+    inputs, geometry = (query, key, value, log_scale), (key_mask, span, None, window, softmax_scale(query, scale))
     departure = None
     if _needs_departure(query, key, value, key_mask, span, None, window):
         departure = _attention_by_route(*inputs, *geometry, True, _AUTOMATIC)[2]
@@ -135,14 +135,14 @@ def runs_on(device_type: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("zerotuning::attention", device_type.upper())
 
 
-def _softmax_scale(query: Tensor, scale: float | None) -> float:
+def softmax_scale(query: Tensor, scale: float | None) -> float:
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
 
 
 # Fake kernels: shapes, dtypes and strides of the results, for torch.compile and torch.export.
 
 
-def _empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> Tensor:
+def empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> Tensor:
     return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
@@ -201,7 +201,7 @@ def _needs_departure(
 @torch.library.register_fake("zerotuning::attention")
 def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
-    output = _empty_rows(query, batch, heads, rows, value.shape[-1])
+    output = empty_rows(query, batch, heads, rows, value.shape[-1])
     if query.is_cuda:
         return output, log_scale.new_empty(batch, heads, rows)
     return output, log_scale.new_empty(batch, rows, heads).transpose(1, 2)
@@ -210,7 +210,7 @@ def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, w
 @torch.library.register_fake("zerotuning::decode_attention")
 def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
-    return _empty_rows(query, batch, heads, rows, value.shape[-1])
+    return empty_rows(query, batch, heads, rows, value.shape[-1])
 
 
 @torch.library.register_fake("zerotuning::attention_backward")
@@ -229,7 +229,7 @@ def _(  # type: ignore[no-untyped-def]
     scale,
     departure=None,
 ):
-    gradients = (_empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
+    gradients = (empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
 

@@ -170,6 +170,13 @@ def _beginnings(sequence: Tensor, positions: list[Tensor]) -> Tensor | None:
     return torch.where(begins, torch.arange(sequence.shape[1], device="cpu"), 0).cummax(dim=1).values
 
 
+def beginnings_in(visible: Tensor) -> Tensor:
+    """Where each token's sequence begins, (B, T), from which keys a query sees, bool (B, T, T): one that does not see the
+    key before it begins a sequence."""
+    begins = torch.nn.functional.pad(~visible.diagonal(offset=-1, dim1=-2, dim2=-1), (1, 0), value=True)
+    return torch.where(begins, torch.arange(visible.shape[-1], device=visible.device), 0).cummax(dim=-1).values
+
+
 def is_packed_code(mask: Tensor, query: Tensor) -> bool:
     """Whether the mask that reached a layer is a code of `packed_code` for its queries (B, H, T, D)."""
     return mask.dtype == torch.long and mask.shape[1:] == (1, query.shape[2], COLUMNS) and query.shape[2] > 1

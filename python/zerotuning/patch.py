@@ -123,8 +123,8 @@ def zerotuning_attention(
         log_scale = log_scale.double()
     if attention_mask is None or _is_geometry(attention_mask, key):
         output = _attend(query, key, value, log_scale, attention_mask, span, sliding_window or 0, scaling)
-    elif packed_sequences.is_packed_code(attention_mask, query):
-        output = _attend_to_packed(query, key, value, log_scale, attention_mask, span, scaling)
+    elif packed_sequences.is_packed_code(attention_mask, query) and not torch.compiler.is_compiling():
+        output = packed_sequences.attend(query, key, value, log_scale, attention_mask, span, scaling)
     else:
         output = dense_masks.attend(query, key, value, log_scale, attention_mask, span, scaling)
     return output.transpose(1, 2), None
@@ -194,20 +194,6 @@ def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
     if not compiling:
         _latest = (geometry, keys, arguments)
     return arguments
-
-
-def _attend_to_packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_scale: Tensor,
-    code: Tensor,
-    span: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    if torch.compiler.is_compiling():  # a layer alone: the shapes in a graph must not depend on the sequences' lengths
-        return dense_masks.attend_in_graph(query, key, value, log_scale, code, span, scale)
-    return packed_sequences.attend(query, key, value, log_scale, code, span=span, scale=scale)
 
 
 _UNSUPPORTED = {
@@ -386,11 +372,7 @@ def _dense_codes(
     if chunked or q_length != kv_length:
         initial = (_first_real(attention_mask, batch_size, device) - kv_offset)[:, None].expand(-1, q_length)
     else:
-        # A query that does not see the key before it begins a sequence: packed sequences each have an initial token.
-        row = torch.arange(q_length, device=device)
-        previous = visible[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1)
-        begins = torch.nn.functional.pad(~previous, (1, 0), value=True)
-        initial = torch.where(begins, row, 0).cummax(dim=-1).values
+        initial = packed_sequences.beginnings_in(visible[:, 0])  # packed sequences each have an initial token
     scaled = torch.arange(kv_length, device=device) == initial[:, None, :, None]
     return visible.to(torch.int8) + (visible & scaled).to(torch.int8)
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ops import error, formula, inputs_with_sink, random_inputs, rounding_scale
+from test_ops import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
@@ -49,13 +49,6 @@ def on_cuda() -> Any:
     poison()
     yield
     torch.set_default_device(None)
-
-
-def poison() -> None:
-    """NaN in what the next allocations get, large ones and those of less than a megabyte, which have memory of their own."""
-    large = torch.full((2**28,), 255, dtype=torch.uint8)
-    small = [torch.full((2**19,), 255, dtype=torch.uint8) for _ in range(64)]
-    del large, small
 
 
 def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: int, **geometry: Any) -> list[Tensor]:

@@ -21,10 +21,16 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("needs a GPU and a build with CUDA")
     torch.set_default_device(request.param)
     if request.param == "cuda":  # memory that a kernel forgets to write shows up as NaN
-        torch.full((2**26,), math.nan, dtype=torch.float32)
-        [torch.full((2**17,), math.nan) for _ in range(64)]  # also in what small results get
+        poison()
     yield request.param
     torch.set_default_device(None)
+
+
+def poison() -> None:
+    """NaN in what the next allocations get, large ones and those of less than a megabyte, which have memory of their own."""
+    large = torch.full((2**28,), 255, dtype=torch.uint8)
+    small = [torch.full((2**19,), 255, dtype=torch.uint8) for _ in range(64)]
+    del large, small
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
