@@ -90,6 +90,12 @@ cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t b
                            int32_t* first_key, int32_t* end_key, int32_t* past_key,
                            cudaStream_t stream);
 
+// words: [batch, step.header + step.key_words]. Keys from `length` on are not in key_mask: not
+// real.
+cudaError_t pack_step_words(const bool* key_mask, int64_t batch_stride, int32_t batch,
+                            int32_t length, const StepWords& step, int64_t* words,
+                            cudaStream_t stream);
+
 // Any dtype, head size up to 256, length and geometry, without tensor cores: float32 arithmetic
 // (float64 for float64). The exact route, and what the fast ones are compared with.
 cudaError_t attention_plain(const CudaAttention& arguments, cudaStream_t stream);

@@ -467,47 +467,8 @@ cudaError_t with_type(const CudaAttention& c, const Launch& launch) {
   }
 }
 
-__global__ void __launch_bounds__(threads)
-    find_runs(const bool* key_mask, int64_t batch_stride, int keys, int32_t* first_key,
-              int32_t* end_key, int32_t* past_key) {
-  const bool* mask = key_mask + blockIdx.x * batch_stride;
-  __shared__ int first, end, past;
-  if (threadIdx.x == 0) {
-    first = end = keys;
-    past = 0;
-  }
-  __syncthreads();
-  for (int key = threadIdx.x; key < keys; key += threads) {
-    const bool real = mask[key];
-    // Few keys begin or end a run.
-    if (real && (key == 0 || !mask[key - 1])) atomicMin(&first, key);
-    if (real && (key == keys - 1 || !mask[key + 1])) atomicMax(&past, key + 1);
-  }
-  __syncthreads();
-  for (int key = first + 1 + threadIdx.x; key < keys; key += threads) {
-    if (!mask[key]) {
-      atomicMin(&end, key);
-      break;
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    first_key[blockIdx.x] = first;
-    end_key[blockIdx.x] = end;
-    past_key[blockIdx.x] = past;
-  }
-}
-
 }  // namespace
 }  // namespace plain
-
-cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t batch, int32_t keys,
-                           int32_t* first_key, int32_t* end_key, int32_t* past_key,
-                           cudaStream_t stream) {
-  plain::find_runs<<<batch, plain::threads, 0, stream>>>(key_mask, batch_stride, keys, first_key,
-                                                         end_key, past_key);
-  return cudaGetLastError();
-}
 
 cudaError_t attention_plain(const CudaAttention& c, cudaStream_t stream) {
   return plain::with_type(c, [&](auto type, auto size) {

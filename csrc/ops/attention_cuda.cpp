@@ -471,4 +471,21 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route) {
   return output;
 }
 
+Tensor step_geometry_cuda(const Tensor& key_mask, int64_t keys,
+                          const std::optional<int64_t>& query_start) {
+  const attention::StepWords step = check_step(key_mask, keys, query_start);
+  const int64_t batch = key_mask.size(0), length = std::min(key_mask.size(1), keys);
+  const torch::stable::accelerator::DeviceGuard guard(key_mask.get_device_index());
+  const Tensor mask = key_mask.stride(1) == 1 ? key_mask : aten::contiguous(key_mask);
+  const Tensor words =
+      aten::empty(mask, Sizes{batch, 1, 1, step.header + step.key_words}, ScalarType::Long);
+  if (batch == 0) return words;
+  check(attention::pack_step_words(static_cast<const bool*>(mask.const_data_ptr()), mask.stride(0),
+                                   static_cast<int32_t>(batch), static_cast<int32_t>(length), step,
+                                   words.mutable_data_ptr<int64_t>(),
+                                   current_stream(mask.get_device_index())),
+        "key_mask");
+  return words;
+}
+
 }  // namespace zerotuning::ops

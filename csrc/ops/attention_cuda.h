@@ -35,4 +35,8 @@ FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_o
 Tensor decode_attention_cuda(const Problem& problem,
                              attention::DecodeRoute route = attention::DecodeRoute::automatic);
 
+// What attention::StepWords says, [batch, 1, 1, words], without waiting for the device.
+Tensor step_geometry_cuda(const Tensor& key_mask, int64_t keys,
+                          const std::optional<int64_t>& query_start);
+
 }  // namespace zerotuning::ops

@@ -110,4 +110,24 @@ Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int6
   return bias;
 }
 
+Tensor step_geometry_cpu(const Tensor& key_mask, int64_t keys,
+                         const std::optional<int64_t>& query_start) {
+  const attention::StepWords step = check_step(key_mask, keys, query_start);
+  const Tensor mask = aten::dense(key_mask);
+  const int64_t batch = mask.size(0), length = std::min(mask.size(1), keys);
+  const int64_t width = step.header + step.key_words;
+  const Tensor result = aten::empty(mask, Sizes{batch, 1, 1, width}, ScalarType::Long);
+  for (int64_t b = 0; b < batch; ++b) {
+    const bool* real = static_cast<const bool*>(mask.const_data_ptr()) + b * mask.size(1);
+    int64_t* words = result.mutable_data_ptr<int64_t>() + b * width;
+    bool* key_bytes = reinterpret_cast<bool*>(words + step.header);
+    std::fill(std::copy_n(real, length, key_bytes), reinterpret_cast<bool*>(words + width), false);
+    const int64_t first = std::find(real, real + length, true) - real;
+    words[0] = step.query_start;
+    words[step.header - 2] = first < length ? first : 0;
+    words[step.header - 1] = words[step.header - 2] + 1;
+  }
+  return result;
+}
+
 }  // namespace zerotuning::ops

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cpu.h"
+#include "ops/geometry_cpu.h"
 
 namespace {
 
@@ -56,6 +57,10 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
 
+Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
+  return zerotuning::ops::step_geometry_cpu(key_mask, keys, query_start);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(zerotuning, library) {
@@ -79,6 +84,8 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "_attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> (Tensor output, "
       "Tensor logsumexp, Tensor departure)");
+  // What a patched model's mask function says of a generation step (attention/arguments.h).
+  library.def("_step_geometry(Tensor key_mask, int keys, int? query_start) -> Tensor");
   // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_kernels.h), for
   // tests and benchmarks.
   library.def(
@@ -102,4 +109,5 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
+  library.impl("_step_geometry", TORCH_BOX(&step_geometry));
 }

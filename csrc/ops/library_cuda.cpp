@@ -73,6 +73,10 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
                                    window, scale, 0);
 }
 
+Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
+  return zerotuning::ops::step_geometry_cuda(key_mask, keys, query_start);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
@@ -82,5 +86,6 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_decode_attention_by_route", TORCH_BOX(&decode_attention_by_route));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
+  library.impl("_step_geometry", TORCH_BOX(&step_geometry));
   library.impl("_attention_backward_by_route", TORCH_BOX(&attention_backward_by_route));
 }

@@ -153,6 +153,15 @@ Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& valu
   return p;
 }
 
+attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
+                                const std::optional<int64_t>& query_start) {
+  require(key_mask.dim() == 2, "key_mask must be [B, keys], got ", Shape{key_mask});
+  check_dtype("key_mask", key_mask, ScalarType::Bool);
+  require(keys >= 0, "keys must be their number, got ", keys);
+  constexpr int64_t word_keys = attention::StepWords::word_keys;
+  return {(keys + word_keys - 1) / word_keys, query_start ? 3 : 2, query_start.value_or(0)};
+}
+
 void check_backward(const Problem& p, const Tensor& grad_output, const Tensor& output,
                     const Tensor& logsumexp, const std::optional<Tensor>& departure) {
   const auto check_rows = [&](const char* name, const Tensor& tensor) {

@@ -6,7 +6,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/number_types.h"
+#include "attention/arguments.h"
 #include "ops/aten.h"
 
 namespace zerotuning::ops {
@@ -49,6 +49,10 @@ Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& valu
                       const Tensor& log_scale, const std::optional<Tensor>& key_mask,
                       const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
                       int64_t window, double scale);
+
+// The words of a step over `keys` keys, of which key_mask [batch, any number] says which are real.
+attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
+                                const std::optional<int64_t>& query_start);
 
 // The same for what a backward pass gets beside them.
 void check_backward(const Problem& problem, const Tensor& grad_output, const Tensor& output,

@@ -28,6 +28,10 @@ _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
+#: What a patched model's mask function says of a generation step: the words of csrc/attention/arguments.h, int64
+#: [B, 1, 1, words], of a bool key mask [B, any number], the number of keys, and where the queries begin if they are not
+#: the last keys.
+step_geometry = torch.ops.zerotuning._step_geometry.default
 # Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
 SHORTEST_STOCK, LARGEST_CUDNN_HEAD, LARGEST_HOPPER_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 128, 4096
 MOST_SEQUENCES = 65535

@@ -73,15 +73,16 @@ class HeadScaling(nn.Module):
             alone = self.parameter.dim() == 1
             chosen = self.parameter if alone else _for_batch(self.parameter, batch, "candidates names the scales")
             return self._own(chosen)
-        if self.rows is None:
+        rows = self._buffers["rows"]  # as an attribute it would be looked for elsewhere first
+        if rows is None:
             return self._first_setting()
-        return self._own(self.log_scale[_for_batch(self.rows, batch, "rows names the scales")])
+        return self._own(self.log_scale[_for_batch(rows, batch, "rows names the scales")])
 
     def _own(self, log_scale: Tensor) -> Tensor:
         return log_scale if self.share is None else self.share.of(log_scale)
 
     def _first_setting(self) -> Tensor:
-        settings = self.log_scale
+        settings: Any = self._buffers["log_scale"]
         if torch.compiler.is_compiling():
             return self._own(settings[0])
         if self._only is None or self._only[0] is not settings:
@@ -121,8 +122,10 @@ def zerotuning_attention(
         span = _span_of(scaling_of_layer, query, key, sliding_window)
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
-    if attention_mask is None or _is_geometry(attention_mask, key):
-        output = _attend(query, key, value, log_scale, attention_mask, span, sliding_window or 0, scaling)
+    known = None if attention_mask is None else _read_geometry(attention_mask, key.shape[2])
+    if attention_mask is None or known is not None:
+        known = known or _NOTHING_KNOWN
+        output = _attend(query, key, value, log_scale, known, span, sliding_window or 0, scaling)
     elif packed_sequences.is_packed_code(attention_mask, query) and not torch.compiler.is_compiling():
         output = packed_sequences.attend(query, key, value, log_scale, attention_mask, span, scaling)
     else:
@@ -149,51 +152,66 @@ def _for_batch(chosen: Tensor, batch: int, what: str) -> Tensor:
     return chosen if batch == samples else chosen.repeat_interleave(batch // samples, dim=0)
 
 
+class _Geometry(NamedTuple):
+    """What `zerotuning_mask` says, as the operators' arguments."""
+
+    key_mask: Tensor | None
+    span: Tensor | None
+    query_start: Tensor | None
+
+
+_NOTHING_KNOWN = _Geometry(None, None, None)
+#: The mask read last, its number of keys and what it says: all layers of a forward pass get the same one, and generating
+#: a token takes longer to make its views than to use them.
+_latest: tuple[Tensor, int, _Geometry] | None = None
+
+
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_scale: Tensor,
-    geometry: Tensor | None,
+    known: _Geometry,
     span: Tensor | None,
     window: int,
     scale: float | None,
 ) -> Tensor:
-    arguments: dict[str, Any] = {"window": window, "scale": scale}
-    if geometry is not None:
-        arguments |= _read_geometry(geometry, key.shape[2])
-    if span is not None:
-        arguments["span"] = span
-    tensors = (query, key, value, log_scale)
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if not needs_gradient and query.shape[2] <= DECODE_QUERIES and key.shape[2] > query.shape[2]:
-        return ops.decode_attention(*tensors, **arguments)
-    return ops.attention(*tensors, **arguments)[0]
+    key_mask, initial, query_start = known
+    rows = query.shape[2]
+    few = rows <= DECODE_QUERIES and key.shape[2] > rows
+    decodes = few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale)))
+    output = (ops.decode_attention if decodes else ops.attention)(
+        query,
+        key,
+        value,
+        log_scale,
+        key_mask=key_mask,
+        span=initial if span is None else span,
+        query_start=query_start,
+        window=window,
+        scale=scale,
+    )
+    return output if decodes else output[0]  # type: ignore[return-value]
 
 
-#: The geometry tensor read last, its number of keys and what it says: all layers of a forward pass get the same one, and
-#: generating a token takes longer to make its views than to use them.
-_latest: tuple[Tensor, int, dict[str, Tensor]] | None = None
-
-
-def _read_geometry(geometry: Tensor, keys: int) -> dict[str, Tensor]:
-    """What `zerotuning_mask` packed, as the operators' arguments: views alone, which follow the tensor's contents."""
+def _read_geometry(mask: Tensor, keys: int) -> _Geometry | None:
+    """What `zerotuning_mask` packed, in views, which follow the tensor's contents. None: a mask of another kind."""
     global _latest
     compiling = torch.compiler.is_compiling()
-    if not compiling and _latest is not None and _latest[0] is geometry and _latest[1] == keys:
+    if not compiling and _latest is not None and _latest[0] is mask and _latest[1] == keys:
         return _latest[2]
-    arguments = {}
-    words = geometry[:, 0, 0]
-    header = words.shape[-1] - _words(keys)
-    if header == HEADER:
-        arguments["query_start"] = words[:, 0]
-    if header > 0:
-        arguments["span"] = words[:, header - SPAN_HEADER : header]
-        words = words[:, header:]
-    arguments["key_mask"] = words.view(torch.uint8)[:, :keys]
+    header = mask.shape[-1] - _words(keys)
+    if mask.dtype != torch.long or mask.shape[1:-1] != (1, 1) or header not in (0, SPAN_HEADER, HEADER):
+        return None
+    words = mask[:, 0, 0]
+    known = _Geometry(
+        words[:, header:].view(torch.uint8)[:, :keys],
+        words[:, header - SPAN_HEADER : header] if header else None,
+        words[:, 0] if header == HEADER else None,
+    )
     if not compiling:
-        _latest = (geometry, keys, arguments)
-    return arguments
+        _latest = (mask, keys, known)
+    return known
 
 
 _UNSUPPORTED = {
@@ -280,7 +298,8 @@ def zerotuning_mask(
         return None
     traced = torch.compiler.is_compiling()
     if decoding and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not traced:
-        return _step_geometry(attention_mask, kv_length, None if ends_at_queries else q_offset)[:, None, None]
+        real = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
+        return ops.step_geometry(real, kv_length, None if ends_at_queries else q_offset)
     words = _key_mask_words(attention_mask, batch_size, kv_length, kv_offset, device)
     if not (ends_at_queries and not decoding):
         start = _first_real(attention_mask, batch_size, device) - kv_offset
@@ -290,21 +309,6 @@ def zerotuning_mask(
             header.insert(0, torch.zeros_like(start) + (q_offset - kv_offset))
         words = torch.cat((torch.stack(header, dim=1), words), dim=1)
     return words[:, None, None]
-
-
-def _step_geometry(attention_mask: Tensor, kv_length: int, query_start: int | None) -> Tensor:
-    """`zerotuning_mask`'s words of a generation step, of few operations: launching them is what takes time."""
-    header = SPAN_HEADER if query_start is None else HEADER
-    mask = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-    real = mask.view(torch.uint8)
-    words = torch.zeros(len(mask), header + _words(kv_length), dtype=torch.long, device=mask.device)
-    length = min(mask.shape[1], kv_length)
-    words.view(torch.uint8)[:, header * BYTES :][:, :length] = real[:, :length]
-    if query_start is not None:
-        words[:, 0] = query_start
-    words[:, header - 2] = real.argmax(dim=-1)
-    words[:, header - 1] = words[:, header - 2] + 1
-    return words
 
 
 def _is_all_real(attention_mask: Tensor, decoding: bool) -> bool:
@@ -336,13 +340,6 @@ def _key_mask_words(
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
     return attention_mask[:, offset : offset + BYTES * _words(length)].bool().contiguous().view(torch.long)
-
-
-def _is_geometry(mask: Tensor, key: Tensor) -> bool:
-    words = _words(key.shape[2])
-    return (
-        mask.dtype == torch.long and mask.shape[1:-1] == (1, 1) and mask.shape[-1] - words in (0, SPAN_HEADER, HEADER)
-    )
 
 
 def _dense_codes(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from zerotuning import ops
 from zerotuning.models import load_model
 
 CORPUS = [
@@ -19,6 +20,12 @@ CORPUS = [
     "Review: the film is a good story, well told. Sentiment: positive",
     "Review: the film is bad and far too long. Sentiment: negative",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures that put tensors on a GPU
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and ops.runs_on("cuda")):
+        pytest.skip("needs a GPU and a build with CUDA")
 
 
 @pytest.fixture(scope="session")

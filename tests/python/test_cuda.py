@@ -29,10 +29,7 @@ from zerotuning.setbacks import Setbacks
 from zerotuning.shared_prefix import behind_prefix, scores_behind_prefix
 from zerotuning.tasks import Task
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not (torch.cuda.is_available() and ops.runs_on("cuda")), reason="needs a GPU and a CUDA build"),
-]
+pytestmark = pytest.mark.gpu
 PLAIN, HOPPER, CUDNN, FLASH = 1, 2, 3, 4
 RINGS, BULK = 1, 2  # of decoding
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)

@@ -191,23 +191,26 @@ def test_padding_on_either_side_changes_nothing(kind) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.long], ids=str)
-@pytest.mark.parametrize(("keys", "rows"), [(9, 1), (16, 3), (40, 16)])
+@pytest.mark.parametrize(("keys", "rows"), [(9, 1), (16, 3), (40, 16), (5000, 1)])
 @pytest.mark.parametrize("beyond", [0, 5])
 @pytest.mark.parametrize("later", [0, 2], ids=["last", "not last"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_what_a_step_says_of_padding_is_the_same_with_positions_on_the_host_and_on_the_device(
-    keys, rows, later, beyond, dtype
+    device, keys, rows, later, beyond, dtype
 ) -> None:
-    mask = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1])[:, None]).to(dtype)
+    mask = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1, keys])[:, None]).to(device, dtype)
     mask[1, 4] = 0
+    mask[3, keys:] = 0  # of which nothing is real
     found, wanted = (
-        _read_geometry(zerotuning_mask(3, rows, keys, start, attention_mask=mask), keys)
-        for start in (keys - rows - later, torch.tensor(keys - rows - later))
+        _read_geometry(zerotuning_mask(4, rows, keys, start, attention_mask=mask, device=device), keys)
+        for start in (keys - rows - later, torch.tensor(keys - rows - later, device=device))
     )
-    assert wanted.keys() == {"query_start", "span", "key_mask"}
-    assert wanted["query_start"].tolist() == [keys - rows - later] * 3
+    assert wanted.query_start.tolist() == [keys - rows - later] * 4
     # Queries that are the last keys need no word of where they are.
-    assert found.keys() == (wanted.keys() if later else {"span", "key_mask"})
-    assert all(torch.equal(found[name], wanted[name]) for name in found)
+    assert (found.query_start is None) == (later == 0)
+    assert found.query_start is None or torch.equal(found.query_start, wanted.query_start)
+    assert torch.equal(found.span, wanted.span)
+    assert torch.equal(found.key_mask, wanted.key_mask)
 
 
 @pytest.mark.parametrize("kind", MODELS)
