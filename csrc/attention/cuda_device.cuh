@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -71,6 +72,19 @@ __device__ __forceinline__ void start_dependent_kernel() {
 }
 __device__ __forceinline__ void wait_for_previous_kernel() {
   if constexpr (starts_early) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// Lets a kernel have more shared memory than it may have unasked. Once for each device: it takes
+// the driver about a microsecond. `bytes` are the same at each call for a device.
+template <auto kernel>
+cudaError_t allow_shared_bytes(int bytes, const CudaDevice& device) {
+  static std::atomic<uint64_t> allowed{0};
+  const uint64_t bit = uint64_t{1} << device.index;
+  if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit, std::memory_order_relaxed);
+  return error;
 }
 
 // early: it may start before the kernel before it ends, for which it then waits.

@@ -16,6 +16,7 @@ struct CudaDevice {
   int32_t multiprocessors, capability;  // capability: 90 for sm_90
   int32_t block_bytes, level2_bytes;    // a block's most shared memory; the level-2 cache
   int32_t built_for;                    // as kernels_built_for says
+  int32_t index;
 
   // Whether a kernel may start before the one before it ends, since it is compiled to wait for it.
   bool starts_early() const { return built_for >= 90; }
@@ -160,8 +161,13 @@ enum class DecodeRoute : int64_t {
   bulk = 2,   // the bulk copy engine copies those of all
 };
 bool decode_bulk_takes(const CudaAttention& arguments);
-cudaError_t decode(const CudaAttention& arguments, void* scratch, const CudaDevice& device,
-                   cudaStream_t stream, DecodeRoute route = DecodeRoute::automatic);
+// counters: a set of the current device's that no call uses which may run at the same time; the
+// call leaves it as it was. Null: none, at the price of a second kernel.
+constexpr int32_t decode_counter_sets = 64;
+cudaError_t decode_counters(int32_t set, uint32_t*& first);
+cudaError_t decode(const CudaAttention& arguments, void* scratch, uint32_t* counters,
+                   const CudaDevice& device, cudaStream_t stream,
+                   DecodeRoute route = DecodeRoute::automatic);
 
 // Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),
 // strides and pointers that are multiples of 16 bytes; any geometry.

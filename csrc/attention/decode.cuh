@@ -16,6 +16,7 @@ using namespace device;
 
 constexpr int tile_keys = 16;
 constexpr int tile_rows = 16;
+constexpr int merge_threads = 256;  // a row's splits are merged as so many threads would
 
 struct Arguments {
   const uint16_t *query, *key, *value;
@@ -31,6 +32,7 @@ struct Arguments {
   int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
   float* split_output;     // [batch, heads, queries, splits, value_head_size], if splits > 1
   float* split_logsumexp;  // [batch, heads, queries, splits], base 2
+  uint32_t* arrivals;      // [batch, key heads, row_groups], zeros; or null: merge_splits follows
   int heads, group, queries, keys, head_size, value_head_size;
   int rows;  // of a key head: group * queries, queries innermost
   int row_groups, splits;
@@ -452,6 +454,52 @@ __device__ __forceinline__ void write_result(const Arguments& a, int64_t batch, 
   }
 }
 
+// The parts that the splits of a row left of four columns.
+struct Splits {
+  const float *output, *logsumexp;
+  int count, last_row, columns;
+
+  // Those of splits first, first + step, ... The rehearsal of merge_splits reads row 0 each time.
+  __device__ __forceinline__ Part merged(int first, int step) const {
+    Part part = no_part();
+#pragma unroll 4
+    for (int split = first; split < count; split += step) {
+      const int row = min(split, last_row);
+      const float4 columns_of_row = *reinterpret_cast<const float4*>(output + row * columns);
+      merge(part, {columns_of_row, 1, logsumexp[row]});
+    }
+    return part;
+  }
+};
+
+// Where those of a row begin in scratch.
+__device__ __forceinline__ int64_t first_split_of(const Arguments& a, int64_t batch, int head,
+                                                  int query) {
+  return ((batch * a.heads + head) * a.queries + query) * a.splits;
+}
+
+__device__ __forceinline__ Splits splits_of_row(const Arguments& a, int64_t first, int column) {
+  return {a.split_output + first * a.value_head_size + column, a.split_logsumexp + first, a.splits,
+          a.splits - 1, a.value_head_size};
+}
+
+// Whether the block is the last of those that share its rows, whose splits it can then read.
+__device__ __forceinline__ bool arrives_last(const Arguments& a) {
+  __threadfence();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    const int group = blockIdx.x % a.row_groups;
+    uint32_t* arrivals =
+        a.arrivals + (int64_t{blockIdx.z} * gridDim.y + blockIdx.y) * a.row_groups + group;
+    last = atomicAdd(arrivals, 1) == a.splits - 1;
+    if (last) *arrivals = 0;
+  }
+  last = __syncthreads_or(last);
+  __threadfence();
+  return last;
+}
+
 // Merges the block's warps, whose sums lie `sums_pitch` bytes apart, into the result or, if the
 // keys are split, into scratch.
 template <typename T, int size, int rows>
@@ -472,15 +520,24 @@ __device__ __forceinline__ void finish(const Arguments& a, int split, int first_
       continue;
     }
     const float logsumexp = normalize(part);
-    const int64_t place =
-        ((static_cast<int64_t>(batch) * a.heads + head) * a.queries + query) * a.splits + split;
+    const int64_t place = first_split_of(a, batch, head, query) + split;
     *reinterpret_cast<float4*>(a.split_output + place * a.value_head_size + column) = part.output;
     if (column == 0) a.split_logsumexp[place] = logsumexp;
+  }
+  if (a.splits == 1 || !a.arrivals || !arrives_last(a)) return;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int column = i % columns * 4, row = first_row + i / columns;
+    const int head = key_head * a.group + row / a.queries, query = row % a.queries;
+    const Splits splits = splits_of_row(a, first_split_of(a, batch, head, query), column);
+    const int slices = merge_threads / columns;
+    Part part = splits.merged(0, slices);
+    for (int slice = 1; slice < slices; ++slice) merge(part, splits.merged(slice, slices));
+    write_result<T>(a, batch, head, query, column, part);
   }
 }
 
 // The kernel of decode_hopper_cuda.cu; row_tiles is 1 or 2.
 cudaError_t attend_in_bulk(const CudaAttention& c, const Arguments& a, int row_tiles,
-                           const dim3& grid, cudaStream_t stream);
+                           const dim3& grid, const CudaDevice& device, cudaStream_t stream);
 
 }  // namespace zerotuning::attention::decoding

@@ -4,9 +4,12 @@
 // share the key head, packed into the 16-row tiles of the tensor cores. Each of its warps streams
 // tiles of 16 keys of its own through a ring in shared memory of its own, with a softmax and sums
 // of its own, so that no barrier of the block stands in the stream. The block's warps are merged at
-// its end, the shares of a key head's keys ("splits") by a second kernel that is already waiting
-// when the first one ends; both in a fixed order, so that results repeat bit by bit. Counters, by
-// which the last block could merge, would have to be cleared by a launch as well.
+// its end, the shares of a key head's keys ("splits") by the last block of a key head's to arrive,
+// which then finds all of them in scratch, or by a second kernel that is already waiting when the
+// first one ends; all in one fixed order, so that results repeat bit by bit. The counters by which
+// a block knows that it is the last are zeros before a call and after it: calls that may run at the
+// same time need counters of their own, and a captured graph, which may be replayed anywhere, has
+// none.
 //
 // Caches that are much larger than the level-2 cache are read by Hopper's bulk copy engine:
 // decode_hopper_cuda.cu.
@@ -25,8 +28,10 @@ using namespace decoding;
 constexpr int most_queries = 16;
 constexpr int most_warps = 4;
 constexpr int most_splits = 128;
-constexpr int merge_threads = 256;
 constexpr int most_grid = 65535;  // of its second and third dimension
+constexpr int counters_of_set = 2048;
+
+__device__ uint32_t counters[decode_counter_sets * counters_of_set];  // zeros
 
 // A warp's tiles of K and V in shared memory.
 template <int size>
@@ -168,20 +173,13 @@ __global__ void __launch_bounds__(merge_threads) merge_splits(const __grid_const
   for (int turn = starts_early ? 0 : 1; turn < 2; ++turn) {
     const bool rehearsal = turn == 0;
     if (!rehearsal) wait_for_previous_kernel();
-    const float* any = reinterpret_cast<const float*>(a.query);
-    const float* outputs = rehearsal ? any : a.split_output + first * a.value_head_size + column;
-    const float* logsumexps = rehearsal ? any : a.split_logsumexp + first;
-    // The rehearsal reads row 0 each time. Chosen in the loop, it would be given code of its own.
-    const int last_row = rehearsal ? 0 : a.splits - 1;
-    Part part = no_part();
-    if (slice < slices) {
-#pragma unroll 4
-      for (int split = slice; split < a.splits; split += slices) {
-        const int row = min(split, last_row);
-        const float4 output = *reinterpret_cast<const float4*>(outputs + row * a.value_head_size);
-        merge(part, {output, 1, logsumexps[row]});
-      }
+    Splits splits = splits_of_row(a, first, column);
+    if (rehearsal) {
+      splits.output = splits.logsumexp = reinterpret_cast<const float*>(a.query);
+      splits.last_row = 0;
     }
+    Part part = no_part();
+    if (slice < slices) part = splits.merged(slice, slices);
     parts[threadIdx.x] = part;
     __syncthreads();
     if (slice == 0) {
@@ -240,11 +238,21 @@ Cut cut_of(const CudaAttention& c, int multiprocessors) {
   return cut;
 }
 
+// Whether a block is through with the splits of its rows, four columns a thread, sooner than a
+// kernel for them is launched.
+bool merges_itself(const CudaAttention& c, const Cut& cut) {
+  constexpr int most_steps = 64, threads = most_warps * 32;
+  const int rows = std::min(cut.row_tiles * tile_rows, c.heads / c.key_heads * c.queries);
+  const int turns = (rows * c.value_head_size / 4 + threads - 1) / threads;
+  return cut.splits > 1 && cut.splits * turns <= most_steps &&
+         int64_t{c.batch} * c.key_heads * cut.row_groups <= counters_of_set;
+}
+
 int64_t split_rows(const CudaAttention& c, const Cut& cut) {
   return cut.splits > 1 ? int64_t{c.batch} * c.heads * c.queries * cut.splits : 0;
 }
 
-Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch) {
+Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch, uint32_t* counters) {
   Arguments a{};
   a.query = static_cast<const uint16_t*>(c.query.data);
   a.query_batch_stride = c.query.batch_stride;
@@ -272,6 +280,7 @@ Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch) {
   a.logsumexp_row_stride = c.logsumexp.row_stride;
   a.split_output = static_cast<float*>(scratch);
   a.split_logsumexp = a.split_output + split_rows(c, cut) * c.value_head_size;
+  a.arrivals = merges_itself(c, cut) ? counters : nullptr;
   a.heads = c.heads;
   a.group = c.heads / c.key_heads;
   a.queries = c.queries;
@@ -308,9 +317,8 @@ cudaError_t launch(const Arguments& a, const dim3& grid, const CudaDevice& devic
   constexpr int ring_bytes = Ring<size>::bytes;
   const int warps = std::min(most_warps, (device.block_bytes - query_bytes) / ring_bytes);
   const int bytes = query_bytes + warps * ring_bytes;
-  const auto kernel = attend<T, size, row_tiles>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  constexpr auto kernel = attend<T, size, row_tiles>;
+  const cudaError_t error = allow_shared_bytes<kernel>(bytes, device);
   if (error != cudaSuccess) return error;
   kernel<<<grid, warps * 32, bytes, stream>>>(a);
   return cudaGetLastError();
@@ -340,10 +348,10 @@ cudaError_t launch_for_size(const Arguments& a, const Cut& cut, const dim3& grid
 }
 
 template <typename T>
-cudaError_t decode_as(const CudaAttention& c, void* scratch, const CudaDevice& device,
-                      DecodeRoute route, cudaStream_t stream) {
+cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
+                      const CudaDevice& device, DecodeRoute route, cudaStream_t stream) {
   const Cut cut = cut_of(c, device.multiprocessors);
-  Arguments a = arguments_of(c, cut, scratch);
+  Arguments a = arguments_of(c, cut, scratch, counters);
   const bool floods = floods_level2(c, device);
   a.read_once = !floods;
   if (route == DecodeRoute::automatic) {
@@ -352,9 +360,9 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, const CudaDevice& d
   }
   const dim3 grid(cut.splits * cut.row_groups, c.key_heads, c.batch);
   const cudaError_t error = route == DecodeRoute::bulk
-                                ? attend_in_bulk(c, a, cut.row_tiles, grid, stream)
+                                ? attend_in_bulk(c, a, cut.row_tiles, grid, device, stream)
                                 : launch_for_size<T>(a, cut, grid, device, stream);
-  if (error != cudaSuccess || cut.splits == 1) return error;
+  if (error != cudaSuccess || cut.splits == 1 || a.arrivals) return error;
   return launch_merge<T>(c, a, device.starts_early(), stream);
 }
 
@@ -383,10 +391,18 @@ int64_t decode_scratch(const CudaAttention& c, int32_t multiprocessors) {
   return split_rows(c, cut) * (c.value_head_size + 1) * static_cast<int64_t>(sizeof(float));
 }
 
-cudaError_t decode(const CudaAttention& c, void* scratch, const CudaDevice& device,
-                   cudaStream_t stream, DecodeRoute route) {
-  return c.dtype == DType::float16 ? decode_as<__half>(c, scratch, device, route, stream)
-                                   : decode_as<__nv_bfloat16>(c, scratch, device, route, stream);
+cudaError_t decode_counters(int32_t set, uint32_t*& first) {
+  void* address = nullptr;
+  const cudaError_t error = cudaGetSymbolAddress(&address, counters);
+  first = static_cast<uint32_t*>(address) + int64_t{set} * counters_of_set;
+  return error;
+}
+
+cudaError_t decode(const CudaAttention& c, void* scratch, uint32_t* counters,
+                   const CudaDevice& device, cudaStream_t stream, DecodeRoute route) {
+  return c.dtype == DType::float16
+             ? decode_as<__half>(c, scratch, counters, device, route, stream)
+             : decode_as<__nv_bfloat16>(c, scratch, counters, device, route, stream);
 }
 
 }  // namespace zerotuning::attention

@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
 
 template <typename T, int size, int row_tiles>
 cudaError_t launch(const CudaAttention& c, const Arguments& a, const dim3& grid,
-                   cudaStream_t stream) {
+                   const CudaDevice& device, cudaStream_t stream) {
   constexpr int unit_keys = Units<size, row_tiles>::keys;
   BulkArguments b{};
   cudaError_t error =
@@ -198,9 +198,9 @@ cudaError_t launch(const CudaAttention& c, const Arguments& a, const dim3& grid,
   error = make_row_map(&b.value, c.dtype, c.value, c.batch, c.key_heads, c.keys, size, unit_keys);
   if (error != cudaSuccess) return error;
   b.rest = a;
-  const auto kernel = attend<T, size, row_tiles>;
+  constexpr auto kernel = attend<T, size, row_tiles>;
   constexpr int bytes = SharedMemory<size, row_tiles>::bytes;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  error = allow_shared_bytes<kernel>(bytes, device);
   if (error != cudaSuccess) return error;
   kernel<<<grid, threads, bytes, stream>>>(b);
   return cudaGetLastError();
@@ -208,13 +208,13 @@ cudaError_t launch(const CudaAttention& c, const Arguments& a, const dim3& grid,
 
 template <typename T>
 cudaError_t launch_for_size(const CudaAttention& c, const Arguments& a, int row_tiles,
-                            const dim3& grid, cudaStream_t stream) {
+                            const dim3& grid, const CudaDevice& device, cudaStream_t stream) {
   if (c.head_size == 64) {
-    return row_tiles == 1 ? launch<T, 64, 1>(c, a, grid, stream)
-                          : launch<T, 64, 2>(c, a, grid, stream);
+    return row_tiles == 1 ? launch<T, 64, 1>(c, a, grid, device, stream)
+                          : launch<T, 64, 2>(c, a, grid, device, stream);
   }
-  return row_tiles == 1 ? launch<T, 128, 1>(c, a, grid, stream)
-                        : launch<T, 128, 2>(c, a, grid, stream);
+  return row_tiles == 1 ? launch<T, 128, 1>(c, a, grid, device, stream)
+                        : launch<T, 128, 2>(c, a, grid, device, stream);
 }
 
 }  // namespace
@@ -225,9 +225,11 @@ bool decode_bulk_takes(const CudaAttention& c) {
 }
 
 cudaError_t decoding::attend_in_bulk(const CudaAttention& c, const Arguments& a, int row_tiles,
-                                     const dim3& grid, cudaStream_t stream) {
-  return c.dtype == DType::float16 ? launch_for_size<__half>(c, a, row_tiles, grid, stream)
-                                   : launch_for_size<__nv_bfloat16>(c, a, row_tiles, grid, stream);
+                                     const dim3& grid, const CudaDevice& device,
+                                     cudaStream_t stream) {
+  return c.dtype == DType::float16
+             ? launch_for_size<__half>(c, a, row_tiles, grid, device, stream)
+             : launch_for_size<__nv_bfloat16>(c, a, row_tiles, grid, device, stream);
 }
 
 }  // namespace zerotuning::attention

@@ -8,6 +8,7 @@
 
 #include <array>
 #include <limits>
+#include <map>
 #include <mutex>
 
 #include "attention/cuda_kernels.h"
@@ -38,8 +39,12 @@ CudaDevice read_device(int index) {
   require(capability >= oldest && attention::kernels_built_for(built_for) == cudaSuccess,
           "zerotuning was built without kernels for cuda:", index, ", of compute capability ",
           capability / 10, ".", capability % 10, " (8.0 is the oldest that it knows)");
-  return {read(cudaDevAttrMultiProcessorCount), capability,
-          read(cudaDevAttrMaxSharedMemoryPerBlockOptin), read(cudaDevAttrL2CacheSize), built_for};
+  return {read(cudaDevAttrMultiProcessorCount),
+          capability,
+          read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          read(cudaDevAttrL2CacheSize),
+          built_for,
+          index};
 }
 
 const CudaDevice& device_at(int index) {
@@ -243,6 +248,25 @@ bool needs_departure(const Problem& p, int32_t capability) {
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
   return aten::empty(like, Sizes{std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+}
+
+// What the calls of one stream, which run one after the other, may count in. Null where there is
+// nothing: a captured call may be replayed on any stream, and there is enough for so many streams.
+uint32_t* counters_of(const Call& call) {
+  cudaStreamCaptureStatus status;
+  check(cudaStreamIsCapturing(call.stream, &status), "stream");
+  if (status != cudaStreamCaptureStatusNone) return nullptr;
+  unsigned long long stream;  // not the handle, which a later stream may have again
+  check(cudaStreamGetId(call.stream, &stream), "stream");
+  static std::mutex mutex;
+  static std::map<std::pair<int32_t, unsigned long long>, uint32_t*> all;
+  const std::lock_guard lock(mutex);
+  if (const auto found = all.find({call.device.index, stream}); found != all.end())
+    return found->second;
+  if (all.size() >= attention::decode_counter_sets) return nullptr;
+  uint32_t* counters;
+  check(attention::decode_counters(static_cast<int32_t>(all.size()), counters), "decode_attention");
+  return all[{call.device.index, stream}] = counters;
 }
 
 Tensor undefined() {
@@ -466,7 +490,8 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route) {
   require(route != attention::DecodeRoute::bulk ||
               (call.device.capability == 90 && attention::decode_bulk_takes(a)),
           "the bulk route does not take this call");
-  check(attention::decode(a, memory.mutable_data_ptr(), call.device, call.stream, route),
+  check(attention::decode(a, memory.mutable_data_ptr(), counters_of(call), call.device, call.stream,
+                          route),
         "decode_attention");
   return output;
 }

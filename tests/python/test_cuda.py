@@ -515,6 +515,38 @@ def test_decoding_of_long_shares_with_holes_in_the_padding(route, keys) -> None:
             assert error(decode_by_route(inputs, route, key_mask=key_mask, **geometry), expected) <= 3e-3
 
 
+@pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
+def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams(route) -> None:
+    """The last block of a head's merges its splits, in a captured graph and of many rows a second kernel."""
+    torch.manual_seed(16)
+    shapes = (
+        (1, 8, 2, 1, 3000, 128, 128),
+        (3, 8, 2, 4, 700, 64, 64),
+        (1, 32, 1, 1, 9000, 128, 128),
+        (2, 9, 3, 16, 1025, 64, 64),
+    )
+    for shape in shapes:
+        calls = [random_inputs(shape, torch.bfloat16) for _ in range(4)]
+        torch.cuda.synchronize()
+        graph, captured = torch.cuda.CUDAGraph(), []
+        with torch.cuda.graph(graph):
+            captured += [decode_by_route(inputs, route) for inputs in calls]
+        poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        for inputs, output in zip(calls, captured, strict=True):
+            assert error(output, formula(*(t.double() for t in inputs))[0]) <= 3e-3
+        streams = [torch.cuda.Stream() for _ in calls]
+        outputs: list[list[Tensor]] = [[] for _ in calls]
+        for _ in range(10):
+            for inputs, stream, found in zip(calls, streams, outputs, strict=True):
+                with torch.cuda.stream(stream):
+                    found.append(decode_by_route(inputs, route))
+        torch.cuda.synchronize()
+        for output, found in zip(captured, outputs, strict=True):
+            assert all(torch.equal(output, other) for other in found), shape
+
+
 def test_a_captured_graph_follows_positions_on_the_device() -> None:
     torch.manual_seed(4)
     inputs = random_inputs((2, 8, 2, 1, 900, 128, 128), torch.bfloat16)
