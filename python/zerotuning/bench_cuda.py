@@ -7,15 +7,19 @@ level-2 cache is then read from there. A ratio is the median of its rounds' rati
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import random
 import statistics
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from itertools import pairwise, product
+from itertools import product
 from typing import Any
 
 import torch
@@ -425,61 +429,98 @@ def _prefill(model: Any) -> Iterator[Row]:
     yield {"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}
 
 
-def _generation(model: Any, context: int = 8192, new: int = 24) -> Iterator[Row]:
-    """Tokens a second after a prompt of `context` tokens: of the median step, in each model's best of several runs, since
-    what else the host does only takes time from a step, and in its slowest. With a growing cache also of its first run:
-    cuDNN plans each length that it has not seen."""
-    room_size = random.Random(0)
+def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
+    """Tokens a second of `generate` after a prompt of `context` tokens, of the median step. With a growing cache also of
+    a first run: cuDNN plans each length that it has not seen."""
     for batch, cache in product((1, 16), ("dynamic", "static")):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
-        seconds: dict[str, list[float]] = {"sdpa": [], OURS: []}
-        peers: dict[str, dict[str, Any]] = {name: {} for name in seconds}
-        # A compiled model runs again before the other one is compiled, else they take turns.
-        turns, runs = (1, 3) if cache == "static" else (8, 1)
-        for name in [*seconds] * turns:
-            # Should it matter where the cache's copies lie, they lie elsewhere in each run.
-            room = torch.empty(room_size.randrange(1, 512) * 2**20, dtype=torch.uint8, device="cuda")
-            try:
-                with _tuned(model) if name == OURS else nullcontext():
-                    for _ in range(runs):
-                        seconds[name].append(_step_seconds(model, ids, cache, new))
-            except Exception as error:
-                peers[name]["error"] = f"{type(error).__name__}: {error}"[:300]
-            if cache == "static":
-                torch.compiler.reset()
-            del room
-            _free()
-        for name, steps in seconds.items():
-            if len(steps) > 1:
-                peers[name]["tokens/s"] = batch / min(steps[1:])
-                peers[name]["tokens/s, slowest run"] = batch / max(steps[1:])
-                if cache == "dynamic":
-                    peers[name]["tokens/s, first run"] = batch / steps[0]
-        shape = f"{batch} x {context}, {cache} cache"
-        yield {"what": "generation", "shape": shape, "dtype": "bfloat16", "peers": peers}
+        peers: dict[str, dict[str, Any]] = {"sdpa": {}, OURS: {}}
+        try:
+            (_growing_cache if cache == "dynamic" else _static_cache)(model, ids, peers)
+        except Exception as error:
+            peers[OURS]["error"] = f"{type(error).__name__}: {error}"[:300]
+        _free()
+        yield {
+            "what": "generation",
+            "shape": f"{batch} x {context}, {cache} cache",
+            "dtype": "bfloat16",
+            "peers": peers,
+        }
 
 
-def _step_seconds(model: Any, ids: Tensor, cache: str, new: int) -> float:
-    """The median step's, of `new` tokens."""
-    ends: list[float] = []
+def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 96, runs: int = 3) -> None:
+    tuned = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    with _tuned(tuned):
+        first, *others = [steps_by_turns({"sdpa": model, OURS: tuned}, ids, new) for _ in range(runs)]
+    seconds = {name: [step for run in others for step in run[name]] for name in peers}
+    for name, figures in peers.items():
+        figures["tokens/s"] = len(ids) / statistics.median(seconds[name])
+        figures["tokens/s, first run"] = len(ids) / statistics.median(first[name])
+        pairs = zip(seconds[name], seconds["sdpa"], strict=True)
+        low, figures["ratio"], high = statistics.quantiles((step / of_sdpa for step, of_sdpa in pairs), n=4)
+        figures |= {"ratio, lower quartile": low, "ratio, upper quartile": high}
 
-    def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        torch.cuda.synchronize()
-        ends.append(time.perf_counter())
-        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        cache_implementation=cache if cache == "static" else None,
-        max_length=None,
-        stopping_criteria=[stop],
-    )
-    return statistics.median(end - start for start, end in pairwise(ends))
+def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 24, runs: int = 3) -> None:
+    # A compiled model runs again before the other one is compiled.
+    for name, figures in peers.items():
+        with _tuned(model) if name == OURS else nullcontext():
+            static = partial(steps_by_turns, {name: model}, ids, new, cache_implementation="static")
+            medians = [statistics.median(static()[name]) for _ in range(runs)]
+        figures["tokens/s"] = len(ids) / min(medians[1:])
+        torch.compiler.reset()
+        _free()
+
+
+def steps_by_turns(models: Mapping[str, Any], ids: Tensor, new: int, **options: Any) -> dict[str, list[float]]:
+    """Seconds of each model's steps in `generate`, of `new` tokens behind ids [B, T], without the first token's.
+
+    The models take their steps by turns, each in a thread of its own, one at a time: a host that others use is half as
+    fast for seconds at a time, and then it is so for all of them.
+    """
+    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    order = deque(models)
+    turn = threading.Condition()
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    began = dict.fromkeys(models, 0.0)
+
+    def take_turn(name: str) -> None:
+        with turn:
+            turn.wait_for(lambda: order[0] == name)
+        began[name] = time.perf_counter()
+
+    def generate(name: str) -> None:
+        def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            wait()
+            seconds[name].append(time.perf_counter() - began[name])
+            with turn:
+                order.rotate(-1)
+                turn.notify_all()
+            take_turn(name)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        try:
+            take_turn(name)
+            models[name].generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                max_length=None,
+                stopping_criteria=[stop],
+                **options,
+            )
+        finally:
+            with turn:
+                order.remove(name)
+                turn.notify_all()
+
+    with ThreadPoolExecutor(len(models)) as threads:
+        for done in [threads.submit(generate, name) for name in models]:
+            done.result()
+    return {name: steps[1:] for name, steps in seconds.items()}
 
 
 def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:

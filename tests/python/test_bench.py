@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
-from zerotuning import bench, bench_calibration, reference
+from zerotuning import bench, bench_calibration, bench_cuda, reference
 from zerotuning.errors import ZeroTuningError
 
 
@@ -52,6 +53,26 @@ def test_a_calibration_s_peers_score_alike_with_and_without_shots(tiny_model, ti
         once[bench_calibration.GRADIENT], found[1][bench_calibration.GRADIENT], strict=True
     ):
         torch.testing.assert_close(read_once, read_whole, rtol=1e-3, atol=1e-9)
+
+
+def test_models_that_generate_by_turns_take_every_step_one_at_a_time(tiny_model) -> None:
+    models, calls = {"a": tiny_model, "b": copy.deepcopy(tiny_model)}, []
+    for name, model in models.items():
+        model.register_forward_pre_hook(lambda *_, name=name: calls.append(f"{name} begins"))
+        model.register_forward_hook(lambda *_, name=name: calls.append(f"{name} ends"))
+    steps = bench_cuda.steps_by_turns(models, torch.ones(2, 5, dtype=torch.long), new=4)
+    assert calls == ["a begins", "a ends", "b begins", "b ends"] * 4
+    assert {name: len(seconds) for name, seconds in steps.items()} == {"a": 3, "b": 3}
+    assert all(second > 0 for seconds in steps.values() for second in seconds)
+
+
+def test_a_model_that_fails_leaves_the_turns_to_the_other_and_its_error_is_raised(tiny_model) -> None:
+    class Broken:
+        def generate(self, **_) -> None:
+            raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        bench_cuda.steps_by_turns({"a": Broken(), "b": tiny_model}, torch.ones(1, 5, dtype=torch.long), new=3)
 
 
 def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, capsys) -> None:
