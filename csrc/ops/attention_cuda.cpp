@@ -475,15 +475,21 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   return {g.query, g.key, g.value, grad_log_scale};
 }
 
-Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route) {
+Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, bool transpose) {
   constexpr int64_t most_queries = 16;
   Call call = begin(p);
   CudaAttention& a = call.arguments;
-  const Tensor output = new_output(p);
+  // Made as it is returned: a view of it would cost a step more than making it does.
+  const Tensor output = transpose
+                            ? aten::empty(p.query, {p.batch, p.queries, p.heads, p.value_head_size},
+                                          p.query.scalar_type())
+                            : new_output(p);
   a.output = array_of(output);
+  if (transpose) std::swap(a.output.head_stride, a.output.row_stride);
   if (empty(p) || p.queries > most_queries || call.device.capability < 80 ||
       !attention::decode_takes(a)) {
-    return std::get<0>(attention_cuda(p));
+    const Tensor result = std::get<0>(attention_cuda(p));
+    return transpose ? transposed(result) : result;
   }
   read_key_mask(p, call, !p.span);
   const Tensor memory = scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));

@@ -30,10 +30,11 @@ FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_o
                                     const std::optional<Tensor>& departure = {},
                                     Route route = Route::automatic);
 
-// output [B, H, Tq, Dv]; up to 16 queries read a key and value once for up to 32 of the rows, heads
-// times queries, that share it.
+// output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]; up to 16 queries read a key and value once
+// for up to 32 of the rows, heads times queries, that share it.
 Tensor decode_attention_cuda(const Problem& problem,
-                             attention::DecodeRoute route = attention::DecodeRoute::automatic);
+                             attention::DecodeRoute route = attention::DecodeRoute::automatic,
+                             bool transpose = false);
 
 // What attention::StepWords says, [batch, 1, 1, words], without waiting for the device.
 Tensor step_geometry_cuda(const Tensor& key_mask, int64_t keys,

@@ -39,6 +39,12 @@ inline Tensor new_output(const Problem& p) {
   return new_rows(p.query, {p.batch, p.heads, p.queries, p.value_head_size}, p.query.scalar_type());
 }
 
+// [batch, heads, rows, columns] as [batch, rows, heads, columns], or back.
+inline Tensor transposed(const Tensor& t) {
+  return aten::as_strided(t, {t.size(0), t.size(2), t.size(1), t.size(3)},
+                          {t.stride(0), t.stride(2), t.stride(1), t.stride(3)});
+}
+
 inline bool empty(const Problem& p) { return p.batch == 0 || p.heads == 0 || p.queries == 0; }
 
 }  // namespace zerotuning::ops

@@ -4,6 +4,7 @@
 
 #include "ops/attention_cpu.h"
 #include "ops/geometry_cpu.h"
+#include "ops/layout.h"
 
 namespace {
 
@@ -57,6 +58,13 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
 
+Tensor decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                   OptionalTensor key_mask, OptionalTensor span,
+                                   OptionalTensor query_start, int64_t window, double scale) {
+  return zerotuning::ops::transposed(
+      decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+}
+
 Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
   return zerotuning::ops::step_geometry_cpu(key_mask, keys, query_start);
 }
@@ -78,6 +86,10 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
       "key_mask, Tensor? span, "
       "Tensor? query_start, int window, float scale) -> Tensor");
+  // Its output as models go on with it, [B, Tq, H, Dv].
+  library.def(
+      "_decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
+      "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> Tensor");
   // What is kept for a gradient: with the departure (ops/attention_cuda.h), [0] where none is
   // needed.
   library.def(
@@ -108,6 +120,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("_attention_with_departure", TORCH_BOX(&attention_with_departure));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
+  library.impl("_decode_attention_transposed", TORCH_BOX(&decode_attention_transposed));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
   library.impl("_step_geometry", TORCH_BOX(&step_geometry));
 }

@@ -73,6 +73,14 @@ Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale
                                    window, scale, 0);
 }
 
+Tensor decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                                   OptionalTensor key_mask, OptionalTensor span,
+                                   OptionalTensor query_start, int64_t window, double scale) {
+  return zerotuning::ops::decode_attention_cuda(
+      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
+      zerotuning::attention::DecodeRoute::automatic, true);
+}
+
 Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
   return zerotuning::ops::step_geometry_cuda(key_mask, keys, query_start);
 }
@@ -85,6 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_decode_attention_by_route", TORCH_BOX(&decode_attention_by_route));
+  library.impl("_decode_attention_transposed", TORCH_BOX(&decode_attention_transposed));
   library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
   library.impl("_step_geometry", TORCH_BOX(&step_geometry));
   library.impl("_attention_backward_by_route", TORCH_BOX(&attention_backward_by_route));

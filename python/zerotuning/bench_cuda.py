@@ -448,14 +448,14 @@ def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
         }
 
 
-def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 96, runs: int = 3) -> None:
+def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 96, runs: int = 4) -> None:
     tuned = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     with _tuned(tuned):
-        first, *others = [steps_by_turns({"sdpa": model, OURS: tuned}, ids, new) for _ in range(runs)]
-    seconds = {name: [step for run in others for step in run[name]] for name in peers}
+        found = steps_by_turns({"sdpa": model, OURS: tuned}, ids, new, runs)
+    seconds = {name: [step for steps in of_runs[1:] for step in steps] for name, of_runs in found.items()}
     for name, figures in peers.items():
         figures["tokens/s"] = len(ids) / statistics.median(seconds[name])
-        figures["tokens/s, first run"] = len(ids) / statistics.median(first[name])
+        figures["tokens/s, first run"] = len(ids) / statistics.median(found[name][0])
         pairs = zip(seconds[name], seconds["sdpa"], strict=True)
         low, figures["ratio"], high = statistics.quantiles((step / of_sdpa for step, of_sdpa in pairs), n=4)
         figures |= {"ratio, lower quartile": low, "ratio, upper quartile": high}
@@ -465,23 +465,25 @@ def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new
     # A compiled model runs again before the other one is compiled.
     for name, figures in peers.items():
         with _tuned(model) if name == OURS else nullcontext():
-            static = partial(steps_by_turns, {name: model}, ids, new, cache_implementation="static")
-            medians = [statistics.median(static()[name]) for _ in range(runs)]
-        figures["tokens/s"] = len(ids) / min(medians[1:])
+            of_runs = steps_by_turns({name: model}, ids, new, runs, cache_implementation="static")[name]
+        figures["tokens/s"] = len(ids) / min(statistics.median(steps) for steps in of_runs[1:])
         torch.compiler.reset()
         _free()
 
 
-def steps_by_turns(models: Mapping[str, Any], ids: Tensor, new: int, **options: Any) -> dict[str, list[float]]:
-    """Seconds of each model's steps in `generate`, of `new` tokens behind ids [B, T], without the first token's.
+def steps_by_turns(
+    models: Mapping[str, Any], ids: Tensor, new: int, runs: int, **options: Any
+) -> dict[str, list[list[float]]]:
+    """Seconds of each model's steps in several runs of `generate`, of `new` tokens behind ids [B, T] each, the first
+    token's left out.
 
-    The models take their steps by turns, each in a thread of its own, one at a time: a host that others use is half as
-    fast for seconds at a time, and then it is so for all of them.
+    The models take their steps by turns, each in a thread of its own (cuDNN's plans are a thread's), one at a time: a
+    host that others use is half as fast for seconds at a time, and then it is so for all of them.
     """
     wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
     order = deque(models)
     turn = threading.Condition()
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(runs)] for name in models}
     began = dict.fromkeys(models, 0.0)
 
     def take_turn(name: str) -> None:
@@ -489,38 +491,42 @@ def steps_by_turns(models: Mapping[str, Any], ids: Tensor, new: int, **options: 
             turn.wait_for(lambda: order[0] == name)
         began[name] = time.perf_counter()
 
-    def generate(name: str) -> None:
+    def generate(name: str, steps: list[float]) -> None:
         def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
             wait()
-            seconds[name].append(time.perf_counter() - began[name])
+            steps.append(time.perf_counter() - began[name])
             with turn:
                 order.rotate(-1)
                 turn.notify_all()
             take_turn(name)
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
+        models[name].generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            max_length=None,
+            stopping_criteria=[stop],
+            **options,
+        )
+
+    def all_runs(name: str) -> None:
         try:
             take_turn(name)
-            models[name].generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                pad_token_id=0,
-                max_length=None,
-                stopping_criteria=[stop],
-                **options,
-            )
+            for steps in seconds[name]:
+                generate(name, steps)
         finally:
             with turn:
                 order.remove(name)
                 turn.notify_all()
 
     with ThreadPoolExecutor(len(models)) as threads:
-        for done in [threads.submit(generate, name) for name in models]:
+        for done in [threads.submit(all_runs, name) for name in models]:
             done.result()
-    return {name: steps[1:] for name, steps in seconds.items()}
+    return {name: [steps[1:] for steps in of_runs] for name, of_runs in seconds.items()}
 
 
 def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:

@@ -28,6 +28,7 @@ _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
+_decode_attention_transposed = torch.ops.zerotuning._decode_attention_transposed.default
 #: What a patched model's mask function says of a generation step: the words of csrc/attention/arguments.h, int64
 #: [B, 1, 1, words], of a bool key mask [B, any number], the number of keys, and where the queries begin if they are not
 #: the last keys.
@@ -110,6 +111,22 @@ def decode_attention(
     """
     factor = softmax_scale(query, scale)
     return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
+
+
+def decode_attention_transposed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    key_mask: Tensor | None,
+    span: Tensor | None,
+    query_start: Tensor | None,
+    window: int,
+    scale: float | None,
+) -> Tensor:
+    """:func:`decode_attention`'s output as models go on with it, (B, Tq, H, Dv): a view of it costs a step time."""
+    factor = softmax_scale(query, scale)
+    return _decode_attention_transposed(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
 
 
 def gradients(
@@ -215,6 +232,18 @@ def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, w
 def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     return empty_rows(query, batch, heads, rows, value.shape[-1])
+
+
+@torch.library.register_fake("zerotuning::_decode_attention_transposed")
+def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+    batch, heads, rows, _ = query.shape
+    return query.new_empty(batch, rows, heads, value.shape[-1])
+
+
+@torch.library.register_fake("zerotuning::_step_geometry")
+def _(key_mask, keys, query_start):  # type: ignore[no-untyped-def]
+    header = 2 if query_start is None else 3
+    return key_mask.new_empty(key_mask.shape[0], 1, 1, header + (keys + 7) // 8, dtype=torch.int64)
 
 
 @torch.library.register_fake("zerotuning::attention_backward")

@@ -125,8 +125,8 @@ def zerotuning_attention(
     known = None if attention_mask is None else _read_geometry(attention_mask, key.shape[2])
     if attention_mask is None or known is not None:
         known = known or _NOTHING_KNOWN
-        output = _attend(query, key, value, log_scale, known, span, sliding_window or 0, scaling)
-    elif packed_sequences.is_packed_code(attention_mask, query) and not torch.compiler.is_compiling():
+        return _attend(query, key, value, log_scale, known, span, sliding_window or 0, scaling), None
+    if packed_sequences.is_packed_code(attention_mask, query) and not torch.compiler.is_compiling():
         output = packed_sequences.attend(query, key, value, log_scale, attention_mask, span, scaling)
     else:
         output = dense_masks.attend(query, key, value, log_scale, attention_mask, span, scaling)
@@ -177,21 +177,23 @@ def _attend(
     scale: float | None,
 ) -> Tensor:
     key_mask, initial, query_start = known
+    span = initial if span is None else span
     rows = query.shape[2]
     few = rows <= DECODE_QUERIES and key.shape[2] > rows
-    decodes = few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale)))
-    output = (ops.decode_attention if decodes else ops.attention)(
+    if few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))):
+        return ops.decode_attention_transposed(query, key, value, log_scale, key_mask, span, query_start, window, scale)
+    output, _ = ops.attention(
         query,
         key,
         value,
         log_scale,
         key_mask=key_mask,
-        span=initial if span is None else span,
+        span=span,
         query_start=query_start,
         window=window,
         scale=scale,
     )
-    return output if decodes else output[0]  # type: ignore[return-value]
+    return output.transpose(1, 2)
 
 
 def _read_geometry(mask: Tensor, keys: int) -> _Geometry | None:

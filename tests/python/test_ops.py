@@ -266,6 +266,15 @@ def test_gradcheck_in_float64() -> None:
     assert torch.autograd.gradcheck(lambda *t: ops.attention(*t, key_mask=mask, window=3)[0], inputs)
 
 
+@pytest.mark.parametrize(("rows", "keys"), [(1, 40), (1, 3000), (5, 900), (17, 30)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_decoding_step_s_output_as_models_go_on_with_it(rows, keys, dtype) -> None:
+    inputs = random_inputs((2, 4, 2, rows, keys, 64, 64), dtype)
+    output = ops.decode_attention_transposed(*inputs, None, None, None, 0, None)
+    assert output.is_contiguous()
+    assert torch.equal(output, ops.decode_attention(*inputs).transpose(1, 2))
+
+
 @pytest.mark.parametrize("geometry", [{}, {"window": 4}, {"key_mask": True}, {"span": True, "query_start": True}])
 def test_opcheck_passes_for_every_operator(geometry) -> None:
     torch.manual_seed(9)
@@ -281,7 +290,10 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
         torch.library.opcheck(operator.default, (*inputs, *options))
     plain = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.zerotuning.decode_attention.default, (*plain, *options))
+    torch.library.opcheck(torch.ops.zerotuning._decode_attention_transposed.default, (*plain, *options))
     torch.library.opcheck(torch.ops.zerotuning._attention_by_route.default, (*plain, *options, True, 0))
+    mask = torch.arange(12) >= torch.tensor([[0], [3]])
+    torch.library.opcheck(torch.ops.zerotuning._step_geometry.default, (mask, 12, geometry.get("window")))
     output, logsumexp = torch.ops.zerotuning.attention(*plain, *options)
     arguments = (torch.randn_like(output), *plain, output, logsumexp, *options)
     torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)
