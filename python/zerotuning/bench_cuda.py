@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+import os
 import random
 import statistics
 import threading
@@ -477,8 +478,9 @@ def steps_by_turns(
     """Seconds of each model's steps in several runs of `generate`, of `new` tokens behind ids [B, T] each, the first
     token's left out.
 
-    The models take their steps by turns, each in a thread of its own (cuDNN's plans are a thread's), one at a time: a
-    host that others use is half as fast for seconds at a time, and then it is so for all of them.
+    Several models take their steps by turns, one at a time on one core: a host that others use is half as fast for seconds
+    at a time, one core more than another, and so it is for all of them. Each has a thread of its own, as cuDNN's plans are
+    a thread's.
     """
     wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
     order = deque(models)
@@ -523,9 +525,16 @@ def steps_by_turns(
                 order.remove(name)
                 turn.notify_all()
 
-    with ThreadPoolExecutor(len(models)) as threads:
-        for done in [threads.submit(all_runs, name) for name in models]:
-            done.result()
+    def share_a_core() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the calling thread's
+
+    if len(models) == 1:  # in this thread, of which a compiled model's CUDA graphs are
+        all_runs(*models)
+    else:
+        with ThreadPoolExecutor(len(models), initializer=share_a_core) as threads:
+            for done in [threads.submit(all_runs, name) for name in models]:
+                done.result()
     return {name: [steps[1:] for steps in of_runs] for name, of_runs in seconds.items()}
 
 
