@@ -79,6 +79,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 template <auto kernel>
 cudaError_t allow_shared_bytes(int bytes, const CudaDevice& device) {
   static std::atomic<uint64_t> allowed{0};
+  static_assert(most_devices <= 64);
   const uint64_t bit = uint64_t{1} << device.index;
   if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
   const cudaError_t error =

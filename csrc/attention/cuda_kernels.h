@@ -11,12 +11,14 @@
 
 namespace zerotuning::attention {
 
+constexpr int32_t most_devices = 64;
+
 // The card that calls run on.
 struct CudaDevice {
   int32_t multiprocessors, capability;  // capability: 90 for sm_90
   int32_t block_bytes, level2_bytes;    // a block's most shared memory; the level-2 cache
   int32_t built_for;                    // as kernels_built_for says
-  int32_t index;
+  int32_t index;                        // below most_devices
 
   // Whether a kernel may start before the one before it ends, since it is compiled to wait for it.
   bool starts_early() const { return built_for >= 90; }

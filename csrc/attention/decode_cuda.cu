@@ -31,7 +31,7 @@ constexpr int most_splits = 128;
 constexpr int most_grid = 65535;  // of its second and third dimension
 constexpr int counters_of_set = 2048;
 
-__device__ uint32_t counters[decode_counter_sets * counters_of_set];  // zeros
+__device__ uint32_t counter_sets[decode_counter_sets * counters_of_set];  // zeros
 
 // A warp's tiles of K and V in shared memory.
 template <int size>
@@ -243,8 +243,8 @@ Cut cut_of(const CudaAttention& c, int multiprocessors) {
 bool merges_itself(const CudaAttention& c, const Cut& cut) {
   constexpr int most_steps = 64, threads = most_warps * 32;
   const int rows = std::min(cut.row_tiles * tile_rows, c.heads / c.key_heads * c.queries);
-  const int turns = (rows * c.value_head_size / 4 + threads - 1) / threads;
-  return cut.splits > 1 && cut.splits * turns <= most_steps &&
+  const int columns = c.value_head_size / 4, turns = (rows * columns + threads - 1) / threads;
+  return cut.splits > 1 && std::max(cut.splits, merge_threads / columns) * turns <= most_steps &&
          int64_t{c.batch} * c.key_heads * cut.row_groups <= counters_of_set;
 }
 
@@ -393,7 +393,7 @@ int64_t decode_scratch(const CudaAttention& c, int32_t multiprocessors) {
 
 cudaError_t decode_counters(int32_t set, uint32_t*& first) {
   void* address = nullptr;
-  const cudaError_t error = cudaGetSymbolAddress(&address, counters);
+  const cudaError_t error = cudaGetSymbolAddress(&address, counter_sets);
   first = static_cast<uint32_t*>(address) + int64_t{set} * counters_of_set;
   return error;
 }

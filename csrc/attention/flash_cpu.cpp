@@ -1,5 +1,7 @@
-// Which forward kernel (flash_cpu.h) the processor that runs this has.
+// Which kernels (flash_cpu.h, decode_cpu.h) the processor that runs this has.
 #include "attention/flash_cpu.h"
+
+#include "attention/decode_cpu.h"
 
 #ifdef ZEROTUNING_HAS_AVX512
 #include <cpuid.h>
@@ -13,6 +15,7 @@ namespace zerotuning::attention {
 
 const FlashKernel& avx512_flash_kernel();
 const FlashKernel& amx_flash_kernel();
+DecodeKernel avx512_decode_kernel(DType dtype);
 
 namespace {
 
@@ -45,9 +48,15 @@ const FlashKernel* flash_kernel(DType dtype) {
   return nullptr;
 }
 
+DecodeKernel decode_kernel(DType dtype) {
+  static const bool avx512 = has_avx512();
+  return avx512 ? avx512_decode_kernel(dtype) : nullptr;
+}
+
 #else
 
 const FlashKernel* flash_kernel(DType) { return nullptr; }
+DecodeKernel decode_kernel(DType) { return nullptr; }
 
 #endif
 

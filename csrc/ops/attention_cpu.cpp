@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "attention/cpu_kernels.h"
+#include "attention/decode_cpu.h"
 #include "attention/flash_cpu.h"
 #include "attention/pieces.h"
 #include "ops/geometry_cpu.h"
@@ -427,9 +428,51 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem&
           in_row_layout(total->value, p.value_head_size), grad_log_scale};
 }
 
+// Where every query head has a key head of its own, torch's kernel is the faster one from some
+// length on, but in float16.
+bool decode_kernel_takes(const Problem& p) {
+  constexpr int64_t most_alone = int64_t{512} * 128;  // numbers of a head's keys
+  const int64_t columns = std::max(p.head_size, p.value_head_size);
+  const bool shared = p.heads > p.key_heads || p.dtype == attention::DType::float16;
+  return attention::decode_kernel(p.dtype) && columns <= attention::decode_largest_head &&
+         (shared || p.keys * columns <= most_alone);
+}
+
+Tensor decode_by_kernel(const Problem& p, const Geometry& geometry) {
+  const Tensor output = new_output(p);
+  const Tensor query = unit_stride(p.query), key = unit_stride(p.key), value = unit_stride(p.value);
+  const attention::DecodeArguments arguments{p.batch,
+                                             p.heads,
+                                             p.heads / p.key_heads,
+                                             p.keys,
+                                             p.head_size,
+                                             p.value_head_size,
+                                             p.window,
+                                             p.scale,
+                                             whole_array(query),
+                                             whole_array(key),
+                                             whole_array(value),
+                                             whole_array(output),
+                                             p.log_scale.const_data_ptr<float>(),
+                                             p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
+                                             p.log_scale.stride(p.log_scale.dim() - 1),
+                                             geometry.key_mask,
+                                             geometry.span.data(),
+                                             geometry.query_start.data()};
+  // As many rows a thread as outweigh its being woken.
+  constexpr int64_t thread_numbers = 32768;
+  const int64_t row_numbers = p.keys * (p.head_size + p.value_head_size);
+  const int64_t grain = std::max<int64_t>(1, thread_numbers / std::max<int64_t>(1, row_numbers));
+  const attention::DecodeKernel kernel = attention::decode_kernel(p.dtype);
+  torch::stable::parallel_for(0, p.batch * p.heads, grain,
+                              [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
+  return output;
+}
+
 Tensor decode_attention_cpu(const Problem& p) {
   if (p.queries != 1 || empty(p)) return std::get<0>(attention_cpu(p));
   const Geometry geometry = read_geometry(p);
+  if (decode_kernel_takes(p)) return decode_by_kernel(p, geometry);
   const int64_t columns = std::max(p.head_size, p.value_head_size),
                 group_size = p.heads / p.key_heads;
   const Tensor key = to_kernel(p.key, columns), value = to_kernel(p.value, columns);

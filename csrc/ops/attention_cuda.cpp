@@ -48,7 +48,7 @@ CudaDevice read_device(int index) {
 }
 
 const CudaDevice& device_at(int index) {
-  constexpr int most = 64;
+  constexpr int most = attention::most_devices;
   static std::array<CudaDevice, most> devices;
   static std::array<std::once_flag, most> read;
   require(index < most, "zerotuning knows ", most, " devices, got cuda:", index);
@@ -259,14 +259,15 @@ uint32_t* counters_of(const Call& call) {
   unsigned long long stream;  // not the handle, which a later stream may have again
   check(cudaStreamGetId(call.stream, &stream), "stream");
   static std::mutex mutex;
-  static std::map<std::pair<int32_t, unsigned long long>, uint32_t*> all;
+  static std::array<std::map<unsigned long long, uint32_t*>, attention::most_devices> of_devices;
   const std::lock_guard lock(mutex);
-  if (const auto found = all.find({call.device.index, stream}); found != all.end())
-    return found->second;
-  if (all.size() >= attention::decode_counter_sets) return nullptr;
+  auto& of_streams = of_devices[call.device.index];
+  if (const auto found = of_streams.find(stream); found != of_streams.end()) return found->second;
+  if (of_streams.size() >= attention::decode_counter_sets) return nullptr;
   uint32_t* counters;
-  check(attention::decode_counters(static_cast<int32_t>(all.size()), counters), "decode_attention");
-  return all[{call.device.index, stream}] = counters;
+  check(attention::decode_counters(static_cast<int32_t>(of_streams.size()), counters),
+        "decode_attention");
+  return of_streams[stream] = counters;
 }
 
 Tensor undefined() {
@@ -492,12 +493,13 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, boo
     return transpose ? transposed(result) : result;
   }
   read_key_mask(p, call, !p.span);
-  const Tensor memory = scratch(p.query, attention::decode_scratch(a, call.device.multiprocessors));
+  const int64_t scratch_bytes = attention::decode_scratch(a, call.device.multiprocessors);
+  const Tensor memory = scratch(p.query, scratch_bytes);
   require(route != attention::DecodeRoute::bulk ||
               (call.device.capability == 90 && attention::decode_bulk_takes(a)),
           "the bulk route does not take this call");
-  check(attention::decode(a, memory.mutable_data_ptr(), counters_of(call), call.device, call.stream,
-                          route),
+  uint32_t* counters = scratch_bytes > 0 ? counters_of(call) : nullptr;
+  check(attention::decode(a, memory.mutable_data_ptr(), counters, call.device, call.stream, route),
         "decode_attention");
   return output;
 }

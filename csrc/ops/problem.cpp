@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cmath>
+#include <limits>
 
 namespace zerotuning::ops {
 namespace {
@@ -157,7 +158,9 @@ attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
                                 const std::optional<int64_t>& query_start) {
   require(key_mask.dim() == 2, "key_mask must be [B, keys], got ", Shape{key_mask});
   check_dtype("key_mask", key_mask, ScalarType::Bool);
-  require(keys >= 0, "keys must be their number, got ", keys);
+  constexpr int64_t most = std::numeric_limits<int32_t>::max();
+  require(keys >= 0 && keys <= most && key_mask.size(0) <= most, "batch and keys must be up to ",
+          most, ", got ", key_mask.size(0), " and ", keys);
   constexpr int64_t word_keys = attention::StepWords::word_keys;
   return {(keys + word_keys - 1) / word_keys, query_start ? 3 : 2, query_start.value_or(0)};
 }

@@ -439,7 +439,10 @@ def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
         try:
             (_growing_cache if cache == "dynamic" else _static_cache)(model, ids, peers)
         except Exception as error:
-            peers[OURS]["error"] = f"{type(error).__name__}: {error}"[:300]
+            for figures in peers.values():
+                if "tokens/s" not in figures:
+                    figures["error"] = f"{type(error).__name__}: {error}"[:300]
+        torch.compiler.reset()
         _free()
         yield {
             "what": "generation",

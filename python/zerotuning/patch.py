@@ -85,10 +85,11 @@ class HeadScaling(nn.Module):
         settings: Any = self._buffers["log_scale"]
         if torch.compiler.is_compiling():
             return self._own(settings[0])
-        if self._only is None or self._only[0] is not settings:
+        only = self._only
+        if only is None or only[0] is not settings:
             with torch.inference_mode(False):  # a view that training may use as well
-                self._only = settings, self._own(settings[0])
-        return self._only[1]
+                only = self._only = settings, self._own(settings[0])
+        return only[1]
 
 
 # The attention function.
@@ -200,8 +201,9 @@ def _read_geometry(mask: Tensor, keys: int) -> _Geometry | None:
     """What `zerotuning_mask` packed, in views, which follow the tensor's contents. None: a mask of another kind."""
     global _latest
     compiling = torch.compiler.is_compiling()
-    if not compiling and _latest is not None and _latest[0] is mask and _latest[1] == keys:
-        return _latest[2]
+    latest = _latest  # which another thread may replace
+    if not compiling and latest is not None and latest[0] is mask and latest[1] == keys:
+        return latest[2]
     header = mask.shape[-1] - _words(keys)
     if mask.dtype != torch.long or mask.shape[1:-1] != (1, 1) or header not in (0, SPAN_HEADER, HEADER):
         return None
@@ -341,7 +343,9 @@ def _key_mask_words(
     missing = offset + BYTES * _words(length) - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    return attention_mask[:, offset : offset + BYTES * _words(length)].bool().contiguous().view(torch.long)
+    # A copy: of one sample, also a part of a row counts as contiguous, and may begin where no int64 does.
+    real = attention_mask[:, offset : offset + BYTES * _words(length)].bool()
+    return real.clone(memory_format=torch.contiguous_format).view(torch.long)
 
 
 def _dense_codes(

@@ -1,5 +1,5 @@
-// attention/flash_cpu.h on this processor against the formula in double. Everything that the
-// kernels write is poisoned with NaN first.
+// attention/flash_cpu.h and decode_cpu.h on this processor against the formula in double.
+// Everything that the kernels write is poisoned with NaN first.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "attention/decode_cpu.h"
 #include "attention/flash_cpu.h"
 
 namespace zerotuning::attention {
@@ -199,6 +200,47 @@ TYPED_TEST(Flash, a_nan_in_a_query_reaches_its_row_alone) {
   kernel->attend(call.arguments, 0, kernel->items(call.arguments));
   for (int64_t i = 0; i < 40 * 16; ++i)
     EXPECT_EQ(std::isnan(widen(call.output[i])), i / 16 == 7) << i;
+}
+
+TYPED_TEST(Flash, one_query_without_packing_equals_the_formula_however_heads_are_spread) {
+  const FlashKernel* kernel = flash_kernel(dtype_of<TypeParam>);
+  const DecodeKernel decode = decode_kernel(dtype_of<TypeParam>);
+  if (!kernel || !decode) GTEST_SKIP() << "this processor has no such kernel";
+  unsigned seed = 20;
+  for (const Sizes& sizes : {Sizes{3, 2, 1, 1, 5, 16, 16, 0}, Sizes{2, 4, 2, 1, 301, 40, 80, 0},
+                             Sizes{2, 9, 3, 1, 130, 64, 64, 50}, Sizes{3, 8, 1, 1, 400, 24, 8, 0},
+                             Sizes{2, 6, 6, 1, 300, 256, 200, 0}}) {
+    for (const bool masked : {false, true}) {
+      Call<TypeParam> call(sizes, *kernel, masked, ++seed);
+      const FlashArguments& f = call.arguments;
+      kernel->pack(f, 0, kernel->pack_items(f));
+      kernel->attend(f, 0, kernel->items(f));  // the logsumexp that is checked
+      const DecodeArguments a{f.batch,
+                              f.heads,
+                              f.heads / f.key_heads,
+                              f.keys,
+                              f.head_size,
+                              f.value_head_size,
+                              f.window,
+                              f.scale,
+                              f.query,
+                              f.key,
+                              f.value,
+                              f.output,
+                              f.log_scale,
+                              f.log_scale_batch_stride,
+                              f.log_scale_head_stride,
+                              f.key_mask,
+                              f.span,
+                              f.query_start};
+      std::fill(call.output.begin(), call.output.end(), narrow<TypeParam>(nan));
+      for (int64_t row = f.batch * f.heads; row-- > 0;) decode(a, row, row + 1);
+      EXPECT_LE(call.error(), rounding<TypeParam>) << "keys " << f.keys << " masked " << masked;
+      const auto alone = call.output;
+      decode(a, 0, f.batch * f.heads);
+      EXPECT_EQ(std::memcmp(alone.data(), call.output.data(), alone.size() * sizeof(TypeParam)), 0);
+    }
+  }
 }
 
 }  // namespace

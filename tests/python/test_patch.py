@@ -198,19 +198,40 @@ def test_padding_on_either_side_changes_nothing(kind) -> None:
 def test_what_a_step_says_of_padding_is_the_same_with_positions_on_the_host_and_on_the_device(
     device, keys, rows, later, beyond, dtype
 ) -> None:
-    mask = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1, keys])[:, None]).to(device, dtype)
-    mask[1, 4] = 0
-    mask[3, keys:] = 0  # of which nothing is real
-    found, wanted = (
-        _read_geometry(zerotuning_mask(4, rows, keys, start, attention_mask=mask, device=device), keys)
-        for start in (keys - rows - later, torch.tensor(keys - rows - later, device=device))
-    )
-    assert wanted.query_start.tolist() == [keys - rows - later] * 4
-    # Queries that are the last keys need no word of where they are.
-    assert (found.query_start is None) == (later == 0)
-    assert found.query_start is None or torch.equal(found.query_start, wanted.query_start)
-    assert torch.equal(found.span, wanted.span)
-    assert torch.equal(found.key_mask, wanted.key_mask)
+    several = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1, keys])[:, None]).to(device, dtype)
+    several[1, 4] = 0
+    several[3, keys:] = 0  # of which nothing is real
+    for mask in (several, several[1:2]):
+        samples = len(mask)
+        found, wanted = (
+            _read_geometry(zerotuning_mask(samples, rows, keys, start, attention_mask=mask, device=device), keys)
+            for start in (keys - rows - later, torch.tensor(keys - rows - later, device=device))
+        )
+        assert wanted.query_start.tolist() == [keys - rows - later] * samples
+        # Queries that are the last keys need no word of where they are.
+        assert (found.query_start is None) == (later == 0)
+        assert found.query_start is None or torch.equal(found.query_start, wanted.query_start)
+        assert torch.equal(found.span, wanted.span)
+        assert torch.equal(found.key_mask, wanted.key_mask)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_generation_past_a_sliding_window_equals_one_without_a_cache(samples) -> None:
+    model = patch(small_model("mistral", sliding_window=8))
+    apply_scales(model, random_scales(model))
+    ids = torch.randint(3, 128, (samples, 13), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cached, whole = (
+        model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, use_cache=use_cache,
+            return_dict_in_generate=True, output_logits=True,
+        )
+        for use_cache in (True, False)
+    )  # fmt: skip
+    assert torch.equal(cached.sequences, whole.sequences)
+    for logits, want in zip(cached.logits, whole.logits, strict=True):
+        torch.testing.assert_close(logits, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", MODELS)
