@@ -1,6 +1,5 @@
-// Attention of one query a head (decode_cpu.h) on AVX-512 vectors. Keys and values are read where
-// they lie: one query does not repay packing them.
-#include "attention/decode_cpu.h"
+// Attention of one query a head (DecodeKernel of flash_cpu.h) on AVX-512 vectors. Keys and values
+// are read where they lie: one query does not repay packing them.
 #include "attention/flash_avx512.h"
 
 namespace zerotuning::attention {
@@ -36,7 +35,7 @@ inline void store(Float16* to, __mmask16 columns, __m512 x) {
 
 // One head's query, and its sums over the keys so far, relative to the largest logit `top`.
 struct Head {
-  alignas(64) float query[decode_largest_head], sums[decode_largest_head];
+  alignas(64) float query[flash_largest_head], sums[flash_largest_head];
   float bias, top, total;  // base 2
 };
 
@@ -49,14 +48,14 @@ struct Keys {
 };
 
 template <typename T>
-void take_query(const DecodeArguments& a, int64_t batch, int64_t head, Head& to) {
+void take_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) {
   const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale * M_LOG2E));
   const T* query = flash_row<T>(a.query, batch, head, 0);
   for (int64_t c = 0; c < a.head_size; c += lanes) {
     _mm512_store_ps(to.query + c,
                     _mm512_mul_ps(load(query + c, first_lanes(a.head_size - c)), scale));
   }
-  std::fill(to.sums, to.sums + decode_largest_head, 0.f);
+  std::fill(to.sums, to.sums + flash_largest_head, 0.f);
   to.bias = static_cast<float>(M_LOG2E) *
             a.log_scale[batch * a.log_scale_batch_stride + head * a.log_scale_head_stride];
   to.top = minus_infinity;
@@ -65,7 +64,7 @@ void take_query(const DecodeArguments& a, int64_t batch, int64_t head, Head& to)
 
 // Logits of the keys, base 2, and -inf up to a whole vector.
 template <int heads, typename T>
-void multiply_keys(const DecodeArguments& a, const T* key, const Keys& keys, const int64_t* span,
+void multiply_keys(const FlashArguments& a, const T* key, const Keys& keys, const int64_t* span,
                    const Head (&states)[heads], Logits (&logits)[heads]) {
   for (int64_t i = 0; i < keys.count; ++i) {
     const T* row = key + keys.index[i] * a.key.row_stride;
@@ -110,7 +109,7 @@ inline void weigh(int64_t count, int64_t columns, Head& head, float* logits) {
 
 // Columns [column, column + vectors * lanes) of the weighted values.
 template <int vectors, int heads, typename T>
-void add_values(const DecodeArguments& a, const T* value, const Keys& keys,
+void add_values(const FlashArguments& a, const T* value, const Keys& keys,
                 const Logits (&weights)[heads], int64_t column, Head (&states)[heads]) {
   __m512 sums[heads][vectors];
   __mmask16 columns[vectors];
@@ -134,11 +133,11 @@ void add_values(const DecodeArguments& a, const T* value, const Keys& keys,
 }
 
 template <int heads, typename T>
-void decode_heads(const DecodeArguments& a, int64_t batch, int64_t first_head) {
+void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
   constexpr int vectors = 4;
   Head states[heads];
   for (int h = 0; h < heads; ++h) take_query<T>(a, batch, first_head + h, states[h]);
-  const int64_t key_head = first_head / a.heads_per_key_head;
+  const int64_t key_head = first_head / (a.heads / a.key_heads);
   const T* key = flash_row<T>(a.key, batch, key_head, 0);
   const T* value = flash_row<T>(a.value, batch, key_head, 0);
   const bool* mask = a.key_mask ? a.key_mask + batch * a.keys : nullptr;
@@ -172,10 +171,11 @@ void decode_heads(const DecodeArguments& a, int64_t batch, int64_t first_head) {
 }
 
 template <typename T>
-void decode(const DecodeArguments& a, int64_t begin, int64_t end) {
+void decode(const FlashArguments& a, int64_t begin, int64_t end) {
+  const int64_t group = a.heads / a.key_heads;
   while (begin < end) {
     const int64_t batch = begin / a.heads, head = begin % a.heads;
-    const int64_t of_key_head = a.heads_per_key_head - head % a.heads_per_key_head;
+    const int64_t of_key_head = group - head % group;
     const int64_t heads = std::min({end - begin, of_key_head, most_heads});
     switch (heads) {
       case 4:

@@ -1,7 +1,5 @@
-// Which kernels (flash_cpu.h, decode_cpu.h) the processor that runs this has.
+// Which kernels (flash_cpu.h) the processor that runs this has.
 #include "attention/flash_cpu.h"
-
-#include "attention/decode_cpu.h"
 
 #ifdef ZEROTUNING_HAS_AVX512
 #include <cpuid.h>

@@ -16,7 +16,7 @@ namespace zerotuning::attention {
 struct FlashArguments {
   int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
   int64_t window;  // keys that a query sees, its own included; 0 = all
-  double scale;    // > 0
+  double scale;    // > 0 (DecodeKernel: any)
   Array4 query, key, value;
   Array4 output;     // written
   Array4 logsumexp;  // float [batch, heads, queries], row_stride = stride of queries; written
@@ -42,5 +42,10 @@ constexpr int64_t flash_largest_head = 256;
 
 // Null where this processor has none for the dtype.
 const FlashKernel* flash_kernel(DType dtype);
+
+// Where there is one query, which does not repay packing: rows [begin, end) of the flattened batch
+// × heads, spread over threads in any way. Neither packed nor logsumexp is used. Float16 as well.
+using DecodeKernel = void (*)(const FlashArguments&, int64_t begin, int64_t end);
+DecodeKernel decode_kernel(DType dtype);
 
 }  // namespace zerotuning::attention

@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "attention/cpu_kernels.h"
-#include "attention/decode_cpu.h"
 #include "attention/flash_cpu.h"
 #include "attention/pieces.h"
 #include "ops/geometry_cpu.h"
@@ -320,31 +319,38 @@ bool tiles_take(const Problem& p) {
          std::max(p.head_size, p.value_head_size) <= attention::flash_largest_head;
 }
 
+attention::FlashArguments flash_arguments(const Problem& p, const Geometry& geometry,
+                                          const Tensor& query, const Tensor& key,
+                                          const Tensor& value, const Tensor& output) {
+  return {p.batch,
+          p.heads,
+          p.key_heads,
+          p.queries,
+          p.keys,
+          p.head_size,
+          p.value_head_size,
+          p.window,
+          p.scale,
+          whole_array(query),
+          whole_array(key),
+          whole_array(value),
+          whole_array(output),
+          {},
+          p.log_scale.const_data_ptr<float>(),
+          p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
+          p.log_scale.stride(p.log_scale.dim() - 1),
+          geometry.key_mask,
+          geometry.span.data(),
+          geometry.query_start.data(),
+          nullptr};
+}
+
 std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& geometry) {
   const attention::FlashKernel& kernel = *attention::flash_kernel(p.dtype);
   const Tensor output = new_output(p), logsumexp = new_logsumexp(p);
   const Tensor query = unit_stride(p.query), key = unit_stride(p.key), value = unit_stride(p.value);
-  attention::FlashArguments a{p.batch,
-                              p.heads,
-                              p.key_heads,
-                              p.queries,
-                              p.keys,
-                              p.head_size,
-                              p.value_head_size,
-                              p.window,
-                              p.scale,
-                              whole_array(query),
-                              whole_array(key),
-                              whole_array(value),
-                              whole_array(output),
-                              whole_array(logsumexp),
-                              p.log_scale.const_data_ptr<float>(),
-                              p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
-                              p.log_scale.stride(p.log_scale.dim() - 1),
-                              geometry.key_mask,
-                              geometry.span.data(),
-                              geometry.query_start.data(),
-                              nullptr};
+  attention::FlashArguments a = flash_arguments(p, geometry, query, key, value, output);
+  a.logsumexp = whole_array(logsumexp);
   const Tensor packed = aten::empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
   a.packed = packed.mutable_data_ptr();
   // As many items a thread as outweigh its being woken.
@@ -434,31 +440,14 @@ bool decode_kernel_takes(const Problem& p) {
   constexpr int64_t most_alone = int64_t{512} * 128;  // numbers of a head's keys
   const int64_t columns = std::max(p.head_size, p.value_head_size);
   const bool shared = p.heads > p.key_heads || p.dtype == attention::DType::float16;
-  return attention::decode_kernel(p.dtype) && columns <= attention::decode_largest_head &&
+  return attention::decode_kernel(p.dtype) && columns <= attention::flash_largest_head &&
          (shared || p.keys * columns <= most_alone);
 }
 
 Tensor decode_by_kernel(const Problem& p, const Geometry& geometry) {
   const Tensor output = new_output(p);
   const Tensor query = unit_stride(p.query), key = unit_stride(p.key), value = unit_stride(p.value);
-  const attention::DecodeArguments arguments{p.batch,
-                                             p.heads,
-                                             p.heads / p.key_heads,
-                                             p.keys,
-                                             p.head_size,
-                                             p.value_head_size,
-                                             p.window,
-                                             p.scale,
-                                             whole_array(query),
-                                             whole_array(key),
-                                             whole_array(value),
-                                             whole_array(output),
-                                             p.log_scale.const_data_ptr<float>(),
-                                             p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
-                                             p.log_scale.stride(p.log_scale.dim() - 1),
-                                             geometry.key_mask,
-                                             geometry.span.data(),
-                                             geometry.query_start.data()};
+  const auto arguments = flash_arguments(p, geometry, query, key, value, output);
   // As many rows a thread as outweigh its being woken.
   constexpr int64_t thread_numbers = 32768;
   const int64_t row_numbers = p.keys * (p.head_size + p.value_head_size);

@@ -442,7 +442,6 @@ def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
             for figures in peers.values():
                 if "tokens/s" not in figures:
                     figures["error"] = f"{type(error).__name__}: {error}"[:300]
-        torch.compiler.reset()
         _free()
         yield {
             "what": "generation",
@@ -468,11 +467,13 @@ def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], ne
 def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 24, runs: int = 3) -> None:
     # A compiled model runs again before the other one is compiled.
     for name, figures in peers.items():
-        with _tuned(model) if name == OURS else nullcontext():
-            of_runs = steps_by_turns({name: model}, ids, new, runs, cache_implementation="static")[name]
+        try:
+            with _tuned(model) if name == OURS else nullcontext():
+                of_runs = steps_by_turns({name: model}, ids, new, runs, cache_implementation="static")[name]
+        finally:
+            torch.compiler.reset()
+            _free()
         figures["tokens/s"] = len(ids) / min(statistics.median(steps) for steps in of_runs[1:])
-        torch.compiler.reset()
-        _free()
 
 
 def steps_by_turns(

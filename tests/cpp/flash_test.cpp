@@ -1,4 +1,4 @@
-// attention/flash_cpu.h and decode_cpu.h on this processor against the formula in double.
+// attention/flash_cpu.h on this processor against the formula in double.
 // Everything that the kernels write is poisoned with NaN first.
 #include <gtest/gtest.h>
 
@@ -11,7 +11,6 @@
 #include <random>
 #include <vector>
 
-#include "attention/decode_cpu.h"
 #include "attention/flash_cpu.h"
 
 namespace zerotuning::attention {
@@ -215,29 +214,11 @@ TYPED_TEST(Flash, one_query_without_packing_equals_the_formula_however_heads_are
       const FlashArguments& f = call.arguments;
       kernel->pack(f, 0, kernel->pack_items(f));
       kernel->attend(f, 0, kernel->items(f));  // the logsumexp that is checked
-      const DecodeArguments a{f.batch,
-                              f.heads,
-                              f.heads / f.key_heads,
-                              f.keys,
-                              f.head_size,
-                              f.value_head_size,
-                              f.window,
-                              f.scale,
-                              f.query,
-                              f.key,
-                              f.value,
-                              f.output,
-                              f.log_scale,
-                              f.log_scale_batch_stride,
-                              f.log_scale_head_stride,
-                              f.key_mask,
-                              f.span,
-                              f.query_start};
       std::fill(call.output.begin(), call.output.end(), narrow<TypeParam>(nan));
-      for (int64_t row = f.batch * f.heads; row-- > 0;) decode(a, row, row + 1);
+      for (int64_t row = f.batch * f.heads; row-- > 0;) decode(f, row, row + 1);
       EXPECT_LE(call.error(), rounding<TypeParam>) << "keys " << f.keys << " masked " << masked;
       const auto alone = call.output;
-      decode(a, 0, f.batch * f.heads);
+      decode(f, 0, f.batch * f.heads);
       EXPECT_EQ(std::memcmp(alone.data(), call.output.data(), alone.size() * sizeof(TypeParam)), 0);
     }
   }
