@@ -547,6 +547,28 @@ def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams
             assert all(torch.equal(output, other) for other in found), shape
 
 
+def decode_on_many_streams(_rank: int) -> None:
+    torch.set_default_device("cuda")
+    torch.manual_seed(17)
+    inputs = random_inputs((1, 8, 2, 1, 3000, 128, 128), torch.bfloat16)
+    streams = {torch.cuda.Stream(priority=-(n % 4)) for n in range(128)}
+    assert len({stream.cuda_stream for stream in streams}) > 64
+    outputs = []
+    torch.cuda.synchronize()
+    for stream in streams:
+        with torch.cuda.stream(stream):
+            outputs.append(decode_by_route(inputs, RINGS))
+    torch.cuda.synchronize()
+    assert error(outputs[0], formula(*(t.double() for t in inputs))[0]) <= 3e-3
+    assert all(torch.equal(outputs[0], other) for other in outputs[1:])
+
+
+def test_decoding_on_more_streams_than_have_counters() -> None:
+    """In a process of its own, as the streams keep their counters. What comes after 64 streams has its splits merged by
+    a second kernel."""
+    torch.multiprocessing.spawn(decode_on_many_streams)
+
+
 def test_a_captured_graph_follows_positions_on_the_device() -> None:
     torch.manual_seed(4)
     inputs = random_inputs((2, 8, 2, 1, 900, 128, 128), torch.bfloat16)
