@@ -126,7 +126,7 @@ def calibrate(
             setbacks = Setbacks()
             measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
             state = CalibrationState(
-                folder, identity(model, named, examples, chosen, start, _name_of(metric)), processes
+                folder, identity(model, tokenizer, named, examples, chosen, start, _name_of(metric)), processes
             )
             if overwrite:
                 state.clear()

@@ -13,11 +13,13 @@ from torch import nn
 from zerotuning.calibration_options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
+from zerotuning.fingerprint import tokens_digest, weights_digest
 from zerotuning.output import RESULT_FILES, STATE_FILE, TRIALS_FILE
 from zerotuning.processes import Processes
 from zerotuning.prompts import Shot
 from zerotuning.scales import HeadScales
 from zerotuning.tasks import Record, Task
+from zerotuning.tokenizing import tokenize
 from zerotuning.version import __version__
 
 
@@ -53,7 +55,7 @@ class CalibrationState:
         try:
             content = json.loads(text)
             saved, state = dict(content["calibration"]), dict(content["state"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise self.damaged(error) from error
         # Through JSON, so that numbers compare as they were written. The first process's, which wrote them: of a model that
         # processes share each may count its own parameters.
@@ -84,6 +86,7 @@ class CalibrationState:
 
 def identity(
     model: nn.Module,
+    tokenizer: Any,
     tasks: Sequence[Task],
     records: Sequence[Sequence[Record]],
     options: CalibrationOptions,
@@ -91,12 +94,15 @@ def identity(
     metric: str,
 ) -> dict[str, Any]:
     """What makes a calibration the same: model, version, tasks and their data, options; `metric` is its name."""
+    tokens = [tokenize(tokenizer, task, part, require_labels=False) for task, part in zip(tasks, records, strict=True)]
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
         "version": __version__,
         "model_type": getattr(model.config, "model_type", ""),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype),
+        "weights": weights_digest(model),
+        "tokens": tokens_digest(tokens),
         "tasks": [
             {
                 "name": task.name,

@@ -18,7 +18,8 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> Path
     Errors: ZeroTuningError when the folder does not exist or cannot be written.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    # A long name is cut, so that this one is no longer than names may be.
+    unfinished = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
     try:
         # os.open rather than tempfile: the file gets the user's usual permissions, not 0600.
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
@@ -37,8 +38,12 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> Path
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """`write_bytes_atomically` of `text` in UTF-8."""
-    return write_bytes_atomically(path, text.encode("utf-8"))
+    """`write_bytes_atomically` of `text` in UTF-8. Errors: ZeroTuningError also for half of a surrogate pair."""
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ZeroTuningError(f"cannot write {path} as UTF-8: {error}") from error
+    return write_bytes_atomically(path, content)
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> Path:

@@ -133,7 +133,7 @@ def choose_shots(
     def search(place: int, count: int) -> None:
         asked: dict[str, Any] = {**options, **TRIAL, "steps": count}
         task = candidates[place]
-        key = kept.key(identity(model, [task], [judges], checked_options(asked), start, ""))
+        key = kept.key(identity(model, tokenizer, [task], [judges], checked_options(asked), start, ""))
         if key not in kept.losses:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
             setbacks.extend(report["setbacks"])
@@ -171,7 +171,7 @@ class _KeptTrials:
             return {}
         try:
             return {name: float(loss) for name, loss in json.loads(self.path.read_text("utf-8")).items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
 
     def key(self, trial: dict[str, Any]) -> str:

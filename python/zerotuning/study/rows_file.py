@@ -43,7 +43,7 @@ class RowsFile:
             rows = list(held.pop("rows"))
             if not all(isinstance(row["key"], dict) for row in rows):
                 raise TypeError("key")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ZeroTuningError(f"{path} holds no study; choose another folder or overwrite it") from error
         for name in ("study", "model", "dtype"):
             if held.get(name) != self.header[name]:
