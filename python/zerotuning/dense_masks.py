@@ -14,6 +14,24 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zerotuning import ops, packed_sequences, reference
 from zerotuning.errors import ZeroTuningError
 
+#: What hides a key in an additive mask, and all that is less: some write -10,000 for it, float16 ends at -65,504.
+HIDDEN = -1e4
+
+
+def initial_keys(visible: Tensor) -> Tensor:
+    """The initial token of each query, (…, Tq), from which keys it sees, bool (…, Tq, Tk).
+
+    The first key that it sees: in packed sequences that of its own. With as many queries as keys it is asked on which
+    key the query there sees first, so that a sliding window leads back to where its sequence begins.
+    """
+    first = visible.int().argmax(dim=-1)
+    if visible.shape[-2] == visible.shape[-1]:
+        # Each round doubles the way back. A traced graph's must not depend on the length.
+        rounds = 24 if torch.compiler.is_compiling() else visible.shape[-1].bit_length()
+        for _ in range(rounds):
+            first = first.gather(-1, first)
+    return first
+
 
 def attend(
     query: Tensor,
@@ -29,19 +47,22 @@ def attend(
     Args:
         query (B, H, Tq, D), key (B, Hkv, Tk, D), value (B, Hkv, Tk, Dv), log_scale, scale: as in `ops.attention`.
         mask: (B, 1, Tq, Tk): codes of `zerotuning_mask`, int8, 0 hidden, 1 visible, 2 visible and scaled; or the caller's
-            own, bool or additive: the initial token is then the first key that a query sees. In a graph that is traced
-            also the code of `packed_sequences`.
+            own, bool or additive (HIDDEN and less hides a key, the rest is added to the logits), then (B, 1 or H, Tq, Tk):
+            the initial token of a query is the first key that it sees or, with as many queries as keys, that the query
+            there sees, and so on. In a graph that is traced also the code of `packed_sequences`.
         span: (B, 2) int64, the keys [first, end) that are scaled in place of the initial token.
 
     Returns:
         output (B, H, Tq, Dv).
 
-    Raises: ZeroTuningError for a mask of another shape.
+    Raises: ZeroTuningError for a mask of another shape or dtype.
     """
     if torch.compiler.is_compiling() and _can_be_sequences(mask, query):
         return _attention_under_mask(query, key, value, log_scale, mask, span, ops.softmax_scale(query, scale))[0]
     if mask.dim() != 4 or mask.shape[-1] != key.shape[2]:
         raise ZeroTuningError(f"attention_mask must be [B, 1, Tq, Tk] with Tk = {key.shape[2]}, got {list(mask.shape)}")
+    if mask.dtype not in (torch.int8, torch.bool) and not mask.is_floating_point():
+        raise ZeroTuningError(f"attention_mask must be bool or floating point in four dimensions, got {mask.dtype}")
     return _by_formula(query, key, value, log_scale, mask, span, scale)[0].to(query.dtype)
 
 
@@ -65,16 +86,19 @@ def _by_formula(
     visible, scaled = _meaning(query, key, mask, span)
     wide = torch.promote_types(query.dtype, torch.float32)
     query, key, value = (tensor.to(wide) for tensor in (query, key, value))
-    return reference.scaled_attention(query, key, value, log_scale, visible=visible, scaled=scaled, scale=scale)
+    bias = mask.to(wide).masked_fill(~visible, 0.0) if mask.is_floating_point() else None
+    return reference.scaled_attention(
+        query, key, value, log_scale, visible=visible, scaled=scaled, bias=bias, scale=scale
+    )
 
 
 def _meaning(query: Tensor, key: Tensor, mask: Tensor, span: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which keys a query sees, and which of them are scaled: bool (B, 1, Tq, Tk)."""
+    """Which keys a query sees, and which of them are scaled: bool, of the mask's shape."""
     if mask.dtype == torch.int8:
         visible, scaled = mask > 0, mask == 2
     else:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        scaled = torch.zeros_like(visible).scatter(-1, visible.int().argmax(-1, keepdim=True), True)
+        visible = mask if mask.dtype == torch.bool else mask > HIDDEN
+        scaled = visible & torch.zeros_like(visible).scatter(-1, initial_keys(visible)[..., None], True)
     if span is not None:
         scaled = visible & reference.scaled_keys(query, key, span=span)
     return visible, scaled

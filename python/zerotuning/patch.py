@@ -8,6 +8,7 @@ child module that holds its scales.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,14 +109,17 @@ def zerotuning_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What a patched model calls in place of its attention: query (B, H, Tq, D) -> output (B, Tq, H, Dv)."""
-    if _probe.active:
+    if _probe.active and _is_probing():
         _probe.record(module, query, sliding_window)
     refuse_unsupported(module, dropout, is_causal, kwargs)
+    if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(query.device.type):
+        query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
     scaling_of_layer: Any = module._modules.get(CHILD)
     if scaling_of_layer is None:
-        if not _probe.active:
+        if not _is_probing():
             raise ZeroTuningError(
-                f"{_describe(module)} was not reached when the model was patched; unpatch and patch it again"
+                f"{_describe(module)} was not reached when the model was patched (or shares its config with one that is): "
+                "unpatch and patch it again"
             )
         log_scale, span = torch.zeros(query.shape[1], device=query.device), None
     else:
@@ -180,7 +184,7 @@ def _attend(
     key_mask, initial, query_start = known
     span = initial if span is None else span
     rows = query.shape[2]
-    few = rows <= DECODE_QUERIES and key.shape[2] > rows
+    few = key.shape[2] > rows and rows <= DECODE_QUERIES
     if few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))):
         return ops.decode_attention_transposed(query, key, value, log_scale, key_mask, span, query_start, window, scale)
     output, _ = ops.attention(
@@ -274,9 +278,9 @@ def zerotuning_mask(
     [B, 1, T, 3]. Masks of another kind (chunks, custom mask functions, packed sequences in a graph that is traced): int8
     [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
     """
-    if _probe.active and local_size is not None:
-        _probe.windows.add(local_size)
     chunked = getattr(config, "attention_chunk_size", None) is not None
+    if local_size is not None and not chunked and _is_probing():
+        _probe.windows.add(local_size)
     sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
     if not (mask_function is causal_mask_function or sliding):
         if q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0:
@@ -297,7 +301,7 @@ def zerotuning_mask(
         )
         return dense_masks.recognise(codes) if torch.compiler.is_compiling() and q_length == kv_length else codes
     ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    decoding = q_length <= DECODE_QUERIES and q_length < kv_length
+    decoding = q_length < kv_length and q_length <= DECODE_QUERIES  # an export's lengths are settled by the first
     if ends_at_queries and (attention_mask is None or _is_all_real(attention_mask, decoding)):
         return None
     traced = torch.compiler.is_compiling()
@@ -372,10 +376,13 @@ def _dense_codes(
         use_vmap=kwargs.get("use_vmap", False),
         device=device,
     )
-    if chunked or q_length != kv_length:
+    traced = torch.compiler.is_compiling()
+    if chunked or q_length != kv_length or (traced and attention_mask is not None):
         initial = (_first_real(attention_mask, batch_size, device) - kv_offset)[:, None].expand(-1, q_length)
+    elif traced:
+        initial = packed_sequences.beginnings_in(visible[:, 0])  # each row may hold sequences
     else:
-        initial = packed_sequences.beginnings_in(visible[:, 0])  # packed sequences each have an initial token
+        initial = dense_masks.initial_keys(visible[:, 0])  # packed sequences each have an initial token
     scaled = torch.arange(kv_length, device=device) == initial[:, None, :, None]
     return visible.to(torch.int8) + (visible & scaled).to(torch.int8)
 
@@ -400,6 +407,7 @@ class _Probe:
     """What a forward pass over two tokens shows of a model: which modules call the attention function, and how."""
 
     active: bool = False
+    thread: int = field(default_factory=threading.get_ident)
     names: dict[int, str] = field(default_factory=dict)
     reached: list[_Reached] = field(default_factory=list)
     sliding: set[int] = field(default_factory=set)  # windows the layers pass
@@ -412,6 +420,12 @@ class _Probe:
 
 
 _probe = _Probe()
+_one_probe = threading.Lock()
+
+
+def _is_probing() -> bool:
+    """Whether this thread finds a model's layers; others may run theirs."""
+    return _probe.active and _probe.thread == threading.get_ident()
 
 
 @dataclass
@@ -443,7 +457,15 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
             the model is as it was.
     """
     if is_patched(model):
+        if _text_config(model)._attn_implementation != IMPLEMENTATION:  # set since, by others
+            _switch(model, IMPLEMENTATION)
         return model
+    held = next((name for name, module in model.named_modules() if isinstance(module, HeadScaling)), None)
+    if held is not None:
+        raise ZeroTuningError(
+            f"{held} was patched through another model, of which {type(model).__name__} is a part or the whole: unpatch "
+            "that one first"
+        )
     if not hasattr(model, "set_attn_implementation"):
         raise ZeroTuningError(f"model must be a transformers model, got {type(model).__name__}")
     if getattr(model.config, "is_encoder_decoder", False):
@@ -453,13 +475,17 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
     implementations = _implementations(model)
     try:
         _switch(model, IMPLEMENTATION)
-        layers, modules, heads = _layers(model, _run_probe(model), partial)
+        with _one_probe:
+            probe = _run_probe(model)
+        layers, modules, heads = _layers(model, probe, partial)
     except BaseException:
         _restore(implementations)
         raise
     for layer, module in zip([layer for layer in layers if layer is not None], modules, strict=True):
         module.add_module(CHILD, layer)
-    model._zerotuning = _Patched(layers, modules, heads, implementations)  # type: ignore[assignment]
+    # Loaded with this implementation, it goes back to transformers' default.
+    before = [(config, "sdpa" if name == IMPLEMENTATION else name) for config, name in implementations]
+    model._zerotuning = _Patched(layers, modules, heads, before)  # type: ignore[assignment]
     return model
 
 
@@ -467,10 +493,11 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Undoes `patch`; a model that is not patched stays as it is."""
     if is_patched(model):
         patched = _patched(model)
+        for module in model.modules():  # a wrapper, such as PEFT's, shows the mark of the model in it
+            module.__dict__.pop("_zerotuning", None)
         for module in patched.modules:
             delattr(module, CHILD)
         _restore(patched.implementations)
-        del model._zerotuning
     return model
 
 
@@ -491,9 +518,13 @@ def _restore(implementations: Sequence[tuple[Any, Any]]) -> None:
         config._attn_implementation_internal = implementation
 
 
+def _text_config(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
 def _switch(model: Any, implementation: str) -> None:
     """Asks for another attention in the language model; vision and audio towers keep theirs."""
-    text = model.config.get_text_config(decoder=True)
+    text = _text_config(model)
     keys = [key for key in getattr(model.config, "sub_configs", {}) if getattr(model.config, key, None) is text]
     try:
         model.set_attn_implementation({keys[0]: implementation} if keys else implementation)
@@ -550,7 +581,7 @@ def attention_implementation(model: nn.Module, name: str) -> Iterator[nn.Module]
 
 def _layers(model: Any, probe: _Probe, partial: bool) -> tuple[list[HeadScaling | None], list[nn.Module], int]:
     """The scales of every layer, by layer index, and the attention modules that get them."""
-    total = model.config.get_text_config(decoder=True).num_hidden_layers
+    total = _text_config(model).num_hidden_layers
     named: list[Any] = [getattr(one.module, "layer_idx", None) for one in probe.reached]
     places: list[int] = list(range(len(named))) if None in named else named
     if len(set(places)) < len(places) or len({id(one.module) for one in probe.reached}) < len(places):
@@ -581,7 +612,8 @@ def _head_scaling(model: Any, name: str, reached: _Reached) -> HeadScaling:
     """The scales of a layer, where it computes: its weights may be elsewhere until then."""
     _check_device(reached.device)
     share = head_share(model, name, reached.heads)
-    return HeadScaling(name, reached.heads if share is None else share.total, reached.device, share)
+    with torch.inference_mode(False):  # training may use it as well
+        return HeadScaling(name, reached.heads if share is None else share.total, reached.device, share)
 
 
 def _missing_text(model: Any, missing: Sequence[int], total: int) -> str:
@@ -629,8 +661,9 @@ def apply_scales(model: nn.Module, scales: HeadScales | Mapping[str, HeadScales]
         _check_scales(model, patched, name, setting)
     for index, layer in enumerate(patched.layers):
         if layer is not None:
-            values = torch.stack([setting.log_scale[index] for setting in named.values()])
-            layer.log_scale = values.to(layer.log_scale.device)
+            with torch.inference_mode(False):  # training may use them as well
+                values = torch.stack([setting.log_scale[index] for setting in named.values()])
+                layer.log_scale = values.to(layer.log_scale.device)
             layer.rows = None
     patched.settings = list(named)
     patched.metadata = dict(next(iter(named.values())).metadata)

@@ -53,6 +53,7 @@ def scaled_attention(
     *,
     visible: Tensor,
     scaled: Tensor,
+    bias: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax over the visible keys, γ times the weights of the scaled ones, renormalised.
@@ -60,6 +61,7 @@ def scaled_attention(
     Args:
         query, key, value, log_scale, scale: as in `ops.attention`.
         visible, scaled: bool, broadcastable to (B, H, Tq, Tk).
+        bias: added to the logits, likewise; finite where a key is visible.
 
     Returns:
         output (B, H, Tq, Dv), logsumexp (B, H, Tq); 0 and -inf for a query that sees nothing.
@@ -68,6 +70,7 @@ def scaled_attention(
     groups = heads // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     logits = query @ key.transpose(-1, -2) * (size**-0.5 if scale is None else scale)
+    logits = logits if bias is None else logits + bias
     blind = ~visible.any(dim=-1, keepdim=True)
     logits = logits.masked_fill(~visible, -torch.inf)
     weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)

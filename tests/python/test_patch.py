@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import transformers
 from random_models import random_model
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import create_causal_mask, eager_mask
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patch import (
     _read_geometry,
@@ -70,6 +71,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "olmo2": {},
     "deepseek_v3": DEEPSEEK,
     "gpt_neox": {},
+    "llama4_text": {
+        "head_dim": 16,
+        "attention_chunk_size": 7,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 96,
+    },
 }
 
 
@@ -321,6 +330,165 @@ def test_a_mask_of_the_callers_own_is_taken_at_its_word() -> None:
         want = model(input_ids=ids).logits
         for mask in (visible, additive):
             torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hidden", [-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min, -math.inf])
+def test_an_additive_mask_hides_keys_by_any_large_number_and_its_biases_count(hidden) -> None:
+    model = small_model("llama", num_hidden_layers=1)
+    plain = copy.deepcopy(model)
+    scales = random_scales(patch(model))
+    ids = torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(7))
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    distance = torch.arange(9)[:, None] - torch.arange(9)
+    biases = -0.3 * distance * torch.tensor([1.0, 0.5, 0.25, 0.1])[:, None, None]  # as ALiBi has them, of each head
+    for mask in (torch.zeros(1, 1, 9, 9).masked_fill(~causal, hidden), biases[None].masked_fill(~causal, hidden)):
+        with torch.no_grad():
+            apply_scales(model, HeadScales.ones(1, 4))
+            want = plain(input_ids=ids, attention_mask=mask).logits
+            torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, want, rtol=1e-4, atol=1e-4)
+            apply_scales(model, scales)
+            biased = mask.expand(1, 4, 9, 9).clone()
+            biased[..., 0] += scales.log_scale[0][:, None]  # what γ of the initial token comes to
+            want = plain(input_ids=ids, attention_mask=biased).logits
+            torch.testing.assert_close(model(input_ids=ids, attention_mask=mask).logits, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_mask_of_whole_numbers_in_four_dimensions_is_refused(dtype) -> None:
+    model = patch(small_model("llama"))
+    with pytest.raises(ZeroTuningError, match=f"attention_mask must be bool or floating point.* got {dtype}"):
+        model(input_ids=torch.ones(1, 9, dtype=torch.long), attention_mask=torch.ones(1, 1, 9, 9, dtype=dtype))
+
+
+def test_a_sliding_mask_of_the_callers_own_says_what_the_models_says() -> None:
+    model = patch(small_model("mistral", sliding_window=7))
+    apply_scales(model, random_scales(model))
+    ids, padding, positions = left_padded([20, 11])
+    column = torch.arange(20)
+    visible = (column <= column[:, None]) & (column > column[:, None] - 7) & padding[:, None, None].bool()
+    with torch.no_grad():
+        want = model(input_ids=ids, attention_mask=padding, position_ids=positions).logits[padding.bool()]
+        got = model(input_ids=ids, attention_mask=visible, position_ids=positions).logits[padding.bool()]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_key_that_is_hidden_begins_no_sequence() -> None:
+    model = patch(small_model("llama"))
+    ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(8))
+    hole = torch.ones_like(ids)
+    hole[:, 5] = 0
+
+    def prefix(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query < 3) & (key < 3)
+
+    for mask, functions in (
+        (hole, {"or_mask_function": prefix}),
+        (None, {"and_mask_function": lambda batch, head, query, key: key != 5}),
+    ):
+        embeddings = model.get_input_embeddings()(ids)
+        codes = create_causal_mask(model.config, embeddings, mask, None, **functions)
+        assert (codes == 2).nonzero()[:, 2:].tolist() == [[row, 0] for row in range(12)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
+def test_under_autocast_a_patched_model_is_patched_runs_trains_and_generates_as_before(kind) -> None:
+    model = small_model(kind)
+    ids, mask, positions = left_padded([20, 9])
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(**arguments).logits
+        patch(model)
+        got = model(**arguments).logits
+        got[mask.bool()].float().square().mean().backward()
+        assert model.generate(ids, attention_mask=mask, max_new_tokens=3, eos_token_id=None).shape == (2, 23)
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got[mask.bool()].float(), want[mask.bool()].float(), rtol=0.05, atol=0.05)
+
+
+def test_scales_applied_in_inference_mode_can_be_trained_with_later() -> None:
+    model = small_model("llama")
+    with torch.inference_mode():
+        apply_scales(patch(model), HeadScales(torch.full((2, 4), 3.0)))
+    ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(9))
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+class Wrapper(nn.Module):
+    """Shows what is in it as its own, as PEFT's wrappers do."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base = base
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base"), name)
+
+    def forward(self, **arguments: Any) -> Any:
+        return self.base(**arguments)
+
+
+def test_a_model_patched_before_it_was_wrapped_is_unpatched_through_the_wrapper() -> None:
+    model = patch(small_model("llama"))
+    wrapped = Wrapper(model)
+    assert is_patched(wrapped)
+    unpatch(wrapped)
+    assert not is_patched(wrapped)
+    assert not is_patched(model)
+    apply_scales(wrapped, HeadScales.ones(2, 4))
+    with pytest.raises(ZeroTuningError, match=r"layers\.0\.self_attn\.zerotuning was patched through another model"):
+        patch(model)
+    unpatch(wrapped)
+    assert model.config._attn_implementation == "sdpa"
+    patch(model)
+
+
+def test_a_part_that_is_patched_must_be_unpatched_before_the_whole_is_patched() -> None:
+    model = small_model("llama")
+    patch(model.model)
+    with pytest.raises(ZeroTuningError, match="was patched through another model"):
+        patch(model)
+    unpatch(model.model)
+    unpatch(patch(model))
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_applying_scales_switches_the_attention_again_that_something_else_switched_off() -> None:
+    model = patch(small_model("llama"))
+    scales = random_scales(model)
+    ids, mask, _ = left_padded([20])
+    model.set_attn_implementation("sdpa")
+    apply_scales(model, scales)
+    with torch.no_grad():
+        got = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(got, formula_logits(model, scales, ids, mask), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_was_loaded_with_this_attention_goes_back_to_the_default() -> None:
+    model = random_model("llama", "zerotuning", **SMALL)
+    assert unpatch(patch(model)).config._attn_implementation == "sdpa"
+
+
+def test_a_model_can_be_patched_while_another_thread_runs_one() -> None:
+    running, begun, ended = patch(small_model("mistral")), threading.Event(), threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            running(input_ids=torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11]]))
+            begun.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        assert begun.wait(60)
+        for _ in range(20):
+            assert is_patched(patch(small_model("llama")))
+    finally:
+        ended.set()
+        thread.join()
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
