@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ import torch
 import zerotuning as zt
 from several_processes import torchrun
 from zerotuning.errors import ZeroTuningError
+from zerotuning.fingerprint import tokens_digest, weights_digest
 from zerotuning.folded_search import FoldedSearch
 from zerotuning.scales import HeadScales
-from zerotuning.tasks import Task
+from zerotuning.tasks import Task, as_records
+from zerotuning.tokenizing import tokenize
 
 TASK = """\
 name: films
@@ -31,6 +35,7 @@ RECORDS = [
     for first in ("good", "bad", "a good story", "far too long")
     for second in ("told", "long", "well told", "far too well told", "a story")
 ]
+FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 SAME_BYTES = ("head_scales.safetensors", "zerotuning_config.json")
 
 
@@ -116,22 +121,28 @@ def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> 
     assert state.read() is None
 
 
-def test_a_damaged_state_is_refused(
-    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every search is interrupted before its fourth round."""
     advance, left = FoldedSearch.advance, [3]
 
-    def interrupted(self: FoldedSearch) -> None:
+    def advance_or_stop(self: FoldedSearch) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
         advance(self)
 
-    def run() -> None:
-        zt.calibrate(tiny_model, tiny_tokenizer, task, records=RECORDS, steps=9, output=tmp_path / "out")
+    monkeypatch.setattr(FoldedSearch, "advance", advance_or_stop)
 
-    monkeypatch.setattr(FoldedSearch, "advance", interrupted)
+
+def calibrate_films(model: Any, tokenizer: Any, output: Path, task: Task = FILMS) -> None:
+    zt.calibrate(model, tokenizer, task, records=RECORDS, steps=9, output=output)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None) -> None:
+    def run() -> None:
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path / "out")
+
     with pytest.raises(KeyboardInterrupt):
         run()
     state = tmp_path / "out/calibration_state.json"
@@ -142,6 +153,44 @@ def test_a_damaged_state_is_refused(
             ZeroTuningError, match=r"calibration_state\.json cannot be read .*; overwrite to start anew$"
         ):
             run()
+
+
+def test_other_weights_of_the_same_shape_do_not_resume(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ZeroTuningError, match="holds an unfinished calibration with another weights: "):
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
+
+
+def test_a_tokenizer_that_gives_other_tokens_does_not_resume(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
+) -> None:
+    chat = replace(FILMS, chat=True)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
+    with pytest.raises(KeyboardInterrupt):
+        calibrate_films(tiny_model, tokenizer, tmp_path, chat)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Say: "
+    with pytest.raises(ZeroTuningError, match="holds an unfinished calibration with another tokens: "):
+        calibrate_films(tiny_model, tokenizer, tmp_path, chat)
+
+
+def test_digests_tell_weights_and_tokens_apart_and_know_them_again(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    again = type(tiny_model).from_pretrained(tmp_path)
+    assert weights_digest(again) == weights_digest(tiny_model)
+    with torch.no_grad():
+        again.lm_head.weight.neg_()
+    assert weights_digest(again) != weights_digest(tiny_model)
+    tokens = [tokenize(tiny_tokenizer, FILMS, as_records(RECORDS))]
+    assert tokens_digest(tokens) == tokens_digest([list(tokens[0])])
+    assert tokens_digest(tokens) != tokens_digest([tokens[0][1:]])
 
 
 @pytest.mark.parametrize(

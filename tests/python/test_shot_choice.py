@@ -132,6 +132,10 @@ def test_losses_are_kept_and_searched_for_once(
         choose(seed=1)  # another comparison
     with pytest.raises(KeyboardInterrupt):
         choose(overwrite=True)
+    with torch.no_grad():
+        tiny_model.lm_head.weight.mul_(1.1)
+    with pytest.raises(KeyboardInterrupt):
+        choose()  # of other weights
     for damage in ("[", "[1]", '{"a": "b"}'):
         kept.write_text(damage, encoding="utf-8")
         with pytest.raises(ZeroTuningError, match=r"shot_trials\.json cannot be read .*; overwrite to start anew$"):
