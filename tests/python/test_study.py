@@ -350,6 +350,23 @@ def test_rows_of_another_model_and_files_of_another_kind_are_refused_and_kept(se
         assert (tmp_path / "gamma.json").read_text("utf-8") == text
 
 
+def test_rows_of_other_weights_under_the_same_name_are_refused(setting: Setting, tmp_path: Path) -> None:
+    run_study("gamma", setting, tmp_path)
+    path = tmp_path / "gamma.json"
+    held = json.loads(path.read_text("utf-8"))
+    held["rows"].pop()  # so that there is something to measure
+    path.write_text(json.dumps(held), "utf-8")
+    with torch.no_grad():
+        setting.loaded()[0].lm_head.weight.neg_()
+    with pytest.raises(ZeroTuningError, match=f"holds rows of weights '{held['weights']}', this is '.*': choose"):
+        run_study("gamma", setting, tmp_path)
+    assert json.loads(path.read_text("utf-8")) == held
+    other = held.pop("weights")
+    path.write_text(json.dumps(held), "utf-8")  # as an older version wrote it
+    run_study("gamma", setting, tmp_path)
+    assert json.loads(path.read_text("utf-8"))["weights"] != other
+
+
 def test_rows_of_the_small_size_are_not_taken_for_those_of_the_full_one(setting: Setting) -> None:
     for name in ("positions", "heads"):
         keys = {}

@@ -17,12 +17,14 @@ class RowsFile:
 
     path      a .json file; None: nothing is kept
     header    what all rows depend on: study, model, size …; a file with another is refused
+    weights   digest of the model that measured the rows, in a file of an older version None
     Errors: ZeroTuningError for a file that holds something else, or the rows of another setting.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], overwrite: bool = False) -> None:
         self.path = path
         self.header = dict(header)
+        self.weights: str | None = None
         self.rows: list[Row] = []
         if path is not None and path.exists() and not overwrite:
             self.rows = self._read(path)
@@ -31,11 +33,17 @@ class RowsFile:
     def find(self, key: Mapping[str, Any]) -> Row | None:
         return self._known.get(_name(key))
 
+    def check_weights(self, digest: str) -> None:
+        """To be called before a row is measured. Errors: ZeroTuningError where other weights measured those here."""
+        if self.weights not in (None, digest):
+            raise self._of_another("weights", self.weights, digest)
+        self.weights = digest
+
     def add(self, row: Row) -> None:
         self.rows.append(row)
         self._known[_name(row["key"])] = row
         if self.path is not None:
-            write_json_atomically(self.path, {**self.header, "rows": self.rows})
+            write_json_atomically(self.path, {**self.header, "weights": self.weights, "rows": self.rows})
 
     def _read(self, path: Path) -> list[Row]:
         try:
@@ -47,11 +55,14 @@ class RowsFile:
             raise ZeroTuningError(f"{path} holds no study; choose another folder or overwrite it") from error
         for name in ("study", "model", "dtype"):
             if held.get(name) != self.header[name]:
-                raise ZeroTuningError(
-                    f"{path} holds rows of {name} {held.get(name)!r}, this is {self.header[name]!r}: "
-                    "choose another folder or overwrite it"
-                )
+                raise self._of_another(name, held.get(name), self.header[name])
+        self.weights = held.get("weights")
         return rows
+
+    def _of_another(self, name: str, held: Any, value: Any) -> ZeroTuningError:
+        return ZeroTuningError(
+            f"{self.path} holds rows of {name} {held!r}, this is {value!r}: choose another folder or overwrite it"
+        )
 
 
 def _name(key: Mapping[str, Any]) -> str:

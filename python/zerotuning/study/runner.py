@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_text_atomically
+from zerotuning.fingerprint import weights_digest
 from zerotuning.head_map import can_plot
 from zerotuning.output import made_folder
 from zerotuning.study import pictures
@@ -67,7 +68,8 @@ def run_study(
         progress: draw a bar on stderr, if that is a terminal.
 
     Raises:
-        ZeroTuningError: an unknown study, task or part; a file in `output` with rows of another model.
+        ZeroTuningError: an unknown study, task or part; a file in `output` with rows of another model or of other
+            weights; where it holds all rows, the model is not loaded and its weights are not compared.
     """
     experiment = study(name)
     complete = (setting or Setting()).with_defaults(experiment.numbers)
@@ -78,13 +80,14 @@ def run_study(
     cells = list(experiment.cells(complete))
     path = None if folder is None else folder / f"{name}.json"
     file = RowsFile(path, _header(experiment, complete), overwrite)
-    rows = [_row(cell, file) for cell in _shown(cells, progress)]
+    rows = [_row(cell, file, complete) for cell in _shown(cells, progress)]
     return _written(experiment, rows, folder)
 
 
-def _row(cell: Cell, file: RowsFile) -> Row:
+def _row(cell: Cell, file: RowsFile, setting: Setting) -> Row:
     row = file.find(cell.key)
     if row is None:
+        file.check_weights(weights_digest(setting.loaded()[0]))
         started = time.perf_counter()
         figures = dict(cell.measure())
         row = {"key": dict(cell.key), **figures, "seconds": round(time.perf_counter() - started, 3)}
