@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically, write_json_atomically, write_text_atomically
+from zerotuning.output import result_folder
 
 
 def test_what_is_written_is_what_is_read_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -48,6 +51,34 @@ def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: Any,
     with pytest.raises(ZeroTuningError, match="as JSON"):
         write_json_atomically(tmp_path / "report.json", value)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_locked_while_a_result_is_made_and_entered_again_by_the_same_process(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)  # locks are of descriptors: as good as another process's
+    with result_folder(tmp_path, overwrite=False, resumable=True):
+        with result_folder(tmp_path / "." / "", overwrite=False, resumable=True):
+            pass
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (
+        pytest.raises(ZeroTuningError, match=f"^output {tmp_path} is being written by another calibration$"),
+        result_folder(tmp_path, overwrite=True, resumable=True),
+    ):
+        pass
+    os.close(descriptor)
+    with result_folder(tmp_path, overwrite=False, resumable=True):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_system_without_locks_takes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with result_folder(tmp_path, overwrite=False, resumable=True) as folder:
+        assert folder == tmp_path
 
 
 def test_a_folder_that_is_missing_or_a_file_is_named(tmp_path: Path) -> None:
