@@ -10,6 +10,7 @@ label.
 from __future__ import annotations
 
 import inspect
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -122,7 +123,7 @@ class LabelScorer:
         truncate: bool = False,
     ) -> None:
         for name, value in (("batch_size", batch_size), ("batch_tokens", batch_tokens)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1):
                 raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
         self.model = model
         self.task = task

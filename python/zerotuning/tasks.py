@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import numbers
 import os
 import string
 from collections.abc import Iterable, Mapping
@@ -59,7 +60,7 @@ class Task:
     scored by all its tokens (per token), or generated.
 
     Errors: ZeroTuningError for a template that holds anything but plain fields, for empty or repeated labels,
-    for labels and a continuation together or neither, for an unknown scoring.
+    for labels and a continuation together or neither, for an unknown scoring, for text that UTF-8 cannot hold.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
         for key in ("name", "prompt", "continuation", "description", "source"):
             if not isinstance(getattr(self, key), str):
                 raise ZeroTuningError(f"{key} must be a string, got {_shown(getattr(self, key))}")
+            check_text(getattr(self, key), key)
         if not isinstance(self.chat, bool):
             raise ZeroTuningError(f"chat must be true or false, got {_shown(self.chat)}")
         if self.scoring not in SCORINGS:
@@ -220,7 +222,7 @@ def first_examples(records: list[Record], limit: int | None) -> list[Record]:
     """The first `limit` of `records`; all of them for None or when there are fewer."""
     if limit is None:
         return records
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
         raise ZeroTuningError(f"limit must be a positive integer, got {limit!r}")
     return records[:limit]
 
@@ -256,16 +258,24 @@ def read_examples(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def as_records(records: Iterable[Mapping[str, Any]]) -> list[Record]:
-    """`records` as a list in which each knows its origin: its line in a file, or "example 0", …"""
-    return [
-        record if isinstance(record, Record) else Record(record, f"example {index}")
-        for index, record in enumerate(records)
-    ]
+    """`records` as a list in which each knows its origin: its line in a file, or "example 0", …
+
+    Errors: ZeroTuningError for anything but mappings.
+    """
+    if not isinstance(records, Iterable):
+        raise ZeroTuningError(f"examples must be mappings, or the name of a file, got {_shown(records)}")
+    found = []
+    for index, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ZeroTuningError(f"example {index} must be a mapping of its fields, got {_shown(record)}")
+        found.append(record if isinstance(record, Record) else Record(record, f"example {index}"))
+    return found
 
 
 def _read_task(path: Path, *, builtin: bool) -> Task:
+    content = _read_bytes(path, "task file")
     try:
-        description = yaml.safe_load(_read_bytes(path, "task file").decode("utf-8-sig"))
+        description = yaml.safe_load(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ZeroTuningError(f"task file {path} is not UTF-8") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -355,6 +365,7 @@ def _checked_labels(labels: Any) -> tuple[str, ...]:
             raise ZeroTuningError(f"labels must be strings, got {_shown(label)} at index {index}: put it in quotes")
         if not label.strip():
             raise ZeroTuningError(f"labels must not be empty, got {label!r} at index {index}")
+        check_text(label, f"the label at index {index}")
         if label in labels[:index]:
             raise ZeroTuningError(f"labels must differ, got {label!r} at index {labels.index(label)} and {index}")
     if len(labels) < 2:
@@ -370,6 +381,8 @@ def _checked_choices(record: Mapping[str, Any], origin: str) -> list[str]:
         raise ZeroTuningError(f"{origin}: field 'choices' must be a list of strings, got {_shown(choices)}")
     if not 2 <= len(choices) <= len(_ALPHABET):
         raise ZeroTuningError(f"{origin}: field 'choices' must hold 2 to {len(_ALPHABET)} strings, got {len(choices)}")
+    for choice in choices:
+        check_text(choice, f"{origin}: field 'choices'")
     return choices
 
 
@@ -378,6 +391,7 @@ def _field_text(record: Mapping[str, Any], name: str, origin: str) -> str:
         raise ZeroTuningError(f"{origin}: field {name!r} is missing")
     value = record[name]
     if isinstance(value, str):
+        check_text(value, f"{origin}: field {name!r}")
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
@@ -393,6 +407,14 @@ def _checked_label(record: Mapping[str, Any], count: int, required: bool, origin
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
         raise ZeroTuningError(f"{origin}: field 'label' must be an integer from 0 to {count - 1}, got {_shown(label)}")
     return label
+
+
+def check_text(text: str, what: str) -> None:
+    """Errors: ZeroTuningError for half of a surrogate pair, which no tokenizer takes; it calls the text `what`."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ZeroTuningError(f"{what} holds {text[error.start]!r}, half of a surrogate pair") from error
 
 
 def _read_bytes(path: Path, what: str) -> bytes:

@@ -163,7 +163,8 @@ def test_a_task_file_that_is_no_mapping_is_refused(text: str, problem: str, tmp_
 
 
 def test_a_task_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    assert "none.yaml does not exist" in one_line_error(Task.load, tmp_path / "none.yaml")
+    missing = tmp_path / "none.yaml"
+    assert one_line_error(Task.load, missing) == f"task file {missing} does not exist"
     (tmp_path / "folder.yaml").mkdir()
     assert "folder.yaml" in one_line_error(Task.load, tmp_path / "folder.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
@@ -200,6 +201,24 @@ def test_a_wrong_field_of_an_example_is_named_with_its_line(line: dict[str, Any]
     message = one_line_error(task.render, second, require_label=True)
     assert message.startswith(f"{path}:3: ")
     assert problem in message
+
+
+@pytest.mark.parametrize("key", ["name", "prompt", "continuation"])
+def test_half_of_a_surrogate_pair_in_a_task_is_refused(key: str, tmp_path: Path) -> None:
+    description = {"name": "t", "prompt": "{text}:", "continuation": " {text}"}
+    description[key] += "\ud83d"
+    (tmp_path / "t.yaml").write_text(json.dumps(description), encoding="utf-8")
+    assert f"{key} holds '\\ud83d', half of a surrogate pair" in one_line_error(Task.load, tmp_path / "t.yaml")
+
+
+def test_half_of_a_surrogate_pair_in_labels_fields_and_choices_is_refused() -> None:
+    half = "half of a surrogate pair"
+    assert half in one_line_error(Task, "t", "{text}:", (" a", " \udc00"))
+    assert f"field 'text' holds '\\ud800', {half}" in one_line_error(
+        Task("t", "{text}:", (" a", " b")).render, {"text": "a \ud800"}
+    )
+    letters = Task("t", "{choices}", "letters")
+    assert f"field 'choices' holds '\\ud800', {half}" in one_line_error(letters.render, {"choices": ["a", "\ud800"]})
 
 
 def test_a_label_may_be_missing_where_none_is_required() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks import Record, read_examples
+from zerotuning.tasks import Record, check_text, read_examples
 
 DATA = Path(__file__).parents[1] / "data" / "mt_bench"
 TURNS = 2
@@ -65,6 +65,7 @@ def parse_answers(records: Iterable[Record]) -> list[Answer]:
         model_id = record.get("model_id")
         if not isinstance(model_id, str):
             raise ZeroTuningError(f"{record.origin}: model_id must be a string, got {model_id!r}")
+        check_text(model_id, f"{record.origin}: model_id")
         answers[number] = Answer(questions[number], model_id, _turns(record), record)
     return list(answers.values())
 
@@ -78,4 +79,6 @@ def _turns(record: Record) -> tuple[str, str]:
         ) from error
     if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(turn, str) for turn in turns):
         raise ZeroTuningError(f"{record.origin}: choices[0].turns must be two strings")
+    for turn in turns:
+        check_text(turn, f"{record.origin}: choices[0].turns")
     return turns[0], turns[1]
