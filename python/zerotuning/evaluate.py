@@ -84,7 +84,8 @@ def evaluate(
     batch_size         sequences that go through the model together
     truncate           shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
     progress           draw a bar on stderr, if that is a terminal
-    Errors: ZeroTuningError for bad input (see tasks.py and scoring.py) and for a model whose scores are NaN.
+    Errors: ZeroTuningError for bad input (see tasks.py and scoring.py), and for a model whose scores are NaN or give the
+    right answer of an example the probability 0; it names the example.
     """
     task = task if isinstance(task, Task) else Task.load(task)
     if examples is None:
@@ -115,9 +116,8 @@ def evaluate(
 def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
     with behind_prefix(scorer) if is_worth_sharing(scorer) else nullcontext():
         scores = label_scores(scorer, progress=progress)
-    if bool(scores.isnan().any()):
-        bad = scorer.examples[int(scores.isnan().any(dim=-1).nonzero()[0])]
-        raise ZeroTuningError(f"{bad.origin}: the model's scores are NaN")
+    # NaN in any column makes the whole row's softmax NaN.
+    _check_finite(scorer, torch.log_softmax(scores, dim=-1).gather(1, scorer.labels[:, None])[:, 0])
     return {
         "accuracy": objectives.accuracy(scores, scorer.labels),
         "loss": float(objectives.task_loss(scores, scorer.labels)),
@@ -131,13 +131,21 @@ def _continuation_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]
     log_probability, exact, entropy = (
         torch.cat([column.double().cpu() for column in part]) for part in zip(*found, strict=True)
     )
-    if bool(log_probability.isnan().any()):
-        raise ZeroTuningError(f"task {scorer.task.name!r}: the model's scores are NaN")
+    _check_finite(scorer, scorer.gather([log_probability]))
     return {
         "accuracy": float(exact.mean()),
         "loss": -float(log_probability.mean()),
         "entropy": float(entropy.mean()),
     }
+
+
+def _check_finite(scorer: LabelScorer, log_probability: Tensor) -> None:
+    """log_probability [N], in the examples' order, of the right answers."""
+    bad = (~log_probability.isfinite()).nonzero()
+    if len(bad) > 0:
+        place = int(bad[0])
+        problem = "scores are NaN" if bool(log_probability[place].isnan()) else "loss is infinite"
+        raise ZeroTuningError(f"{scorer.examples[place].origin}: the model's {problem}")
 
 
 def _generation_figures(

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from zerotuning.errors import ZeroTuningError
@@ -64,6 +65,10 @@ def test_examples_come_from_a_list_a_file_or_the_builtin_test_sample(
     assert evaluate(tiny_model, tiny_tokenizer, "trec", limit=3).examples == 3
     with pytest.raises(ZeroTuningError, match="'sentiment' has no built-in examples"):
         evaluate(tiny_model, tiny_tokenizer, TASK)
+    with pytest.raises(ZeroTuningError, match="examples must be mappings, or the name of a file, got int 5"):
+        evaluate(tiny_model, tiny_tokenizer, TASK, 5)  # type: ignore[arg-type]
+    numbers: dict[str, Any] = {"limit": np.int64(2), "batch_size": np.int64(2)}
+    assert evaluate(tiny_model, tiny_tokenizer, TASK, RECORDS, **numbers).examples == 2
 
 
 def test_a_task_may_be_the_path_of_a_yaml_file(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
@@ -110,6 +115,24 @@ def test_scores_that_are_nan_are_an_error_that_names_an_example(tiny_model: Any,
     tiny_model.model.norm.weight.fill_(torch.nan)
     with pytest.raises(ZeroTuningError, match="example 0: the model's scores are NaN"):
         evaluate(tiny_model, tiny_tokenizer, TASK, RECORDS)
+
+
+@pytest.mark.parametrize("method", ["scores", "continuations"])
+def test_a_right_answer_without_probability_is_an_error_that_names_its_example(
+    tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    task = TASK if method == "scores" else Task("t", "Review: {text}\nSentiment:", continuation=" {text}")
+    measured = getattr(LabelScorer, method)
+
+    def without_third(self: LabelScorer, batch: Any) -> Any:
+        found = measured(self, batch)
+        column = found[:, 0] if method == "scores" else found.log_probability  # the example's label is 0
+        column[batch.indices == 3] = -torch.inf
+        return found
+
+    monkeypatch.setattr(LabelScorer, method, without_third)
+    with pytest.raises(ZeroTuningError, match=r"^example 3: the model's loss is infinite$"):
+        evaluate(tiny_model, tiny_tokenizer, task, RECORDS, batch_size=2)
 
 
 @pytest.mark.model
