@@ -23,6 +23,8 @@ from zerotuning.demo_model import demo_model_path
 from zerotuning.errors import ZeroTuningError
 
 DEMO = "demo"
+#: Of weights. torch's smaller floating types are for storage alone: it does not compute in them.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _GGUF_MAGIC = b"GGUF"
 
 
@@ -133,8 +135,12 @@ def _device(device: torch.device | str | None) -> torch.device:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ZeroTuningError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ZeroTuningError(f"device must be of type cpu or cuda, got {str(device)!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ZeroTuningError(f"device {device} is asked for, but torch sees no GPU")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ZeroTuningError(f"device {device} is asked for, but torch sees {torch.cuda.device_count()} GPUs")
     return device
 
 
@@ -144,8 +150,9 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device, gguf: bool) ->
             return default_cpu_dtype()
         return torch.bfloat16 if gguf else "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ZeroTuningError(f"dtype must be a floating type such as float32 or bfloat16, got {dtype!r}")
+    if not isinstance(found, torch.dtype) or found not in DTYPES:
+        names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+        raise ZeroTuningError(f"dtype must be one of {names}, got {dtype!r}")
     return found
 
 

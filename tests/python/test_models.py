@@ -168,9 +168,19 @@ def test_a_hub_name_that_cannot_be_reached_says_what_would_do(offline: bool, mon
 
 
 def test_a_wrong_dtype_or_device_is_named(folder: Path) -> None:
-    assert "dtype must be a floating type" in load_error(folder, dtype="int8", device="cpu")
+    known = "dtype must be one of float16, bfloat16, float32, float64, got "
+    for dtype in ("int8", "float8_e4m3fn", torch.float8_e5m2):
+        assert load_error(folder, dtype=dtype, device="cpu") == f"{known}{dtype!r}"
+    for device in ("mps", "xla", "meta"):
+        assert load_error(folder, device=device) == f"device must be of type cpu or cuda, got {device!r}"
     assert "got 'double trouble'" in load_error(folder, dtype="double trouble", device="cpu")
     assert "device must be a torch device" in load_error(folder, device="toaster")
+
+
+def test_a_gpu_beyond_those_there_are_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert load_error(folder, device="cuda:2") == "device cuda:2 is asked for, but torch sees 2 GPUs"
 
 
 @pytest.mark.model
