@@ -115,7 +115,9 @@ class _Reader:
             )
             if self._task.scoring == "first-token":
                 labels = tuple(one[:1] for one in labels)
-            if self._task.scoring != "generate":
+            if self._task.scoring == "generate":
+                _check_texts_differ(prompt, origin)
+            else:
                 self._check_labels_differ(prompt, labels, origin)
             yield TokenizedPrompt(prompt_tokens, labels, -1 if prompt.label is None else prompt.label, origin)
 
@@ -158,6 +160,18 @@ class _Reader:
                     f" both are tokens {list(tokens)}"
                 )
             seen[tokens] = text
+
+
+def _check_texts_differ(prompt: Prompt, origin: str) -> None:
+    """A written answer is compared with labels whatever its case and the space around it."""
+    seen: dict[str, str] = {}
+    for label in prompt.labels:
+        other = seen.setdefault(label.strip().casefold(), label)
+        if other != label:
+            raise ZeroTuningError(
+                f"{origin}: labels {other!r} and {label!r} differ by case or surrounding space only:"
+                " scoring generate cannot tell them apart"
+            )
 
 
 def chat_text(tokenizer: Any, prompt: Prompt) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,15 @@ def test_the_model_writes_greedily_after_each_prompt(tiny_model: Any, tiny_token
     found = evaluate(tiny_model, tiny_tokenizer, task, records, batch_size=batch_size)
     assert found.accuracy == pytest.approx(4 / 6)
     assert (found.loss, found.entropy, found.scoring) == (None, None, "generate")
+
+
+def test_labels_that_differ_by_case_or_space_only_are_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    records = [{"text": "film", "label": 0}]
+    for labels in ((" Good", " good"), (" good", "good"), (" bad", " straße", " STRASSE")):
+        task = Task("films", FILMS.prompt, labels, scoring="generate")
+        with pytest.raises(ZeroTuningError, match=r"^example 0: labels .* differ by case or surrounding space only: "):
+            evaluate(tiny_model, tiny_tokenizer, task, records)
+        assert evaluate(tiny_model, tiny_tokenizer, replace(task, scoring="sum"), records).examples == 1
 
 
 def test_cma_es_tunes_what_is_written_and_gradients_refuse(tiny_model: Any, tiny_tokenizer: Any) -> None:
