@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ class HeadScales:
         metadata: what to keep beside it: model_type, model_name, task, method, objective, versions, calibration.
 
     Raises:
-        ZeroTuningError: gamma has another shape, or a value that is not a positive finite number.
+        ZeroTuningError: gamma has another shape, or a value that is not a positive finite number; metadata is no mapping.
     """
 
     def __init__(self, gamma: Any, metadata: Mapping[str, Any] | None = None) -> None:
@@ -45,12 +46,17 @@ class HeadScales:
             raise ZeroTuningError(
                 f"gamma must be positive and finite, got {tensor[layer, head].item()} at layer {layer}, head {head}"
             )
+        if metadata is not None and not isinstance(metadata, Mapping):
+            raise ZeroTuningError(f"metadata must be a mapping, got {metadata!r}")
         self.gamma = tensor
         self.metadata = dict(metadata or {})
 
     @classmethod
     def ones(cls, layers: int, heads: int) -> HeadScales:
-        """Scales that change nothing."""
+        """Scales that change nothing. Errors: ZeroTuningError for a count that is no positive integer."""
+        for name, count in (("layers", layers), ("heads", heads)):
+            if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
+                raise ZeroTuningError(f"{name} must be a positive integer, got {count!r}")
         return cls(torch.ones(layers, heads))
 
     @property
@@ -115,7 +121,7 @@ class HeadScales:
             metadata = json.loads(config.read_text("utf-8"))
         except FileNotFoundError as error:
             raise ZeroTuningError(f"{error.filename} is missing: {scales.parent} holds no head scales") from error
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ZeroTuningError(f"{scales.parent}: head scales cannot be read: {error}") from error
         if "gamma" not in tensors or not isinstance(metadata, dict):
             raise ZeroTuningError(f"{scales} must hold the tensor gamma, {config} an object")

@@ -35,6 +35,14 @@ def test_anything_but_positive_numbers_by_layer_and_head_is_refused(gamma, messa
         HeadScales(gamma)
 
 
+def test_counts_and_metadata_of_another_kind_are_refused() -> None:
+    for layers, heads, named in ((-1, 4, "layers"), (2, 0, "heads"), (2, 1.5, "heads"), (True, 4, "layers")):
+        with pytest.raises(ZeroTuningError, match=f"^{named} must be a positive integer, got "):
+            HeadScales.ones(layers, heads)
+    with pytest.raises(ZeroTuningError, match=r"^metadata must be a mapping, got 5$"):
+        HeadScales([[1.0]], metadata=5)
+
+
 def test_a_result_is_not_overwritten_unasked(tmp_path) -> None:
     HeadScales.ones(2, 2).save_pretrained(tmp_path)
     with pytest.raises(ZeroTuningError, match="already holds head scales"):
@@ -46,6 +54,9 @@ def test_a_result_is_not_overwritten_unasked(tmp_path) -> None:
 def test_a_missing_or_damaged_file_is_named(tmp_path, file) -> None:
     HeadScales.ones(2, 2).save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(b"\x05half")
+    with pytest.raises(ZeroTuningError, match="cannot be read"):
+        HeadScales.from_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(b"[" * 100_000)
     with pytest.raises(ZeroTuningError, match="cannot be read"):
         HeadScales.from_pretrained(tmp_path)
     (tmp_path / file).unlink()
