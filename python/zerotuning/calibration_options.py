@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -67,6 +67,7 @@ class CalibrationOptions:
     batch_size      prompts that go through the model together
     max_new_tokens  of generated text, where a metric of it is the objective
     truncate        shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
+    Sequences may be lists, sets or arrays, and are kept as tuples.
     Errors: ZeroTuningError that names the option.
     """
 
@@ -104,7 +105,11 @@ class CalibrationOptions:
         ):
             if getattr(self, name) not in known:
                 raise ZeroTuningError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        for name in ("guard", "truncate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ZeroTuningError(f"{name} must be True or False, got {getattr(self, name)!r}")
         self._check_counts()
+        self._check_heads()
         self._check_numbers()
         self._check_prior()
         self._check_method()
@@ -124,8 +129,27 @@ class CalibrationOptions:
             value = getattr(self, name)
             if value is None and name in ("examples", "steps", "seeds", "folds", "step_examples"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if not _is_whole(value) or value < least:
                 raise ZeroTuningError(f"{name} must be at least {least}, got {value!r}")
+            self._set(name, int(value))
+
+    def _check_heads(self) -> None:
+        if self.layers is not None:
+            layers = _items(self.layers)
+            if layers is None or not all(map(_is_whole, layers)):
+                raise ZeroTuningError(f"layers must be a sequence of integers, got {self.layers!r}")
+            self._set("layers", tuple(map(int, layers)))
+        for name in ("heads", "exclude_heads"):
+            value = getattr(self, name)
+            if value is None and name == "heads":
+                continue
+            pairs = _items(value)
+            if pairs is None:
+                raise ZeroTuningError(f"{name} must be (layer, head) pairs, got {value!r}")
+            self._set(name, tuple(_pair(name, pair) for pair in pairs))
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_numbers(self) -> None:
         if self.seconds is not None and not (_is_number(self.seconds) and self.seconds > 0):
@@ -135,9 +159,13 @@ class CalibrationOptions:
         for name in ("learning_rate", "epsilon"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ZeroTuningError(f"{name} must be positive, got {getattr(self, name)!r}")
-        good = isinstance(self.penalties, (list, tuple)) and len(self.penalties) > 0
-        if not good or not all(_is_number(penalty) and penalty >= 0 for penalty in self.penalties):
+        penalties = _items(self.penalties)
+        if not penalties or not all(_is_number(penalty) and penalty >= 0 for penalty in penalties):
             raise ZeroTuningError(f"penalties must be numbers of at least 0, got {self.penalties!r}")
+        self._set("penalties", tuple(map(float, penalties)))
+        for name in ("seconds", "average", "learning_rate", "epsilon"):
+            if getattr(self, name) is not None:
+                self._set(name, float(getattr(self, name)))
 
     def _check_prior(self) -> None:
         if isinstance(self.prior, str):
@@ -145,14 +173,14 @@ class CalibrationOptions:
                 raise ZeroTuningError(
                     f"prior must be one of {', '.join(PRIORS)} or one number a label, got {self.prior!r}"
                 )
-        elif not (
-            len(self.prior) >= 2
-            and all(_is_number(share) and share > 0 for share in self.prior)
-            and abs(sum(self.prior) - 1) <= 1e-3
-        ):
-            raise ZeroTuningError(
-                f"prior must be positive numbers, one a label, that add up to 1, got {list(self.prior)}"
-            )
+        else:
+            shares = _items(self.prior) or ()
+            good = len(shares) >= 2 and all(_is_number(share) and share > 0 for share in shares)
+            if not good or abs(sum(shares) - 1) > 1e-3:
+                raise ZeroTuningError(
+                    f"prior must be positive numbers, one a label, that add up to 1, got {self.prior!r}"
+                )
+            self._set("prior", tuple(map(float, shares)))
         if self.prior != "unknown" and self.objective != "information":
             raise ZeroTuningError(f"prior belongs to the objective information, got {self.objective}")
 
@@ -201,6 +229,25 @@ def checked_options(options: Mapping[str, Any]) -> CalibrationOptions:
 
 def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _items(value: Any) -> tuple[Any, ...] | None:
+    """The items of a sequence, a set or an array of any library's; None where it is none of them."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(plain, (str, bytes, Mapping)) or not isinstance(plain, Iterable):
+        return None
+    return tuple(sorted(plain, key=repr) if isinstance(plain, (set, frozenset)) else plain)
+
+
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    pair = _items(value)
+    if pair is None or len(pair) != 2 or not all(map(_is_whole, pair)):
+        raise ZeroTuningError(f"{name} must be (layer, head) pairs, got {value!r}")
+    return int(pair[0]), int(pair[1])
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:

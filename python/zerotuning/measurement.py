@@ -251,9 +251,7 @@ class Measurement:
             records = [task.records[place] for place in chosen]
             texts = self._written(task, chosen)
             value = share_right(task.task, texts, records) if self.metric is None else self.metric(texts, records)
-            if not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
-            values.append(-float(self.processes.from_first(repr(float(value)))))
+            values.append(-float(self.processes.from_first(repr(_finite(value)))))
         return math.fsum(values) / len(values)
 
     def _written(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
@@ -273,3 +271,14 @@ class Measurement:
 
     def _tokens_to_write(self, task: TaskExamples) -> int:
         return self.options.max_new_tokens if self.metric is not None else answer_tokens(task.scorer)
+
+
+def _finite(value: Any) -> float:
+    """What a metric returned, a number of any library's, as Python has it."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch, for several elements
+        number = math.nan
+    if not math.isfinite(number):
+        raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
+    return number
