@@ -7,6 +7,7 @@ single_search.py say which examples drive them and which judge them. Here these 
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -104,12 +105,15 @@ def calibrate(
         options: the fields of CalibrationOptions, by name: method, objective, examples, steps, seed …
 
     Raises:
-        ZeroTuningError: bad input; an `output` that holds a result or the state of another calibration.
+        ZeroTuningError: bad input; an `output` that holds a result or the state of another calibration, or that another
+            process is writing.
 
     Under torch.distributed all processes call it with the same arguments and get the same result, once the first has
     written it. They share the examples; with a tensor-parallel model, which they share, each reads all of them.
     """
     chosen = checked_options(options)
+    if start is not None and not isinstance(start, HeadScales):
+        raise ZeroTuningError(f"start must be HeadScales, got {type(start).__name__}")
     named = _task_list(task)
     given = _records_of(named, task, records)
     examples = [draw_examples(without_shots(one, part), chosen) for one, part in zip(named, given, strict=True)]
@@ -138,7 +142,10 @@ def calibrate(
         scales = HeadScales(gamma, metadata=_metadata(model, model_name, report))
         if folder is not None and processes.is_first:
             _write(folder, scales, report)
-        state.clear()
+            try:
+                _draw(folder, scales, report)
+            finally:  # the result is there: what fails to be drawn must not make the search unfinished again
+                state.clear()
         processes.wait_for_first()  # a result that is returned is written
     return Calibration(scales, report)
 
@@ -186,11 +193,6 @@ def _check_together(tasks: Sequence[Task], options: CalibrationOptions, metric: 
             raise ZeroTuningError(
                 f"objective {options.objective} needs labels to choose among, task {task.name!r} has none"
             )
-        if not isinstance(options.prior, str) and len(options.prior) != len(task.labels):
-            raise ZeroTuningError(
-                f"prior must be one number for each of the {len(task.labels)} labels of task {task.name!r}, "
-                f"got {len(options.prior)}"
-            )
 
 
 def _prepared(
@@ -212,6 +214,11 @@ def _prepared(
         require_labels=need_labels,
         truncate=options.truncate,
     )
+    if not isinstance(options.prior, str) and len(options.prior) != scorer.num_labels:
+        raise ZeroTuningError(
+            f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, "
+            f"got {len(options.prior)}"
+        )
     prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     prepared = TaskExamples(task, records, scorer, prior)
     if prepared.shares_prefix:
@@ -221,6 +228,10 @@ def _prepared(
 
 def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:
     layers, heads = patched_shape(model)
+    if start is not None:
+        made_for, have = start.metadata.get("model_type"), getattr(model.config, "model_type", "")
+        if made_for and made_for != have:
+            raise ZeroTuningError(f"start was made for a {made_for} model, this is a {have} model")
     return FreeScales(
         layers,
         heads,
@@ -297,11 +308,13 @@ class _Run:
         try:
             self.search.restore(saved["search"])
             self.seconds = float(saved["seconds"])
+            if not 0 <= self.seconds < math.inf:
+                raise ValueError(f"seconds {self.seconds}")
             setbacks = self.measurement.setbacks
             noted = saved["setbacks"]
             setbacks.largest, setbacks.notes = noted["largest"], list(noted["notes"])
             setbacks.together, setbacks.checkpointed = noted.get("together"), bool(noted["checkpointed"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise self.state.damaged(error) from error
 
     def until_finished(self, progress: bool) -> None:
@@ -434,6 +447,9 @@ def _metadata(model: Any, model_name: str | None, report: Mapping[str, Any]) -> 
 def _write(folder: Path, scales: HeadScales, report: Mapping[str, Any]) -> None:
     scales.save_pretrained(folder, overwrite=True)
     write_json_atomically(folder / REPORT_FILE, dict(report))
+
+
+def _draw(folder: Path, scales: HeadScales, report: Mapping[str, Any]) -> None:
     if can_plot():
         plot_head_map(scales, folder / PICTURE_FILE)
         plot_report(scales, report, folder / REPORT_PAGE_FILE)

@@ -46,7 +46,7 @@ class CalibrationState:
         text = ""
         if self.processes.is_first and self.path.exists():
             try:
-                text = self.path.read_text("utf-8")
+                text = self.path.read_text("utf-8") or " "  # an empty file is damaged, no missing one
             except (OSError, ValueError) as error:
                 raise self.damaged(error) from error
         text = self.processes.from_first(text)
@@ -101,8 +101,6 @@ def identity(
         "model_type": getattr(model.config, "model_type", ""),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(next(model.parameters()).dtype),
-        "weights": weights_digest(model),
-        "tokens": tokens_digest(tokens),
         "tasks": [
             {
                 "name": task.name,
@@ -119,6 +117,9 @@ def identity(
         "start": "" if start is None else start.gamma.numpy().tobytes().hex(),
         "metric": metric,
         "data": hashlib.sha256(data.encode()).hexdigest(),
+        # Last: where something above differs, that is the better reason to name.
+        "weights": weights_digest(model),
+        "tokens": tokens_digest(tokens),
     }
 
 

@@ -60,10 +60,15 @@ def plot_head_map(scales: HeadScales, path: str | os.PathLike[str], title: str |
     if not can_plot():
         raise ZeroTuningError('drawing the head map needs matplotlib: pip install "zerotuning[plot]"')
     figure = _draw(np.log2(scales.gamma.double().numpy()), title or title_of(scales))
+    return save_figure(figure, path, dpi=150, facecolor="white")
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> Path:
+    """matplotlib's `savefig`, whole or not at all, without warnings of letters that the font does not have."""
     picture = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # letters of a task's name that the font does not have
-        figure.savefig(picture, format=path.suffix[1:].lower(), dpi=150, facecolor="white")
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(picture, format=path.suffix[1:].lower(), **options)
     return write_bytes_atomically(path, picture.getvalue())
 
 

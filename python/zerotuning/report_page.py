@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.files import write_bytes_atomically
-from zerotuning.head_map import can_plot
+from zerotuning.head_map import can_plot, save_figure
 
 if TYPE_CHECKING:
     from zerotuning.scales import HeadScales
@@ -50,9 +48,7 @@ def plot_report(scales: HeadScales, report: Mapping[str, Any], path: str | os.Pa
     _draw_confusion(figure.add_subplot(grid[2, 2:4]), task, "baseline", "before (γ = 1)")
     _draw_confusion(figure.add_subplot(grid[2, 4:]), task, "tuned", "after")
     figure.suptitle(_title(report), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left", parse_math=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=Path(path).suffix.lstrip(".") or "png", dpi=110, metadata=_without_date(path))
-    return write_bytes_atomically(path, picture.getvalue())
+    return save_figure(figure, Path(path), dpi=110, metadata=_without_date(path))
 
 
 def _without_date(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -162,8 +158,9 @@ def _draw_confusion(axes: Any, task: Mapping[str, Any], which: str, title: str) 
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     named = len(counts) <= _NAMED_LABELS
-    axes.set_xticks(range(len(counts)) if named else [], task["labels"] if named else [], rotation=35, ha="right")
-    axes.set_yticks(range(len(counts)) if named else [], task["labels"] if named else [])
+    places, names = (range(len(counts)), task["labels"]) if named else ([], [])
+    axes.set_xticks(places, names, rotation=35, ha="right", parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     for row, column in np.ndindex(*counts.shape) if named else ():
         dark = shares[row, column] > 0.5
         axes.text(

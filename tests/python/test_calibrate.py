@@ -232,6 +232,31 @@ def test_only_the_heads_asked_for_change(tiny: Any) -> None:
     assert int((gamma != 1).sum()) == 1
 
 
+def test_options_may_come_as_arrays_and_sets() -> None:
+    plain = CalibrationOptions(layers=(0, 1), heads=((0, 1), (1, 2)), exclude_heads=((1, 0),), examples=8)
+    given = CalibrationOptions(
+        layers=np.array([0, 1]), heads={(1, 2), (0, 1)}, exclude_heads=torch.tensor([[1, 0]]), examples=np.int64(8)
+    )
+    assert given == plain
+    shares = CalibrationOptions(
+        prior=np.array([0.5, 0.5]), penalties=np.array([0.25]), objective="information", seconds=np.float32(2.5)
+    )
+    assert (shares.prior, shares.penalties) == ((0.5, 0.5), (0.25,))
+    assert json.loads(json.dumps([given.to_json(), shares.to_json()])) == [given.to_json(), shares.to_json()]
+
+
+def test_a_prior_for_letters_has_a_number_for_each_choice(tiny: Any) -> None:
+    task = Task("asked", "{text}\n{choices}\nAnswer:", "letters")
+    records = [{**record, "choices": ["good", "bad", "long"]} for record in RECORDS]
+    options = {"objective": "information", "guard": False, "steps": 1}
+    report = calibrate(tiny, task, records=records, prior=(0.2, 0.5, 0.3), **options).report
+    assert report["options"]["prior"] == [0.2, 0.5, 0.3]
+    with pytest.raises(
+        ZeroTuningError, match="prior must be one number for each of the 3 labels of task 'asked', got 7"
+    ):
+        calibrate(tiny, task, records=records, prior=(0.1,) * 6 + (0.4,), **options)
+
+
 def test_tied_heads_share_their_scale(tiny: Any) -> None:
     by_layer = calibrate(tiny, tie="layer").scales.gamma
     assert all(len(set(row.tolist())) == 1 for row in by_layer)
@@ -295,6 +320,18 @@ def test_cma_es_takes_any_metric_of_generated_text(tiny: Any) -> None:
         assert found.report["tuned"]["loss"] < found.report["baseline"]["loss"]
     else:
         assert bool((found.scales.gamma == 1).all())
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), 1, True])
+def test_a_metric_may_return_a_number_of_any_library(tiny: Any, number: Any) -> None:
+    found = calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
+    assert found.report["baseline"]["loss"] == -float(number)
+
+
+@pytest.mark.parametrize("number", ["0.5", None, math.nan, torch.zeros(2), np.zeros(2), 10**400])
+def test_a_metric_that_returns_no_finite_number_is_refused(tiny: Any, number: Any) -> None:
+    with pytest.raises(ZeroTuningError, match="metric must return a finite number, got "):
+        calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
 
 
 # Setbacks.
@@ -384,6 +421,26 @@ def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tin
         ({"prior": (0.5, 0.5)}, "prior belongs to the objective information, got task-loss"),
         ({"prior": (0.9, 0.9), "objective": "information"}, "prior must be positive numbers, one a label"),
         ({"prior": (0.2, 0.2, 0.6), "objective": "information"}, "prior must be one number for each of the 2 labels"),
+        (
+            {"prior": 0.5, "objective": "information"},
+            "prior must be positive numbers, one a label, that add up to 1, got 0.5",
+        ),
+        ({"layers": 1}, "layers must be a sequence of integers, got 1"),
+        ({"layers": "01"}, "layers must be a sequence of integers, got '01'"),
+        ({"layers": [0.0]}, "layers must be a sequence of integers, got [0.0]"),
+        ({"heads": [1]}, "heads must be (layer, head) pairs, got 1"),
+        ({"heads": [(0, True)]}, "heads must be (layer, head) pairs, got (0, True)"),
+        ({"exclude_heads": None}, "exclude_heads must be (layer, head) pairs, got None"),
+        ({"truncate": "no"}, "truncate must be True or False, got 'no'"),
+        ({"guard": "no"}, "guard must be True or False, got 'no'"),
+        ({"penalties": 0.1}, "penalties must be numbers of at least 0, got 0.1"),
+        ({"records": 5}, "examples must be mappings, or the name of a file, got int 5"),
+        ({"records": ["good"]}, "example 0 must be a mapping of its fields, got str 'good'"),
+        ({"start": "dir"}, "start must be HeadScales, got str"),
+        (
+            {"start": zt.HeadScales(torch.ones(2, 4), {"model_type": "qwen2"})},
+            "start was made for a qwen2 model, this is a llama model",
+        ),
         ({"method": "cma-es"}, "folds are for the method gradient, got 2 with cma-es"),
         ({"layers": [2]}, "layers: the model's layers are 0 to 1, got 2"),
         ({"heads": [(0, 4)]}, "heads: the model's heads are 0 to 3, got 4"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import random
 import signal
@@ -147,8 +148,13 @@ def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokeni
         run()
     state = tmp_path / "out/calibration_state.json"
     content = json.loads(state.read_text("utf-8"))
-    for damage in ({}, {**content, "state": {"search": {}}}, [1]):
-        state.write_text(json.dumps(damage), encoding="utf-8")
+    damaged = [{}, {**content, "state": {"search": {}}}, [1]]
+    for changes in ({"seconds": -1.0}, {"seconds": math.inf}, {"search": []}, {"setbacks": []}):
+        damaged.append({**content, "state": {**content["state"], **changes}})
+    endless = {**content["state"]["search"], "round": math.inf}
+    damaged.append({**content, "state": {**content["state"], "search": endless}})
+    for text in ("", *map(json.dumps, damaged)):
+        state.write_text(text, encoding="utf-8")
         with pytest.raises(
             ZeroTuningError, match=r"calibration_state\.json cannot be read .*; overwrite to start anew$"
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,34 @@ def test_confusion_counts_every_held_out_example(tiny_model: Any, tiny_tokenizer
         assert (table[0][0] + table[1][1]) / 10 == pytest.approx(figures["accuracy"])
         assert len(task[f"{which}_entropies"]) == 10
         assert sum(task[f"{which}_entropies"]) / 10 == pytest.approx(figures["entropy"], abs=1e-4)
+
+
+def test_labels_of_any_letters_are_drawn_as_they_are_without_a_warning(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    import matplotlib
+
+    odd = Task("films", "Review: {text}\nSentiment:", (" $x_{$", " 好"))
+    found = zt.calibrate(tiny_model, tiny_tokenizer, odd, records=RECORDS, steps=1)
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_report(found.scales, found.report, tmp_path / "page.svg")
+        plot_report(found.scales, found.report, tmp_path / "page.png")
+    assert texts_of(tmp_path / "page.svg").count("$x_{$") == 4
+
+
+def test_a_page_that_cannot_be_drawn_leaves_a_finished_result(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(importlib.import_module("zerotuning.calibrate"), "plot_report", broken)
+    with pytest.raises(ValueError, match="no such font"):
+        zt.calibrate(tiny_model, tiny_tokenizer, FILMS, records=RECORDS, steps=1, output=tmp_path)
+    held = {path.name for path in tmp_path.iterdir()}
+    assert {"head_scales.safetensors", "report.json"} <= held
+    assert "calibration_state.json" not in held
 
 
 def test_without_matplotlib_there_is_a_result_and_no_picture(
