@@ -502,7 +502,7 @@ def _calibrate(arguments: argparse.Namespace) -> None:
         with _calibration_folder(arguments) as folder:
             calibration = _calibrated(arguments, candidates, records, options, chosen, start, device, folder)
         if Processes().is_first:
-            _print_calibration(calibration, folder)
+            _print_calibration(calibration, folder, start)
 
 
 def _calibrated(
@@ -588,12 +588,14 @@ def _calibration_folder(arguments: argparse.Namespace) -> Any:
     return result_folder(arguments.output, overwrite=arguments.overwrite, resumable=True)
 
 
-def _print_calibration(calibration: Any, folder: Path) -> None:
-    print(_calibration_table(calibration.report))
+def _print_calibration(calibration: Any, folder: Path, start: Any) -> None:
+    keeps_start = start is not None and calibration.report["free_heads"] < start.gamma.numel()
+    print(_calibration_table(calibration.report, "untuned" if keeps_start else "γ = 1"))
     for note in calibration.report["setbacks"]:
         print(f"  survived: {note}")
     if not calibration.improved:
-        print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
+        rest = "the tuned heads stay at 1, the others as --start has them" if keeps_start else "every γ stays 1"
+        print(f"\nNothing better than γ = 1 was found on the held-out examples: {rest}.")
         print(f"  ({calibration.report['reason']})")
     print(f"\nIn {folder}: {', '.join(name for name in (*RESULT_FILES, TRIALS_FILE) if (folder / name).exists())}")
     if not (folder / REPORT_PAGE_FILE).exists():
@@ -634,7 +636,12 @@ def _evaluated(arguments: argparse.Namespace, task: Any, records: list[Any], sca
 def _report_evaluation(arguments: argparse.Namespace, found: Any, output: Path | None) -> None:
     from zerotuning.files import write_json_atomically
 
-    if output is not None:
+    applied = arguments.scales or "none (γ = 1)"
+    print(f"{found.task}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
+    print("  accuracy     loss   entropy   seconds")
+    loss, entropy = ("–" if value is None else f"{value:.4f}" for value in (found.loss, found.entropy))
+    print(f"  {_percent(found.accuracy):>8}  {loss:>7}   {entropy:>7}  {found.seconds:8.1f}")
+    if output is not None:  # last: what cannot be written was shown
         figures = {
             **found.to_json(),
             "model": arguments.model,
@@ -642,11 +649,6 @@ def _report_evaluation(arguments: argparse.Namespace, found: Any, output: Path |
             "version": __version__,
         }
         write_json_atomically(output, figures)
-    applied = arguments.scales or "none (γ = 1)"
-    print(f"{found.task}, {found.examples} examples, model {arguments.model}, scales {applied}\n")
-    print("  accuracy     loss   entropy   seconds")
-    loss, entropy = ("–" if value is None else f"{value:.4f}" for value in (found.loss, found.entropy))
-    print(f"  {_percent(found.accuracy):>8}  {loss:>7}   {entropy:>7}  {found.seconds:8.1f}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -746,12 +748,12 @@ def _mt_bench_proxy(arguments: argparse.Namespace) -> None:
         arguments.model, arguments.scales, arguments.dtype, arguments.device, arguments.device_map
     )
     found = measure_proxy(model, tokenizer, answers, progress=True)
-    if output is not None:
-        of = {"answers_file": arguments.answers, "model": arguments.model, "scales": arguments.scales}
-        write_json_atomically(output, {**found, **of, "version": __version__})
     print(
         f"Proxy: {found['proxy']}\nmodel {arguments.model}, scales {arguments.scales or 'none (γ = 1)'}\n\n{table(found)}"
     )
+    if output is not None:
+        of = {"answers_file": arguments.answers, "model": arguments.model, "scales": arguments.scales}
+        write_json_atomically(output, {**found, **of, "version": __version__})
 
 
 # What the commands share.
@@ -860,7 +862,7 @@ def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def _calibration_table(report: dict[str, Any]) -> str:
+def _calibration_table(report: dict[str, Any], before_name: str) -> str:
     by_errors = report["method"] == "paper" and report["objective"] == "task-loss"
     loss = "error rate" if by_errors else {"metric": "minus metric"}.get(report["objective"], report["objective"])
     before, after = report["baseline"], report["tuned"]
@@ -868,7 +870,7 @@ def _calibration_table(report: dict[str, Any]) -> str:
         (
             f"{report['task']}: {report['method']}, {report['steps']} steps, {report['seconds']:.1f} s",
             "",
-            f"  {report['held_out_examples']:4d} held-out examples      γ = 1     tuned",
+            f"  {report['held_out_examples']:4d} held-out examples{before_name:>11}     tuned",
             f"  {'accuracy':<22} {_percent(before['accuracy']):>9} {_percent(after['accuracy']):>9}",
             f"  {loss:<22} {before['loss']:>9.4f} {after['loss']:>9.4f}",
         )
@@ -893,6 +895,6 @@ def _held_out_lines(calibration: Any) -> list[str]:
         examples = int(calibration["held_out_examples"])
         accuracy = f"accuracy {_percent(before['accuracy'])} → {_percent(after['accuracy'])}, "
         loss = f"loss {before['loss']:.4f} → {after['loss']:.4f}"
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return []
     return [f"{'held out':<12}{examples} examples: {accuracy if before['accuracy'] is not None else ''}{loss}"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -159,8 +161,15 @@ def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monk
     judge = importlib.import_module("zerotuning.judgement").Judge
     monkeypatch.setattr(judge, "approves", lambda self, point: False)
     assert main(calibrate()) == 0
-    assert "Nothing better than γ = 1 was found on the held-out examples" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Nothing better than γ = 1 was found on the held-out examples: every γ stays 1." in out
     assert torch.equal(gamma_of("scales"), torch.ones(2, 4))
+    HeadScales(torch.full((2, 4), 1.5)).save_pretrained("start")
+    assert main(calibrate("--start", "start", "--layers", "1", "--overwrite")) == 0
+    out = capsys.readouterr().out
+    assert "examples: the tuned heads stay at 1, the others as --start has them." in out
+    assert "20 held-out examples    untuned     tuned" in out
+    assert gamma_of("scales").tolist() == [[1.5] * 4, [1.0] * 4]
 
 
 def test_the_command_takes_several_tasks_heads_and_a_start(place: Path, capsys: Any) -> None:
@@ -290,7 +299,7 @@ def test_a_finished_result_is_refused_without_overwrite(place: Path, capsys: Any
         (evaluate("--batch-size", "many"), "argument --batch-size: must be a positive integer, got 'many'"),
         (
             evaluate("--dtype", "int8"),
-            "dtype must be a floating type such as float32 or bfloat16, got 'int8'",
+            "dtype must be one of float16, bfloat16, float32, float64, got 'int8'",
         ),
         (evaluate("--device", "abacus"), "device must be a torch device"),
         (evaluate("--lim", "3"), "unrecognized arguments: --lim 3"),
@@ -460,6 +469,23 @@ def test_a_place_without_scales_is_refused(place: Path, capsys: Any, command: li
     assert folder in refusal(capsys, [*command, folder])
 
 
+def test_a_start_of_another_kind_of_model_is_refused(place: Path, capsys: Any) -> None:
+    HeadScales(torch.ones(2, 4), {"model_type": "qwen2"}).save_pretrained("start")
+    message = "start was made for a qwen2 model, this is a llama model"
+    assert message in refusal(capsys, calibrate("--start", "start"))
+
+
+def test_figures_beyond_what_integers_hold_are_not_shown(place: Path, capsys: Any) -> None:
+    figures = {"accuracy": 0.5, "loss": 1.0}
+    calibration = {"baseline": figures, "tuned": figures, "held_out_examples": 20}
+    HeadScales(torch.ones(2, 4), {"calibration": calibration}).save_pretrained("scales")
+    config = place / "scales/zerotuning_config.json"
+    for examples, shown in (("20", True), ("1e999", False)):
+        config.write_text(config.read_text("utf-8").replace('examples": 20', f'examples": {examples}'), "utf-8")
+        assert main(["inspect", "scales"]) == 0
+        assert ("held out" in capsys.readouterr().out) == shown
+
+
 @pytest.mark.parametrize("command", [calibrate, lambda output: ["demo", "--output", output]])
 @pytest.mark.parametrize("output", ["data.jsonl", "data.jsonl/deep", "/proc/scales", "/dev/null/scales"])
 def test_an_output_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(
@@ -474,6 +500,9 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_model_is_
     ("command", "message"),
     [
         (evaluate("--output", "model"), "output model must be a file, got a folder"),
+        (evaluate("--output", "pipe"), "output pipe must be a regular file, got a device or a pipe"),
+        (evaluate("--output", ""), "output must name a file, got an empty name"),
+        (calibrate(output=""), "output must name a folder, got an empty name"),
         (evaluate("--output", "missing/figures.json"), "output missing/figures.json cannot be written"),
         (["inspect", "ones", "--plot", "missing/map.png"], "output missing/map.png cannot be written"),
         (["inspect", "ones", "--plot", "map.jpg"], "output map.jpg must end in .png or .svg or .pdf"),
@@ -487,7 +516,26 @@ def test_an_output_file_that_cannot_be_written_is_refused_first(
     place: Path, capsys: Any, command: list[str], message: str
 ) -> None:
     HeadScales.ones(2, 4).save_pretrained("ones")
+    os.mkfifo("pipe")
     assert message in refusal(capsys, command)
+
+
+def test_a_folder_that_another_process_writes_is_refused(place: Path, capsys: Any) -> None:
+    (place / "scales").mkdir()
+    descriptor = os.open("scales", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert "output scales is being written by another calibration" in refusal(capsys, calibrate())
+    os.close(descriptor)
+    assert main(calibrate()) == 0
+
+
+def test_figures_that_cannot_be_written_were_printed(place: Path, capsys: Any, monkeypatch: Any) -> None:
+    def full(*arguments: Any) -> None:
+        raise zerotuning.ZeroTuningError("cannot write figures.json: No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("zerotuning.files"), "write_json_atomically", full)
+    assert main(evaluate("--output", "figures.json")) == 2
+    assert "films, 20 examples, model model" in capsys.readouterr().out
 
 
 def test_a_lack_of_memory_gets_one_line(place: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from zerotuning.cli import main
+from zerotuning.errors import ZeroTuningError
 from zerotuning.mt_bench.judge import rating
 from zerotuning.mt_bench.questions import load_questions
 from zerotuning.scales import HeadScales
@@ -464,6 +465,11 @@ def test_a_missing_client_names_the_extra(place: Path, capsys: Any, monkeypatch:
         ({"question_id": 81}, "answers.jsonl:1: model_id must be a string"),
         ({"question_id": 81, "model_id": "m"}, "answers.jsonl:1: choices[0].turns is missing"),
         ({"question_id": 81, "model_id": "m", "choices": [{"turns": ["one"]}]}, "turns must be two strings"),
+        (
+            {"question_id": 81, "model_id": "m", "choices": [{"turns": ["one", "\ud800"]}]},
+            r"answers.jsonl:1: choices[0].turns holds '\ud800', half of a surrogate pair",
+        ),
+        ({"question_id": 81, "model_id": "\udc00"}, r"model_id holds '\udc00', half of a surrogate pair"),
         ([1], "a line must be a JSON object"),
     ],
 )
@@ -521,6 +527,16 @@ def test_the_proxy_is_named_one_and_equals_one_pass_a_token(
         assert found["turns"]["2"][name] == pytest.approx(fmean((mean[81, 2], mean[111, 2])), abs=1e-4)
         assert found["categories"]["math"][name] == pytest.approx(fmean((mean[111, 1], mean[111, 2])), abs=1e-4)
     assert (found["answers"], found["empty"], found["cut"]) == (4, 0, 0)
+
+
+def test_a_proxy_that_cannot_be_written_was_printed(place: Path, capsys: Any, monkeypatch: Any) -> None:
+    def full(*arguments: Any) -> None:
+        raise ZeroTuningError("cannot write proxy.json: No space left on device")
+
+    write_answers(ids=(81,))
+    monkeypatch.setattr("zerotuning.files.write_json_atomically", full)
+    assert main(proxy("--output", "proxy.json")) == 2
+    assert capsys.readouterr().out.startswith("Proxy: ")
 
 
 def test_the_proxy_under_scales_differs_and_empty_answers_are_counted(place: Path) -> None:
