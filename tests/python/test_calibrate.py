@@ -433,7 +433,6 @@ def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tin
         ({"exclude_heads": None}, "exclude_heads must be (layer, head) pairs, got None"),
         ({"truncate": "no"}, "truncate must be True or False, got 'no'"),
         ({"guard": "no"}, "guard must be True or False, got 'no'"),
-        ({"penalties": 0.1}, "penalties must be numbers of at least 0, got 0.1"),
         ({"records": 5}, "examples must be mappings, or the name of a file, got int 5"),
         ({"records": ["good"]}, "example 0 must be a mapping of its fields, got str 'good'"),
         ({"start": "dir"}, "start must be HeadScales, got str"),

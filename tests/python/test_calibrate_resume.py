@@ -122,6 +122,10 @@ def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> 
     assert state.read() is None
 
 
+class Interruption(Exception):
+    pass
+
+
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every search is interrupted before its fourth round."""
@@ -130,7 +134,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     def advance_or_stop(self: FoldedSearch) -> None:
         left[0] -= 1
         if left[0] < 0:
-            raise KeyboardInterrupt
+            raise Interruption
         advance(self)
 
     monkeypatch.setattr(FoldedSearch, "advance", advance_or_stop)
@@ -144,7 +148,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokeni
     def run() -> None:
         calibrate_films(tiny_model, tiny_tokenizer, tmp_path / "out")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         run()
     state = tmp_path / "out/calibration_state.json"
     content = json.loads(state.read_text("utf-8"))
@@ -164,7 +168,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokeni
 def test_other_weights_of_the_same_shape_do_not_resume(
     tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
 ) -> None:
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
     with torch.no_grad():
         tiny_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
@@ -178,7 +182,7 @@ def test_a_tokenizer_that_gives_other_tokens_does_not_resume(
     chat = replace(FILMS, chat=True)
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interruption):
         calibrate_films(tiny_model, tokenizer, tmp_path, chat)
     tokenizer.chat_template = "{{ messages[0]['content'] }} Say: "
     with pytest.raises(ZeroTuningError, match="holds an unfinished calibration with another tokens: "):
