@@ -386,7 +386,7 @@ def test_a_key_that_is_hidden_begins_no_sequence() -> None:
         (None, {"and_mask_function": lambda batch, head, query, key: key != 5}),
     ):
         embeddings = model.get_input_embeddings()(ids)
-        codes = create_causal_mask(model.config, embeddings, mask, None, **functions)
+        codes = create_causal_mask(model.config, embeddings, mask, past_key_values=None, **functions)
         assert (codes == 2).nonzero()[:, 2:].tolist() == [[row, 0] for row in range(12)]
 
 
