@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from zerotuning.errors import ZeroTuningError
@@ -39,18 +39,13 @@ def result_folder(path: str | os.PathLike[str], *, overwrite: bool, resumable: b
     cannot be written.
     """
     path = _folder(path)
-    made: list[Path] = []
-    try:
-        _make(path, made)
-        with _lock(path) if resumable else nullcontext():
+    made = _make(path)
+    with _lock(path) if resumable else nullcontext():  # a folder that another process locked is that one's to remove
+        try:
             _check_unused(path, overwrite=overwrite, resumable=resumable)
             yield path
-    finally:
-        for folder in reversed(made):
-            try:
-                folder.rmdir()
-            except OSError:  # not empty: the result, or what resumes it
-                break
+        finally:
+            _remove(made)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -94,23 +89,35 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(path: Path, made: list[Path]) -> None:
-    """Creates `path` and tries whether it takes files; the folders that were missing are noted in `made`."""
+def _make(path: Path) -> list[Path]:
+    """Creates `path` and tries whether it takes files; gives the folders that were missing."""
+    made = []
     try:
         for folder in (*reversed(path.parents), path):
             if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
+                with suppress(FileExistsError):  # another process just made it
+                    folder.mkdir()
+                    made.append(folder)
         with tempfile.TemporaryFile(dir=path):
             pass
+        return made
     except OSError as error:
+        _remove(made)
         raise ZeroTuningError(f"output {path} cannot be written: {error.strerror or error}") from error
+
+
+def _remove(made: list[Path]) -> None:
+    for folder in reversed(made):
+        try:
+            folder.rmdir()
+        except OSError:  # not empty: the result, or what resumes it
+            break
 
 
 def made_folder(path: str | os.PathLike[str]) -> Path:
     """The folder, made if it was missing, once it takes files. Errors: ZeroTuningError where it does not."""
     path = _folder(path)
-    _make(path, [])
+    _make(path)
     return path
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from zerotuning import output
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically, write_json_atomically, write_text_atomically
 from zerotuning.output import result_folder
@@ -70,6 +71,27 @@ def test_a_folder_is_locked_while_a_result_is_made_and_entered_again_by_the_same
     with result_folder(tmp_path, overwrite=False, resumable=True):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_another_process_locks_as_it_is_made_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, locked = output._make, []
+
+    def make_and_lose(path: Path) -> list[Path]:
+        made = make(path)
+        locked.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(locked[0], fcntl.LOCK_EX)
+        return made
+
+    monkeypatch.setattr(output, "_make", make_and_lose)
+    with (
+        pytest.raises(ZeroTuningError, match="is being written by another calibration"),
+        result_folder(tmp_path / "out", overwrite=False, resumable=True),
+    ):
+        pass
+    assert (tmp_path / "out").is_dir()
+    os.close(locked[0])
 
 
 def test_a_file_system_without_locks_takes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
