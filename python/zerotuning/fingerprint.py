@@ -29,7 +29,8 @@ def weights_digest(model: nn.Module) -> str:
 def _sample(weight: Tensor) -> Tensor:
     """float64 [at most SAMPLE], on the CPU."""
     flat = weight.reshape(-1)
-    places = torch.linspace(0, max(len(flat) - 1, 0), min(len(flat), SAMPLE), device=flat.device).long()
+    count = min(len(flat), SAMPLE)
+    places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
     return flat[places].double().cpu()
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import zerotuning as zt
 from several_processes import torchrun
+from torch import nn
 from zerotuning.errors import ZeroTuningError
 from zerotuning.fingerprint import tokens_digest, weights_digest
 from zerotuning.folded_search import FoldedSearch
@@ -198,6 +199,12 @@ def test_digests_tell_weights_and_tokens_apart_and_know_them_again(
     with torch.no_grad():
         again.lm_head.weight.neg_()
     assert weights_digest(again) != weights_digest(tiny_model)
+    many = nn.Linear(1, 1)
+    many.weight = nn.Parameter(torch.zeros(1).expand(2**25 + 3))  # places beyond float32's whole numbers
+    last = torch.arange(2**25 + 3) == 2**25 + 2
+    before = weights_digest(many)
+    many.weight = nn.Parameter(last.to(torch.float32))
+    assert weights_digest(many) != before
     tokens = [tokenize(tiny_tokenizer, FILMS, as_records(RECORDS))]
     assert tokens_digest(tokens) == tokens_digest([list(tokens[0])])
     assert tokens_digest(tokens) != tokens_digest([tokens[0][1:]])
