@@ -35,7 +35,7 @@ from zerotuning.judgement import Judge
 from zerotuning.measurement import Measurement, Metric, TaskExamples
 from zerotuning.objectives import estimated_prior
 from zerotuning.output import PICTURE_FILE, REPORT_FILE, REPORT_PAGE_FILE, result_folder
-from zerotuning.patch import head_parameters, is_patched, patch, patched_shape, unpatch
+from zerotuning.patch import check_model_type, head_parameters, is_patched, patch, patched_shape, unpatch
 from zerotuning.processes import Processes
 from zerotuning.report_page import plot_report
 from zerotuning.scales import HeadScales
@@ -129,9 +129,9 @@ def calibrate(
             free = _free_scales(model, chosen, start)
             setbacks = Setbacks()
             measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
-            state = CalibrationState(
-                folder, identity(model, tokenizer, named, examples, chosen, start, _name_of(metric)), processes
-            )
+            tokens = [one.scorer.examples for one in tasks]
+            what = identity(model, named, examples, tokens, chosen, start, _name_of(metric))
+            state = CalibrationState(folder, what, processes)
             if overwrite:
                 state.clear()
             run = _Run(measurement, free, chosen, state)
@@ -214,12 +214,11 @@ def _prepared(
         require_labels=need_labels,
         truncate=options.truncate,
     )
-    if not isinstance(options.prior, str) and len(options.prior) != scorer.num_labels:
+    prior = None if isinstance(options.prior, str) else torch.tensor(options.prior)
+    if prior is not None and len(prior) != scorer.num_labels:
         raise ZeroTuningError(
-            f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, "
-            f"got {len(options.prior)}"
+            f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, got {len(prior)}"
         )
-    prior = None if isinstance(options.prior, str) else torch.tensor(list(options.prior))
     prepared = TaskExamples(task, records, scorer, prior)
     if prepared.shares_prefix:
         scorer.tokens_read_once = scorer.shared_length
@@ -229,9 +228,7 @@ def _prepared(
 def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:
     layers, heads = patched_shape(model)
     if start is not None:
-        made_for, have = start.metadata.get("model_type"), getattr(model.config, "model_type", "")
-        if made_for and made_for != have:
-            raise ZeroTuningError(f"start was made for a {made_for} model, this is a {have} model")
+        check_model_type(model, start, "start was")
     return FreeScales(
         layers,
         heads,

@@ -19,7 +19,7 @@ from zerotuning.processes import Processes
 from zerotuning.prompts import Shot
 from zerotuning.scales import HeadScales
 from zerotuning.tasks import Record, Task
-from zerotuning.tokenizing import tokenize
+from zerotuning.tokenizing import TokenizedPrompt
 from zerotuning.version import __version__
 
 
@@ -86,15 +86,15 @@ class CalibrationState:
 
 def identity(
     model: nn.Module,
-    tokenizer: Any,
     tasks: Sequence[Task],
     records: Sequence[Sequence[Record]],
+    tokens: Sequence[Sequence[TokenizedPrompt]],
     options: CalibrationOptions,
     start: HeadScales | None,
     metric: str,
 ) -> dict[str, Any]:
-    """What makes a calibration the same: model, version, tasks and their data, options; `metric` is its name."""
-    tokens = [tokenize(tokenizer, task, part, require_labels=False) for task, part in zip(tasks, records, strict=True)]
+    """What makes a calibration the same: model, version, tasks, their records and these as tokens, options; `metric` is
+    its name."""
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
         "version": __version__,

@@ -109,7 +109,7 @@ def zerotuning_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What a patched model calls in place of its attention: query (B, H, Tq, D) -> output (B, Tq, H, Dv)."""
-    if _probe.active and _is_probing():
+    if _probe.active and _is_probing():  # every layer asks: the first costs less
         _probe.record(module, query, sliding_window)
     refuse_unsupported(module, dropout, is_causal, kwargs)
     if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(query.device.type):
@@ -679,12 +679,17 @@ def _check_scales(model: Any, patched: _Patched, name: str, scales: HeadScales) 
         raise ZeroTuningError(
             f"{label} are for {scales.num_layers} layers x {scales.num_heads} heads, the model has {shape[0]} x {shape[1]}"
         )
-    made_for, have = scales.metadata.get("model_type"), getattr(model.config, "model_type", "")
-    if made_for and made_for != have:
-        raise ZeroTuningError(f"{label} were made for a {made_for} model, this is a {have} model")
+    check_model_type(model, scales, f"{label} were")
     for index, layer in enumerate(patched.layers):
         if layer is None and bool((scales.gamma[index] != 1).any()):
             raise ZeroTuningError(f"{label} change layer {index}, which has no attention that zerotuning can reach")
+
+
+def check_model_type(model: Any, scales: HeadScales, subject: str) -> None:
+    """Raises ZeroTuningError, which begins with `subject`, where the metadata say that another type of model was meant."""
+    made_for, have = scales.metadata.get("model_type"), getattr(model.config, "model_type", "")
+    if made_for and made_for != have:
+        raise ZeroTuningError(f"{subject} made for a {made_for} model, this is a {have} model")
 
 
 def head_scales(model: nn.Module) -> HeadScales:

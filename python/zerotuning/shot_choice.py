@@ -31,6 +31,7 @@ from zerotuning.scales import HeadScales
 from zerotuning.shots import draw_shots, without_shots
 from zerotuning.tasks import Record, Task
 from zerotuning.tensor_parallelism import is_tensor_parallel
+from zerotuning.tokenizing import tokenize
 
 #: Fewer examples that no draw shows say nothing about one draw against another.
 LEAST_JUDGES = 32
@@ -133,7 +134,8 @@ def choose_shots(
     def search(place: int, count: int) -> None:
         asked: dict[str, Any] = {**options, **TRIAL, "steps": count}
         task = candidates[place]
-        key = kept.key(identity(model, tokenizer, [task], [judges], checked_options(asked), start, ""))
+        tokens = [tokenize(tokenizer, task, judges)]
+        key = kept.key(identity(model, [task], [judges], tokens, checked_options(asked), start, ""))
         if key not in kept.losses:
             report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
             setbacks.extend(report["setbacks"])
