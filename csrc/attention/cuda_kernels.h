@@ -60,7 +60,7 @@ struct CudaAttention {
   // output - the first scaled key's value, of which rounding the output leaves nothing where that
   // key has all the weight. As output; data may be null: not wanted, not kept. Rows that see no key
   // hold some number.
-  Array4 departure;
+  Array4 output_minus_initial_value;
 };
 
 struct CudaAttentionGradients {
@@ -121,8 +121,8 @@ cudaError_t double_second_key(const CudaAttention& arguments, const Array4& key,
                               const Array4& value, cudaStream_t stream);
 
 // The gradients of all keys, from those of the others and the initial token's part (key 0): with
-// a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o), of the departure where it was
-// kept:
+// a = exp(scale q·k_0 + log_scale - lse), ds = a (do·v_0 - do·o), of the output_minus_initial_value
+// where it was kept:
 //   grad_query = stock.query + scale ds k_0;  grad_key[0] = sum scale ds q;
 //   grad_value[0] = sum a do;  grad_log_scale = sum ds.                       (design.md section 4)
 // Other rows of grad_key and grad_value are the stock kernel's already. The scaled key is the only

@@ -67,14 +67,14 @@ class Attention : public torch::autograd::Function<Attention> {
                                                 const AttentionOptions& options, double scale) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     static const auto forward_operator =
-        operator_named<ForwardSignature>("zerotuning::_attention_with_departure");
-    auto [output, logsumexp, departure] =
+        operator_named<ForwardSignature>("zerotuning::_attention_with_output_minus_initial_value");
+    auto [output, logsumexp, output_minus_initial_value] =
         forward_operator.call(query, key, value, log_scale, options.key_mask, options.span,
                               options.query_start, options.window, scale);
-    context->save_for_backward({query, key, value, log_scale, output, logsumexp,
-                                options.key_mask.value_or(at::Tensor()),
-                                options.span.value_or(at::Tensor()),
-                                options.query_start.value_or(at::Tensor()), departure});
+    context->save_for_backward(
+        {query, key, value, log_scale, output, logsumexp, options.key_mask.value_or(at::Tensor()),
+         options.span.value_or(at::Tensor()), options.query_start.value_or(at::Tensor()),
+         output_minus_initial_value});
     context->saved_data["window"] = options.window;
     context->saved_data["scale"] = scale;
     context->mark_non_differentiable({logsumexp});

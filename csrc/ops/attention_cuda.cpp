@@ -237,10 +237,10 @@ Route choose_backward(const Problem& p, const Call& call) {
   return stock ? stock_of(p, call.device.capability) : Route::plain;
 }
 
-// Whether backward will want the departure: output minus the initial token's value, of which the
-// 16-bit output alone holds nothing where that token has all the weight. By shapes and the card:
-// fake kernels know no more (python/zerotuning/ops.py has the same rule).
-bool needs_departure(const Problem& p, int32_t capability) {
+// Whether backward will want the output_minus_initial_value: output minus the initial token's
+// value, of which the 16-bit output alone holds nothing where that token has all the weight. By
+// shapes and the card: fake kernels know no more (python/zerotuning/ops.py has the same rule).
+bool needs_output_minus_initial_value(const Problem& p, int32_t capability) {
   const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
   return narrow && square(p) && p.head_size % 8 == 0 && stock_may_differentiate(p, capability) &&
          !(capability == 90 && hopper_is_faster(p));
@@ -377,20 +377,21 @@ Tensor aligned_rows(const Tensor& t) {
 
 }  // namespace
 
-ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) {
+ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minus_initial_value) {
   Call call = begin(p);
   const Tensor output = new_output(p);
   const bool wanted =
-      with_departure && (route != Route::automatic || needs_departure(p, call.device.capability));
-  const Tensor departure =
+      with_output_minus_initial_value &&
+      (route != Route::automatic || needs_output_minus_initial_value(p, call.device.capability));
+  const Tensor output_minus_initial_value =
       wanted ? new_output(p) : aten::empty(p.query, Sizes{0}, p.query.scalar_type());
   const Tensor logsumexp =
       aten::empty(p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
-  if (empty(p)) return {output, logsumexp, departure};
+  if (empty(p)) return {output, logsumexp, output_minus_initial_value};
   CudaAttention& a = call.arguments;
   a.output = array_of(output);
   a.logsumexp = array_of(logsumexp);
-  if (wanted) a.departure = array_of(departure);
+  if (wanted) a.output_minus_initial_value = array_of(output_minus_initial_value);
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_forward(p, call);
   switch (route) {
@@ -411,12 +412,13 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_departure) 
     default:
       check(attention::attention_plain(a, call.stream), "attention");
   }
-  return {output, logsumexp, departure};
+  return {output, logsumexp, output_minus_initial_value};
 }
 
 FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                                     const Tensor& output, const Tensor& logsumexp,
-                                    const std::optional<Tensor>& departure, Route route) {
+                                    const std::optional<Tensor>& output_minus_initial_value,
+                                    Route route) {
   Call call = begin(p);
   const Tensor grad_log_scale = torch::stable::empty_like(call.log_scale);
   if (empty(p)) {
@@ -448,9 +450,9 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
   };
   if (route == Route::cudnn || route == Route::flash) {
     require(stock_takes_backward(p, call, route), "torch's kernel does not take this call");
-    if (departure && departure->numel() > 0) {
-      departure_rows = aligned_rows(*departure);
-      a.departure = array_of(*departure_rows);
+    if (output_minus_initial_value && output_minus_initial_value->numel() > 0) {
+      departure_rows = aligned_rows(*output_minus_initial_value);
+      a.output_minus_initial_value = array_of(*departure_rows);
     }
     Gradients g =
         stock_backward(p, call, route, grad_rows, output_rows, backward_logsumexp(p, call, sums));

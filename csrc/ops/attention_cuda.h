@@ -18,16 +18,16 @@ enum class Route : int64_t {
   flash = 4,  // flash-attention 2
 };
 
-// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous, departure:
-// output minus the initial token's value, like output where it is asked for and backward will want
-// it, else [0]).
+// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous,
+// output_minus_initial_value: output minus the initial token's value, like output where it is asked
+// for and backward will want it, else [0]).
 ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
-                            bool with_departure = false);
+                            bool with_output_minus_initial_value = false);
 
 // Gradients of query, key, value and log_scale.
 FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_output,
                                     const Tensor& output, const Tensor& logsumexp,
-                                    const std::optional<Tensor>& departure = {},
+                                    const std::optional<Tensor>& output_minus_initial_value = {},
                                     Route route = Route::automatic);
 
 // output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]; up to 16 queries read a key and value once

@@ -22,20 +22,22 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Ten
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
 }
 
-// No departure is kept here (attention_cuda.h).
+// No output_minus_initial_value is kept here (attention_cuda.h).
 ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                                 OptionalTensor key_mask, OptionalTensor span,
                                 OptionalTensor query_start, int64_t window, double scale,
-                                bool /*departure*/, int64_t route) {
+                                bool /*output_minus_initial_value*/, int64_t route) {
   auto [output, logsumexp] = zerotuning::ops::attention_cpu(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
       static_cast<zerotuning::ops::CpuRoute>(route));
   return {output, logsumexp, zerotuning::ops::aten::empty(query, {0}, query.scalar_type())};
 }
 
-ThreeTensors attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                                      OptionalTensor key_mask, OptionalTensor span,
-                                      OptionalTensor query_start, int64_t window, double scale) {
+ThreeTensors attention_with_output_minus_initial_value(Tensor query, Tensor key, Tensor value,
+                                                       Tensor log_scale, OptionalTensor key_mask,
+                                                       OptionalTensor span,
+                                                       OptionalTensor query_start, int64_t window,
+                                                       double scale) {
   return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
                             scale, true, 0);
 }
@@ -44,7 +46,7 @@ FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Ten
                                Tensor log_scale, Tensor output, Tensor logsumexp,
                                OptionalTensor key_mask, OptionalTensor span,
                                OptionalTensor query_start, int64_t window, double scale,
-                               OptionalTensor /*departure*/) {
+                               OptionalTensor /*output_minus_initial_value*/) {
   const Problem problem =
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
   zerotuning::ops::check_backward(problem, grad_output, output, logsumexp);
@@ -80,7 +82,7 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
       "log_scale, Tensor output, "
       "Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float "
-      "scale, Tensor? departure=None) -> "
+      "scale, Tensor? output_minus_initial_value=None) -> "
       "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
   library.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
@@ -90,24 +92,27 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
   library.def(
       "_decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
       "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> Tensor");
-  // What is kept for a gradient: with the departure (ops/attention_cuda.h), [0] where none is
-  // needed.
+  // What is kept for a gradient: with the output_minus_initial_value (ops/attention_cuda.h), [0]
+  // where none is needed.
   library.def(
-      "_attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
+      "_attention_with_output_minus_initial_value(Tensor query, Tensor key, Tensor value, Tensor "
+      "log_scale, Tensor? "
       "key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> (Tensor output, "
-      "Tensor logsumexp, Tensor departure)");
+      "Tensor logsumexp, Tensor output_minus_initial_value)");
   // What a patched model's mask function says of a generation step (attention/arguments.h).
   library.def("_step_geometry(Tensor key_mask, int keys, int? query_start) -> Tensor");
   // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_kernels.h), for
   // tests and benchmarks.
   library.def(
       "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
-      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, bool departure, int "
-      "route) -> (Tensor output, Tensor logsumexp, Tensor departure)");
+      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, bool "
+      "output_minus_initial_value, int "
+      "route) -> (Tensor output, Tensor logsumexp, Tensor output_minus_initial_value)");
   library.def(
       "_attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
       "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
-      "query_start, int window, float scale, Tensor? departure, int route) -> (Tensor grad_query, "
+      "query_start, int window, float scale, Tensor? output_minus_initial_value, int route) -> "
+      "(Tensor grad_query, "
       "Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
   library.def(
       "_decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
@@ -117,7 +122,8 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention));
-  library.impl("_attention_with_departure", TORCH_BOX(&attention_with_departure));
+  library.impl("_attention_with_output_minus_initial_value",
+               TORCH_BOX(&attention_with_output_minus_initial_value));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_decode_attention_transposed", TORCH_BOX(&decode_attention_transposed));

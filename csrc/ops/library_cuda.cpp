@@ -15,15 +15,17 @@ using OptionalTensor = std::optional<Tensor>;
 ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
                                 OptionalTensor key_mask, OptionalTensor span,
                                 OptionalTensor query_start, int64_t window, double scale,
-                                bool departure, int64_t route) {
+                                bool output_minus_initial_value, int64_t route) {
   return zerotuning::ops::attention_cuda(
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      static_cast<Route>(route), departure);
+      static_cast<Route>(route), output_minus_initial_value);
 }
 
-ThreeTensors attention_with_departure(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                                      OptionalTensor key_mask, OptionalTensor span,
-                                      OptionalTensor query_start, int64_t window, double scale) {
+ThreeTensors attention_with_output_minus_initial_value(Tensor query, Tensor key, Tensor value,
+                                                       Tensor log_scale, OptionalTensor key_mask,
+                                                       OptionalTensor span,
+                                                       OptionalTensor query_start, int64_t window,
+                                                       double scale) {
   return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
                             scale, true, 0);
 }
@@ -40,21 +42,24 @@ FourTensors attention_backward_by_route(Tensor grad_output, Tensor query, Tensor
                                         Tensor log_scale, Tensor output, Tensor logsumexp,
                                         OptionalTensor key_mask, OptionalTensor span,
                                         OptionalTensor query_start, int64_t window, double scale,
-                                        OptionalTensor departure, int64_t route) {
+                                        OptionalTensor output_minus_initial_value, int64_t route) {
   const auto problem =
       check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
-  zerotuning::ops::check_backward(problem, grad_output, output, logsumexp, departure);
+  zerotuning::ops::check_backward(problem, grad_output, output, logsumexp,
+                                  output_minus_initial_value);
   return zerotuning::ops::attention_backward_cuda(problem, grad_output, output, logsumexp,
-                                                  departure, static_cast<Route>(route));
+                                                  output_minus_initial_value,
+                                                  static_cast<Route>(route));
 }
 
 FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
                                Tensor log_scale, Tensor output, Tensor logsumexp,
                                OptionalTensor key_mask, OptionalTensor span,
                                OptionalTensor query_start, int64_t window, double scale,
-                               OptionalTensor departure) {
+                               OptionalTensor output_minus_initial_value) {
   return attention_backward_by_route(grad_output, query, key, value, log_scale, output, logsumexp,
-                                     key_mask, span, query_start, window, scale, departure, 0);
+                                     key_mask, span, query_start, window, scale,
+                                     output_minus_initial_value, 0);
 }
 
 Tensor decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
@@ -89,7 +94,8 @@ Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("attention", TORCH_BOX(&attention));
-  library.impl("_attention_with_departure", TORCH_BOX(&attention_with_departure));
+  library.impl("_attention_with_output_minus_initial_value",
+               TORCH_BOX(&attention_with_output_minus_initial_value));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
   library.impl("decode_attention", TORCH_BOX(&decode_attention));
   library.impl("_decode_attention_by_route", TORCH_BOX(&decode_attention_by_route));

@@ -166,7 +166,8 @@ attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
 }
 
 void check_backward(const Problem& p, const Tensor& grad_output, const Tensor& output,
-                    const Tensor& logsumexp, const std::optional<Tensor>& departure) {
+                    const Tensor& logsumexp,
+                    const std::optional<Tensor>& output_minus_initial_value) {
   const auto check_rows = [&](const char* name, const Tensor& tensor) {
     check_shape(name, tensor, {p.batch, p.heads, p.queries, p.value_head_size}, "[B, H, Tq, Dv]");
     check_dtype(name, tensor, p.query.scalar_type());
@@ -177,7 +178,8 @@ void check_backward(const Problem& p, const Tensor& grad_output, const Tensor& o
   check_shape("logsumexp", logsumexp, {p.batch, p.heads, p.queries}, "[B, H, Tq]");
   check_dtype("logsumexp", logsumexp, p.log_scale.scalar_type());
   check_device("logsumexp", logsumexp, p.query);
-  if (departure && departure->numel() > 0) check_rows("departure", *departure);
+  if (output_minus_initial_value && output_minus_initial_value->numel() > 0)
+    check_rows("output_minus_initial_value", *output_minus_initial_value);
 }
 
 }  // namespace zerotuning::ops

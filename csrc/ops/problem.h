@@ -56,6 +56,7 @@ attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
 
 // The same for what a backward pass gets beside them.
 void check_backward(const Problem& problem, const Tensor& grad_output, const Tensor& output,
-                    const Tensor& logsumexp, const std::optional<Tensor>& departure = {});
+                    const Tensor& logsumexp,
+                    const std::optional<Tensor>& output_minus_initial_value = {});
 
 }  // namespace zerotuning::ops

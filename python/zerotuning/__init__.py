@@ -11,8 +11,6 @@ The names below are loaded on first use: neither `import zerotuning` nor `zerotu
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from zerotuning.errors import ZeroTuningError
@@ -20,12 +18,12 @@ from zerotuning.version import __version__
 
 if TYPE_CHECKING:
     from zerotuning import ops
-    from zerotuning.calibrate import calibrate
-    from zerotuning.evaluate import evaluate
-    from zerotuning.models import load_model
-    from zerotuning.patch import apply_scales, patch, rows, scaled_keys, unpatch, untuned
-    from zerotuning.scales import HeadScales
-    from zerotuning.tasks import Task
+    from zerotuning.calibration.calibrate import calibrate
+    from zerotuning.evaluation.evaluate import evaluate
+    from zerotuning.models.loading import load_model
+    from zerotuning.patching.head_scales import HeadScales
+    from zerotuning.patching.patch import apply_scales, patch, rows, scaled_keys, unpatch, untuned
+    from zerotuning.tasks.task import Task
 
 __all__ = [
     "HeadScales",
@@ -44,19 +42,19 @@ __all__ = [
     "untuned",
 ]
 
-#: Where each lazily loaded name lives.
+#: The module of each lazily loaded name.
 _HOME = {
-    "HeadScales": "scales",
-    "Task": "tasks",
-    "apply_scales": "patch",
-    "calibrate": "calibrate",
-    "evaluate": "evaluate",
-    "load_model": "models",
-    "patch": "patch",
-    "rows": "patch",
-    "scaled_keys": "patch",
-    "unpatch": "patch",
-    "untuned": "patch",
+    "HeadScales": "patching.head_scales",
+    "Task": "tasks.task",
+    "apply_scales": "patching.patch",
+    "calibrate": "calibration.calibrate",
+    "evaluate": "evaluation.evaluate",
+    "load_model": "models.loading",
+    "patch": "patching.patch",
+    "rows": "patching.patch",
+    "scaled_keys": "patching.patch",
+    "unpatch": "patching.patch",
+    "untuned": "patching.patch",
 }
 
 
@@ -72,20 +70,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """The package's own type, which keeps `zerotuning.patch` a function.
-
-    Importing the submodule zerotuning.patch, anywhere, makes the import system store the submodule under that
-    name in the package. Where a submodule has a function of its own name, that function is stored instead;
-    the submodule stays in reach of `from zerotuning.patch import …`.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOME.get(name) == name:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -2,7 +2,7 @@
 
 import sys
 
-from zerotuning.cli import main
+from zerotuning.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

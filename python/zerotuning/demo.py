@@ -12,7 +12,7 @@ from zerotuning.files import write_json_atomically
 from zerotuning.output import PICTURE_FILE, REPORT_FILE, STATE_FILE, result_folder
 
 if TYPE_CHECKING:
-    from zerotuning.evaluate import Evaluation
+    from zerotuning.evaluation.evaluate import Evaluation
 
 MODEL = "demo"
 TASK = "sst2"
@@ -41,13 +41,13 @@ def _run(folder: Path, progress: bool) -> dict[str, Any]:
     import torch
     import transformers
 
-    from zerotuning.calibrate import calibrate
-    from zerotuning.demo_model import demo_model_path
-    from zerotuning.evaluate import evaluate
-    from zerotuning.head_map import can_plot, plot_head_map
-    from zerotuning.models import load_model
-    from zerotuning.patch import apply_scales
-    from zerotuning.tasks import Task, builtin_examples
+    from zerotuning.calibration.calibrate import calibrate
+    from zerotuning.evaluation.evaluate import evaluate
+    from zerotuning.models.demo_model import demo_model_path
+    from zerotuning.models.loading import load_model
+    from zerotuning.patching.patch import apply_scales
+    from zerotuning.plots.head_map import can_plot, plot_head_map
+    from zerotuning.tasks.task import Task, builtin_examples
     from zerotuning.version import __version__
 
     file = demo_model_path()

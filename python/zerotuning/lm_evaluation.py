@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.models import load_model
-from zerotuning.patch import patch
-from zerotuning.scaled_model import fit_scales, read_scales
-from zerotuning.scales import HeadScales
+from zerotuning.models.loading import load_model
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.patching.patch import patch
+from zerotuning.patching.scaled_model import apply_scales_to, read_scales
 
 try:
     from lm_eval.api.registry import register_model
@@ -101,7 +101,7 @@ class ZeroTuningLM(HFLM):
             raise ZeroTuningError(f"a model that is loaded already takes no {given}")
         patch(model)
         if chosen is not None:
-            fit_scales(model, chosen, name, scales)
+            apply_scales_to(model, chosen, name, scales)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **options
         )

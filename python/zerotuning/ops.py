@@ -22,7 +22,7 @@ if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so")
 
 # The overloads, which Python then need not look up at every call.
 _attention = torch.ops.zerotuning.attention.default
-_attention_with_departure = torch.ops.zerotuning._attention_with_departure.default
+_attention_with_output_minus_initial_value = torch.ops.zerotuning._attention_with_output_minus_initial_value.default
 # The same kernels without the Python that torch.library runs for a gradient even where none is asked for.
 _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
@@ -79,7 +79,7 @@ def attention(
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, softmax_scale(query, scale))
     if torch.compiler.is_compiling():
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
-        results = (_attention_with_departure if needs_gradient else _attention)(*arguments)
+        results = (_attention_with_output_minus_initial_value if needs_gradient else _attention)(*arguments)
     elif torch._C._are_functorch_transforms_active():
         results = _TransformedAttention.apply(*arguments)
     elif torch.is_grad_enabled():
@@ -145,10 +145,10 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and log_scale where :func:`attention`'s two results are all that was kept of it."""
     inputs, geometry = (query, key, value, log_scale), (key_mask, span, None, window, softmax_scale(query, scale))
-    departure = None
-    if _needs_departure(query, key, value, key_mask, span, None, window):
-        departure = _attention_by_route(*inputs, *geometry, True, _AUTOMATIC)[2]
-    return _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, departure)  # type: ignore[no-any-return]
+    output_minus_initial_value = None
+    if _needs_output_minus_initial_value(query, key, value, key_mask, span, None, window):
+        output_minus_initial_value = _attention_by_route(*inputs, *geometry, True, _AUTOMATIC)[2]
+    return _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, output_minus_initial_value)  # type: ignore[no-any-return]
 
 
 def runs_on(device_type: str) -> bool:
@@ -167,19 +167,29 @@ def empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) ->
     return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
-@torch.library.register_fake("zerotuning::_attention_with_departure")
+@torch.library.register_fake("zerotuning::_attention_with_output_minus_initial_value")
 @torch.library.register_fake("zerotuning::_attention_by_route")
 def _(  # type: ignore[no-untyped-def]
-    query, key, value, log_scale, key_mask, span, query_start, window, scale, departure=True, route=_AUTOMATIC
+    query,
+    key,
+    value,
+    log_scale,
+    key_mask,
+    span,
+    query_start,
+    window,
+    scale,
+    output_minus_initial_value=True,
+    route=_AUTOMATIC,
 ):
     results = _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale)
-    wanted = departure and (
-        route != _AUTOMATIC or _needs_departure(query, key, value, key_mask, span, query_start, window)
+    wanted = output_minus_initial_value and (
+        route != _AUTOMATIC or _needs_output_minus_initial_value(query, key, value, key_mask, span, query_start, window)
     )
     return *results, torch.empty_like(results[0]) if wanted and query.is_cuda else query.new_empty(0)
 
 
-def _needs_departure(
+def _needs_output_minus_initial_value(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -188,7 +198,7 @@ def _needs_departure(
     query_start: Tensor | None,
     window: int,
 ) -> bool:
-    """needs_departure of csrc/ops/attention_cuda.cpp: a traced graph with gradients is of the card it was traced on.
+    """needs_output_minus_initial_value of csrc/ops/attention_cuda.cpp: a traced graph with gradients is of the card it was traced on.
 
     Sizes are asked last, and only where they matter: each question becomes a condition of a graph of symbolic sizes.
     """
@@ -260,14 +270,14 @@ def _(  # type: ignore[no-untyped-def]
     query_start,
     window,
     scale,
-    departure=None,
+    output_minus_initial_value=None,
 ):
     gradients = (empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
 
 # Gradients: design.md section 4. Nothing but the inputs, the output and its log-sum-exp is kept, and for a few routes the
-# departure (csrc/ops/attention_cuda.h).
+# output_minus_initial_value (csrc/ops/attention_cuda.h).
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -280,14 +290,18 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, grad_output, *_others):  # type: ignore[no-untyped-def]
     if grad_output is None:
         return (None,) * 9
-    query, key, value, log_scale, key_mask, span, query_start, output, logsumexp, *departure = ctx.saved_tensors
+    query, key, value, log_scale, key_mask, span, query_start, output, logsumexp, *output_minus_initial_value = (
+        ctx.saved_tensors
+    )
     inputs, geometry = (query, key, value, log_scale), (key_mask, span, query_start, ctx.window, ctx.scale)
-    gradients = _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, *departure)
+    gradients = _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, *output_minus_initial_value)
     return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_keep_for_backward)
-torch.library.register_autograd("zerotuning::_attention_with_departure", _backward, setup_context=_keep_for_backward)
+torch.library.register_autograd(
+    "zerotuning::_attention_with_output_minus_initial_value", _backward, setup_context=_keep_for_backward
+)
 
 
 class _Attention(torch.autograd.Function):
@@ -307,7 +321,7 @@ class _TransformedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]
-        return _attention_with_departure(*arguments)
+        return _attention_with_output_minus_initial_value(*arguments)
 
     setup_context = staticmethod(_keep_for_backward)
     backward = staticmethod(_backward)

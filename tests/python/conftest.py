@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from zerotuning import ops
-from zerotuning.models import load_model
+from zerotuning.models.loading import load_model
 
 CORPUS = [
     "Classify the review as positive or negative.",

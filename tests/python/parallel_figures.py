@@ -14,10 +14,10 @@ import torch.distributed as dist
 import zerotuning as zt
 from random_models import random_model
 from torch import Tensor
-from zerotuning import processes
-from zerotuning.device_maps import input_device
-from zerotuning.patch import HeadScaling, head_parameters, head_scales, patched_shape
-from zerotuning.tasks import Task
+from zerotuning.models import process_group
+from zerotuning.models.device_maps import input_device
+from zerotuning.patching.patch import LayerScales, head_parameters, head_scales, patched_shape
+from zerotuning.tasks.task import Task
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64,
@@ -105,7 +105,7 @@ def evaluations(model: Any, tokenizer: Any) -> dict[str, list[float | None]]:
 def own_heads(model: Any) -> int:
     """Heads of the first layer that this process computes."""
     zt.patch(model)
-    scaling = next(module for module in model.modules() if isinstance(module, HeadScaling))
+    scaling = next(module for module in model.modules() if isinstance(module, LayerScales))
     zt.unpatch(model)
     return scaling.heads if scaling.share is None else scaling.share.count
 
@@ -120,8 +120,8 @@ def main() -> None:
             "backend": dist.get_backend(),
         }
         torch.save(found, folder / f"process-{dist.get_rank()}.pt")
-    processes.Processes().wait_for_first()
-    processes.leave()
+    process_group.Processes().wait_for_main()
+    process_group.leave()
 
 
 if __name__ == "__main__":

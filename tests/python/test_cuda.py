@@ -14,20 +14,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ops import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
+from formula import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
-from zerotuning import bench_cuda, dense_masks, ops, packed_sequences
-from zerotuning.candidates import Candidates
-from zerotuning.evaluate import label_scores
-from zerotuning.patch import apply_scales, head_parameters, patch, unpatch
-from zerotuning.recorded_passes import RecordedPasses
-from zerotuning.scales import HeadScales
-from zerotuning.scoring import LabelScorer
-from zerotuning.setbacks import Setbacks
-from zerotuning.shared_prefix import behind_prefix, scores_behind_prefix
-from zerotuning.tasks import Task
+from zerotuning import ops
+from zerotuning.attention import dense_masks, packed_sequences
+from zerotuning.bench import cuda as bench_cuda
+from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
+from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.evaluate import label_scores
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.evaluation.prefix_cache import behind_prefix, scores_behind_prefix
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.patching.patch import apply_scales, head_parameters, patch, unpatch
+from zerotuning.tasks.task import Task
 
 pytestmark = pytest.mark.gpu
 PLAIN, HOPPER, CUDNN, FLASH = 1, 2, 3, 4
@@ -53,9 +55,11 @@ def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: 
     options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
     scale = inputs[0].shape[-1] ** -0.5
     poison()
-    output, logsumexp, departure = torch.ops.zerotuning._attention_by_route(*inputs, *options, scale, True, forward)
+    output, logsumexp, output_minus_initial_value = torch.ops.zerotuning._attention_by_route(
+        *inputs, *options, scale, True, forward
+    )
     gradients = torch.ops.zerotuning._attention_backward_by_route(
-        grad_output, *inputs, output, logsumexp, *options, scale, departure, backward
+        grad_output, *inputs, output, logsumexp, *options, scale, output_minus_initial_value, backward
     )
     return [output, *gradients]
 
@@ -177,7 +181,7 @@ def test_the_departure_is_the_output_less_the_initial_tokens_value(size) -> None
 
 
 def test_the_fake_departure_has_the_shape_of_the_real_one() -> None:
-    operator = torch.ops.zerotuning._attention_with_departure
+    operator = torch.ops.zerotuning._attention_with_output_minus_initial_value
     for rows, size, dtype in (
         *((rows, (64, 64), torch.bfloat16) for rows in (15, 16, 64, 4096, 4097)),
         *((4224, size, torch.float16) for size in ((64, 128), (72, 72), (128, 128), (136, 136), (256, 256), (60, 60))),
@@ -234,10 +238,12 @@ def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink,
     log_scale = torch.linspace(-4.0, 4.0, 4)
     inputs = [query, key[:, :, order], value[:, :, order], log_scale]
     compare(inputs, 0, stock, floor=1.0)
-    # What rounding the output does to that part goes away with it, also where the departure was kept.
+    # What rounding the output does to that part goes away with it, also where the output_minus_initial_value was kept.
     options = (None, None, None, 0, 0.125)
     grad_output = torch.randn_like(query)
-    output, logsumexp, departure = torch.ops.zerotuning._attention_by_route(*inputs, *options, True, PLAIN)
+    output, logsumexp, output_minus_initial_value = torch.ops.zerotuning._attention_by_route(
+        *inputs, *options, True, PLAIN
+    )
     wanted = reference(inputs, grad_output)[1]
     errors = [
         error(
@@ -246,7 +252,7 @@ def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink,
             )[0],
             wanted,
         )
-        for kept in (None, departure)
+        for kept in (None, output_minus_initial_value)
     ]
     assert errors[1] <= 1.1 * errors[0]
 
@@ -377,8 +383,10 @@ def test_the_choice_for_heads_that_hoppers_backward_does_not_know_is_flash() -> 
     assert torch.equal(chosen[3], flash[3])  # value's gradient, which flash sums in a fixed order
     assert not torch.equal(chosen[3], plain[3])
     leaves = [t.requires_grad_() for t in inputs]
-    output, _, departure = torch.ops.zerotuning._attention_with_departure(*leaves, None, None, None, 0, 1 / 16)
-    assert departure.shape == output.shape
+    output, _, output_minus_initial_value = torch.ops.zerotuning._attention_with_output_minus_initial_value(
+        *leaves, None, None, None, 0, 1 / 16
+    )
+    assert output_minus_initial_value.shape == output.shape
 
 
 @needs_hopper
@@ -870,7 +878,7 @@ def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer
     records = [{"text": "good " * (1 + n % 3), "label": n % 3} for n in range(21)]
     with torch.device("cpu"), head_parameters(model) as parameters:
         scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
-        setbacks = Setbacks()
+        setbacks = OutOfMemoryRetry()
         candidates = Candidates(model, parameters, setbacks)
         size = sum(len(leaf) for leaf in parameters)
         points = list(np.random.default_rng(0).normal(0.0, 0.8, (11, size)))

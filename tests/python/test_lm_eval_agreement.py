@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from zerotuning.scoring import LabelScorer
-from zerotuning.tasks import Task
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.tasks.task import Task
 
 pytest.importorskip("lm_eval")
 

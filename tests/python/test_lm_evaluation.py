@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 import zerotuning as zt
-from zerotuning.cli import main
+from zerotuning.cli.main import main
 from zerotuning.errors import ZeroTuningError
-from zerotuning.scales import HeadScales
+from zerotuning.patching.head_scales import HeadScales
 
 lm_eval = pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance  # noqa: E402

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from functools import cache
 
 import pytest
 import torch
+from formula import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from zerotuning import ops
@@ -24,83 +24,10 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_default_device(None)
 
 
-def poison() -> None:
-    """NaN in what the next allocations get, large ones and those of less than a megabyte, which have memory of their own."""
-    large = torch.full((2**28,), 255, dtype=torch.uint8)
-    small = [torch.full((2**19,), 255, dtype=torch.uint8) for _ in range(64)]
-    del large, small
-
-
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Relative error ||out - ref|| / ||ref|| that rounding explains.
 OUTPUT_ERROR = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 GRADIENT_ERROR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-
-
-def formula(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_scale: Tensor,
-    key_mask: Tensor | None = None,
-    span: Tensor | None = None,
-    query_start: Tensor | None = None,
-    window: int = 0,
-    scale: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """softmax, scale the weights of the span by γ, renormalise: the paper's steps, dense, in the inputs' dtype."""
-    batch, heads, rows, size = query.shape
-    keys = key.shape[2]
-    key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
-    logits = query @ key.transpose(-1, -2) * (scale or size**-0.5)
-    start = torch.full((batch,), keys - rows) if query_start is None else query_start
-    position = start[:, None, None] + torch.arange(rows)[:, None]
-    column = torch.arange(keys)
-    visible = column <= position
-    if window:
-        visible = visible & (column > position - window)
-    if key_mask is not None:
-        visible = visible & key_mask[:, None, :]
-    if span is None:
-        first = torch.zeros(batch, dtype=torch.long) if key_mask is None else key_mask.int().argmax(dim=1)
-        span = torch.stack((first, first + 1), dim=1)
-    scaled = (column >= span[:, :1]) & (column < span[:, 1:])
-    logits = logits.masked_fill(~visible[:, None], -math.inf)
-    blind = ~visible.any(-1)[:, None, :, None]
-    weights = torch.softmax(logits.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
-    gamma = torch.exp(log_scale).expand(batch, heads)[:, :, None, None]
-    weights = weights * torch.where(scaled[:, None, None, :], gamma, torch.ones_like(gamma))
-    total = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(total == 0, torch.ones_like(total), total)
-    return weights @ value, torch.logsumexp(logits, -1) + torch.log(total.squeeze(-1))
-
-
-def error(got: Tensor, expected: Tensor) -> float:
-    assert got.shape == expected.shape
-    assert not got.isnan().any()
-    return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-def random_inputs(
-    shape: tuple[int, int, int, int, int, int, int], dtype: torch.dtype, per_sample: bool = False
-) -> list[Tensor]:
-    batch, heads, key_heads, rows, keys, size, value_size = shape
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [
-        torch.randn(batch, heads, rows, size, dtype=torch.float64).to(dtype),
-        torch.randn(batch, key_heads, keys, size, dtype=torch.float64).to(dtype),
-        torch.randn(batch, key_heads, keys, value_size, dtype=torch.float64).to(dtype),
-        torch.randn((batch, heads) if per_sample else (heads,), dtype=torch.float64).to(wide),
-    ]
-
-
-def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Size of the terms that cancel in each gradient: a saturated sink's ds = a (do·v - do·o) is their difference."""
-    query, key, value, _ = inputs
-    longest = [t.norm(dim=-1).max() for t in (query, key, value)]
-    change = weight.norm() * longest[2]
-    scale = query.shape[-1] ** -0.5
-    return [change * longest[1] * scale, change * longest[0] * scale, torch.zeros(()), change]
 
 
 def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Tensor]:
@@ -169,27 +96,6 @@ def test_attention_equals_the_formula_for_every_head_size_length_and_head_groupi
     torch.manual_seed(hash(shape) % 1000)
     check(random_inputs(shape, dtype))
     check(random_inputs(shape, dtype, per_sample=True))
-
-
-@cache
-def inputs_with_sink(sink: float, device: str, length: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value (1, 4|2, length, 64) whose initial token gets the mean attention weight `sink`."""
-    torch.manual_seed(1)
-    query, key, value, _ = random_inputs((1, 4, 2, length, length, 64, 64), torch.float64)
-    direction = torch.nn.functional.normalize(torch.randn(64, dtype=torch.float64), dim=0)
-    query = query - (query @ direction)[..., None] * direction + 8 * direction
-    logits = query @ key.repeat_interleave(2, 1).transpose(-1, -2) / 8
-    logits = logits.masked_fill(torch.ones(length, length, dtype=torch.bool).triu(1), -math.inf)[:, :, 1:]
-
-    low, high = -40.0, 60.0  # strength of key 0 along the queries' common direction, by bisection
-    for _ in range(40):
-        middle = (low + high) / 2
-        logits[..., 0] = middle
-        weight = torch.softmax(logits, -1)[..., 0].mean().item()
-        low, high = (middle, high) if weight < sink else (low, middle)
-    assert abs(weight - sink) < 0.01
-    key[:, :, 0] = low * direction
-    return query, key, value
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -309,7 +215,7 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
         geometry.get("window", 0),
         0.25,
     )
-    for operator in (torch.ops.zerotuning.attention, torch.ops.zerotuning._attention_with_departure):
+    for operator in (torch.ops.zerotuning.attention, torch.ops.zerotuning._attention_with_output_minus_initial_value):
         torch.library.opcheck(operator.default, (*inputs, *options))
     plain = [t.detach() for t in inputs]
     torch.library.opcheck(torch.ops.zerotuning.decode_attention.default, (*plain, *options))
@@ -528,8 +434,8 @@ def test_what_a_backward_pass_gets_is_checked(device) -> None:
         grad_output, *kept = wrong
         with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
             backward(grad_output, *inputs, *kept, *rest)
-    if device == "cuda":  # no other device keeps a departure
-        with pytest.raises((ValueError, RuntimeError), match="departure must be"):
+    if device == "cuda":  # no other device keeps a output_minus_initial_value
+        with pytest.raises((ValueError, RuntimeError), match="output_minus_initial_value must be"):
             backward(output, *inputs, output, logsumexp, *rest, output[:1])
 
 
@@ -539,7 +445,7 @@ def test_which_gradients_want_the_departure_on_cards_that_are_not_here(monkeypat
         with FakeTensorMode():
             query, key = (torch.empty(batch, h, rows, size, dtype=torch.bfloat16, device="cuda") for h in (32, 8))
             key_mask = torch.empty(batch, rows, dtype=torch.bool, device="cuda") if masked else None
-            return ops._needs_departure(query, key, key, key_mask, None, None, 0)
+            return ops._needs_output_minus_initial_value(query, key, key, key_mask, None, None, 0)
 
     hopper, blackwell, ampere, ada = (9, 0), (10, 0), (8, 0), (8, 9)
     assert [wanted(hopper, *case) for case in ((4096, 128), (4097, 128), (300, 256))] == [False, True, True]

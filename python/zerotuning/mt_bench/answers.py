@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_lines_atomically
+from zerotuning.models.device_maps import input_device
 from zerotuning.mt_bench.conversation import Conversation
 from zerotuning.mt_bench.questions import TURNS, Answer, Question, load_questions, parse_answers
 from zerotuning.output import check_result_file
-from zerotuning.scales import HeadScales
-from zerotuning.tasks import read_examples
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.task import read_examples
 
 
 @dataclass(frozen=True)

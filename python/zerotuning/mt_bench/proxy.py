@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from zerotuning.device_maps import input_device
 from zerotuning.errors import ZeroTuningError
+from zerotuning.models.device_maps import input_device
 from zerotuning.mt_bench.conversation import Conversation
 from zerotuning.mt_bench.means import Row, means
 from zerotuning.mt_bench.questions import TURNS, Answer

@@ -16,21 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning import objectives
-from zerotuning.bench_search import wilson
-from zerotuning.calibrate import calibrate
-from zerotuning.label_calibration import fit_label_bias
-from zerotuning.scoring import Batch, LabelScorer
-from zerotuning.shared_prefix import can_share, scores_behind_prefix
-from zerotuning.shots import draw_shots, without_shots
+from zerotuning.calibration.calibrate import calibrate
+from zerotuning.evaluation import objectives
+from zerotuning.evaluation.label_bias import fit_label_bias
+from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.prefix_cache import can_share, scores_behind_prefix
+from zerotuning.statistics import bootstrap_interval, wilson_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.key_clauses import key_clauses
 from zerotuning.study.setting import Setting, Spans, batch_spans, figures_of
 from zerotuning.study.spans import find_spans, has_position
-from zerotuning.study.statistics import bootstrap_interval
 from zerotuning.study.steering import CalibratedSinks, Intervention, MarkedSpan, Temperature, steered
-from zerotuning.tasks import Record
+from zerotuning.tasks.few_shot import draw_shots, without_shots
+from zerotuning.tasks.task import Record
 
 #: An intervention for a batch; PASTA's spans differ from example to example.
 Maker = Callable[[Batch], Intervention]
@@ -153,7 +152,7 @@ def _measure(draw: Draw, method: str) -> dict[str, Any]:
     outcome = METHODS[method].run(draw)
     labels = draw.scorers[1].labels
     right = (outcome.scores.argmax(dim=-1) == labels).int().tolist()
-    low, high = wilson(sum(right), len(right))
+    low, high = wilson_interval(sum(right), len(right))
     return {
         **figures_of(outcome.scores, labels),
         "low": low,
@@ -400,7 +399,7 @@ def _of(rows: Sequence[Row], task: str, method: str) -> list[Row]:
 def _accuracy(rows: Sequence[Row]) -> tuple[float, float, float]:
     """Per cent, with the 95 % interval of all seeds' test examples taken together."""
     right = [one for row in rows for one in row["right"]]
-    low, high = wilson(sum(right), len(right))
+    low, high = wilson_interval(sum(right), len(right))
     return 100 * sum(right) / len(right), 100 * low, 100 * high
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from zerotuning.statistics import mean_and_half_width
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.statistics import mean_and_half_width
 
 GAMMAS = (0.1, 0.3, 0.6, 1.0, 1.7, 3.0, 10.0)
 SMALL_GAMMAS = (0.5, 1.0, 2.0)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
-from zerotuning.tasks import Task
+from zerotuning.tasks.task import Task
 
 #: Other wordings of the tasks' prompts, labels kept; the task's own is wording 0.
 WORDINGS = {

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zerotuning.study.spans import token_span
-from zerotuning.tasks import Record, Task
+from zerotuning.tasks.task import Record, Task
 
 #: What follows the prompt, cut behind its input.
 QUESTION = '\nThe part of it that decides the answer, word for word: "'

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from zerotuning.scoring import LabelScorer
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
 
 #: γ of all heads of one layer; γ of all heads of a third of the layers.
 LAYER_GAMMAS = (0.3, 3.0)

@@ -11,8 +11,8 @@ import numpy as np
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically
-from zerotuning.head_map import can_plot
-from zerotuning.report_page import INK, QUIET, label
+from zerotuning.plots.calibration_page import INK, QUIET, label
+from zerotuning.plots.head_map import can_plot
 
 __all__ = [
     "INK",

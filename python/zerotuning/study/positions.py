@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from zerotuning.statistics import mean_and_interval, with_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.setting import Setting, figures_of
 from zerotuning.study.spans import POSITIONS, find_spans, has_position
-from zerotuning.study.statistics import mean_and_interval, with_interval
 
 GAMMAS = (0.3, 3.0)
 SMALL_GAMMAS = (2.0,)

@@ -17,20 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning.bench_search import wilson
-from zerotuning.calibrate import calibrate
-from zerotuning.generated_answers import answer_tokens, chosen_label
-from zerotuning.patch import head_parameters
-from zerotuning.scoring import LabelScorer
-from zerotuning.shared_prefix import can_share, scores_behind_prefix
-from zerotuning.shots import draw_shots, without_shots
+from zerotuning.calibration.calibrate import calibrate
+from zerotuning.evaluation.generation import answer_tokens, chosen_label
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.evaluation.prefix_cache import can_share, scores_behind_prefix
+from zerotuning.patching.patch import head_parameters
+from zerotuning.statistics import bootstrap_interval, wilson_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.heads import WORDINGS as HEADS_WORDINGS
 from zerotuning.study.rounded_weights import ROUNDINGS, rounded_weights
 from zerotuning.study.setting import Setting, figures_of
-from zerotuning.study.statistics import bootstrap_interval
-from zerotuning.tasks import Record, Task
+from zerotuning.tasks.few_shot import draw_shots, without_shots
+from zerotuning.tasks.task import Record, Task
 
 #: Parts, and what each changes.
 PARTS = {
@@ -421,7 +420,7 @@ def _at(rows: Sequence[Row], condition: Any) -> list[Row]:
 def _accuracy(rows: Sequence[Row], which: str) -> tuple[float, float, float]:
     """Per cent, with the 95 % interval of all seeds' test examples taken together."""
     right = [one for row in rows for one in row[which]["right"]]
-    low, high = wilson(sum(right), len(right))
+    low, high = wilson_interval(sum(right), len(right))
     return 100 * sum(right) / len(right), 100 * low, 100 * high
 
 

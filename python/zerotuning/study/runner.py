@@ -14,11 +14,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from zerotuning.calibration.fingerprint import weights_digest
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_text_atomically
-from zerotuning.fingerprint import weights_digest
-from zerotuning.head_map import can_plot
 from zerotuning.output import made_folder
+from zerotuning.plots.head_map import can_plot
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Row
 from zerotuning.study.names import STUDIES
@@ -109,7 +109,7 @@ def _check_parts(experiment: Experiment, parts: Sequence[str]) -> None:
 
 
 def _header(experiment: Experiment, setting: Setting) -> dict[str, Any]:
-    from zerotuning.bench import machine
+    from zerotuning.machine import machine
 
     return {
         "study": experiment.name,

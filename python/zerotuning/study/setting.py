@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning import objectives
-from zerotuning.calibration_options import CalibrationOptions
+from zerotuning.calibration.folds import draw_examples
+from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
-from zerotuning.example_folds import draw_examples
-from zerotuning.models import load_model
-from zerotuning.patch import head_parameters, patch, patched_shape, scaled_keys
-from zerotuning.scoring import Batch, LabelScorer
+from zerotuning.evaluation import objectives
+from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.models.loading import load_model
+from zerotuning.patching.patch import head_parameters, patch, patched_shape, scaled_keys
 from zerotuning.study.experiment import SIZES, Numbers
-from zerotuning.tasks import Record, Task
+from zerotuning.tasks.task import Record, Task
 
 #: Keys [first, end) of each example's prompt, in tokens from its first.
 Spans = Sequence[tuple[int, int]]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks import Record, Task
+from zerotuning.tasks.task import Record, Task
 
 #: What `find_spans` knows. Only the first holds the initial token: the others begin behind it.
 POSITIONS = ("initial", "token 1", "token 4", "middle", "last", "random", "instruction", "labels", "content")

@@ -21,7 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.patch import attention_implementation, refuse_unsupported
+from zerotuning.patching.patch import attention_implementation, refuse_unsupported
 
 IMPLEMENTATION = "zerotuning_steered"
 

@@ -1,0 +1,1 @@
+"""`zerotuning bench`: speed, memory and accuracy beside the peers, in one run."""

@@ -1,0 +1,64 @@
+"""`zerotuning bench calibration` on the CPU: what a patched model and every head's gradient cost, with and without shots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from zerotuning.bench.runner import OURS, UNTUNED, Row, take_turns
+from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.objectives import task_loss
+from zerotuning.evaluation.prefix_cache import behind_prefix
+from zerotuning.models.loading import load_model
+from zerotuning.patching.patch import head_parameters, patch, unpatch
+from zerotuning.tasks.few_shot import draw_shots, without_shots
+from zerotuning.tasks.task import Task
+
+GRADIENT = "forward + gradient of every head"
+SHOTS = 4
+Peers = dict[str, Callable[[], object]]
+
+
+def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
+    """The embedded model, 16 prompts of SST-2 together: forward untuned and patched, and with every head's gradient. Then
+    behind solved examples, which the model reads with every prompt, or once for all."""
+    model, tokenizer = load_model("demo")
+    task, records = Task.load("sst2"), Task.load("sst2").examples("validation", 64)
+    for shots in (0, SHOTS):
+        behind = task.with_shots(draw_shots(task, records, shots))
+        scorer = LabelScorer(model, tokenizer, behind, without_shots(behind, records))
+        batch = scorer.batches[len(scorer.batches) // 2]
+        peers = _peers(model, scorer, batch)
+        if shots:
+            peers |= {f"{name}, shots read once": partial(_read_once, scorer, peers[name]) for name in (OURS, GRADIENT)}
+        shape = f"{len(batch)} x {batch.input_ids.shape[1]} tokens"
+        dtype = str(model.dtype).removeprefix("torch.")
+        yield {"what": "SmolLM2-135M", "shape": shape, "dtype": dtype, "peers": take_turns(peers, seconds)}
+
+
+def _peers(model: Any, scorer: LabelScorer, batch: Batch) -> Peers:
+    # Switching is outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
+    @torch.no_grad()
+    def untuned() -> object:
+        unpatch(model)
+        return scorer.scores(batch)
+
+    @torch.no_grad()
+    def patched() -> object:
+        patch(model)
+        return scorer.scores(batch)
+
+    def gradient() -> object:
+        patch(model)
+        with head_parameters(model) as parameters:
+            return torch.autograd.grad(task_loss(scorer.scores(batch), batch.labels), parameters)
+
+    return {UNTUNED: untuned, OURS: patched, GRADIENT: gradient}
+
+
+def _read_once(scorer: LabelScorer, call: Callable[[], object]) -> object:
+    with behind_prefix(scorer):
+        return call()

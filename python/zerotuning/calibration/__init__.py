@@ -1,0 +1,1 @@
+"""From a task to head scales: folds, searches, acceptance, the state on disk."""

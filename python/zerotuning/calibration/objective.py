@@ -1,0 +1,284 @@
+"""What a search minimises, at any log γ: the objective of chosen examples, its gradient, and the scores behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.options import CalibrationOptions
+from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
+from zerotuning.errors import ZeroTuningError
+from zerotuning.evaluation import objectives
+from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.generation import answer_tokens, share_right, written_texts
+from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
+from zerotuning.models.process_group import Processes
+from zerotuning.tasks.task import Record, Task
+
+#: Texts that the model wrote and the examples they answer -> a number, the higher the better.
+Metric = Callable[[list[str], list[Record]], float]
+#: For each task, places in the list of its examples.
+Places = Sequence[Sequence[int]]
+
+
+@dataclass
+class TaskExamples:
+    """A task and the examples that its calibration may use."""
+
+    task: Task
+    records: list[Record]
+    scorer: LabelScorer
+    prior: Tensor | None = None  # [C], for the objective information
+
+    @property
+    def has_labels(self) -> bool:
+        return not self.task.continuation and int(self.scorer.labels.min()) >= 0
+
+    @cached_property
+    def shares_prefix(self) -> bool:
+        """Whether what all prompts begin with is read once: a point, or a batch where a gradient is taken."""
+        return is_worth_sharing(self.scorer)
+
+
+class Measurement:
+    """The objective, as a mean over tasks, of chosen examples of each.
+
+    Points are log γ, float64 [layers * heads]. Several processes share every batch and all get the same numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        tasks: Sequence[TaskExamples],
+        parameters: Sequence[Tensor],
+        options: CalibrationOptions,
+        setbacks: OutOfMemoryRetry,
+        processes: Processes,
+        metric: Metric | None = None,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tasks = tasks
+        self.parameters = parameters
+        self.options = options
+        self.setbacks = setbacks
+        self.processes = processes
+        self.metric = metric
+        self.candidates = Candidates(model, parameters, setbacks)
+        if RecordedPasses.possible(model):
+            recorded = RecordedPasses(model, parameters, setbacks.note)
+            for task in tasks:
+                task.scorer.recorded = recorded
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the objective is a number of generated text: of a metric, or the right answers of scoring
+        `generate`."""
+        return self.metric is not None or self.tasks[0].task.scoring == "generate"
+
+    # Losses.
+
+    def scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
+        """For each task the label scores of the examples at `places`, float32 [n, C]; NaN where there are none."""
+        return self.scores_at([point], places)[0]
+
+    def scores_at(self, points: Sequence[np.ndarray], places: Places) -> list[list[Tensor]]:
+        """`scores` at each of several points, which share passes."""
+        by_task = [self._task_scores(task, points, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
+        return [list(of_point) for of_point in zip(*by_task, strict=True)]
+
+    def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
+        """The objective, inf where an example has no finite score."""
+        values = []
+        for task, part, chosen in zip(self.tasks, scores, places, strict=True):
+            if bool(part.isnan().any()):
+                return math.inf
+            values.append(self._value(task, part, task.scorer.labels[list(chosen)]))
+        return math.fsum(values) / len(values)
+
+    def accuracy_of(self, scores: Sequence[Tensor], places: Places) -> float | None:
+        """Fraction of right answers, the mean over tasks; None where labels are missing."""
+        if not all(task.has_labels for task in self.tasks):
+            return None
+        labels = [task.scorer.labels[list(chosen)] for task, chosen in zip(self.tasks, places, strict=True)]
+        found = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
+        return math.fsum(found) / len(found)
+
+    def losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
+        """The objective at each point; with a metric of generated text, minus that metric."""
+        if self.reads_text:
+            return [self._generated_loss(point, places) for point in points]
+        return [self.loss_of(scores, places) for scores in self.scores_at(points, places)]
+
+    def _value(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> float:
+        if self.options.method == "paper" and self.options.objective == "task-loss" and not task.task.continuation:
+            return 1.0 - objectives.accuracy(scores, labels)
+        return float(self._objective(task, scores, labels))
+
+    def _objective(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> Tensor:
+        if self.options.objective == "information":
+            return objectives.information(scores, None if task.prior is None else task.prior.to(scores.device))
+        if task.task.continuation:
+            return objectives.continuation_loss(scores, labels)
+        return objectives.OBJECTIVES[self.options.objective](scores, labels.to(scores.device))
+
+    def _task_scores(self, task: TaskExamples, points: Sequence[np.ndarray], places: Sequence[int]) -> list[Tensor]:
+        columns = task.scorer.num_labels
+        table = np.zeros((len(points), len(places), columns + 1))  # the last column counts whether a row was found
+        row_of = {place: row for row, place in enumerate(places)}
+        batches = self._batches(task, places)
+        for index, piece, scores in self.candidates.scores(task.scorer, batches, points, task.shares_prefix):
+            rows = [row_of[place] for place in piece.indices.tolist()]
+            table[index, rows, :columns], table[index, rows, columns] = scores.double().cpu().numpy(), 1.0
+        table = self.processes.sum(table)
+        table[table[:, :, columns] == 0, :columns] = np.nan
+        return list(torch.from_numpy(table[:, :, :columns].astype(np.float32)))
+
+    def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
+        """This process's share of the examples, in batches: examples of one length are shared out evenly."""
+        size = self.setbacks.batch_size(self.options.batch_size)
+        shares = [self.processes.share(batch.indices.tolist()) for batch in task.scorer.batches_of(places, size)]
+        return [batch for share in shares for batch in task.scorer.batches_of(share, size)]
+
+    # Gradients.
+
+    def loss_and_gradient(self, point: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
+        """The objective and its gradient in log γ, float64 [layers * heads]. An example without a finite loss is
+        left out; errors: ZeroTuningError where none has one."""
+        loss, gradient = 0.0, np.zeros(self._size)
+        for task, chosen in zip(self.tasks, places, strict=True):
+            through_scores = self.options.objective == "information"
+            find = self._gradient_through_scores if through_scores else self._gradient_of_mean
+            value, part = find(task, point, chosen)
+            loss += value / len(self.tasks)
+            gradient += part / len(self.tasks)
+        return loss, gradient
+
+    def _gradient_of_mean(
+        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+    ) -> tuple[float, np.ndarray]:
+        """For an objective that is a mean over examples: batch by batch."""
+        self.candidates.set_point(point)
+
+        def compute(batch: Batch) -> np.ndarray | None:
+            with self._gradient_pass(task):
+                value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
+                return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
+
+        sums = self._summed(task, places, compute)
+        return float(sums[0] / sums[1]), sums[2:] / sums[1]
+
+    def _gradient_through_scores(
+        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+    ) -> tuple[float, np.ndarray]:
+        """For an objective that is no mean over examples: its gradient in all scores first, then batch by batch."""
+        (scores,) = self._task_scores(task, [point], places)
+        self.candidates.set_point(point)
+        kept = ~scores.isnan().any(dim=-1)
+        known = [place for place, good in zip(places, kept.tolist(), strict=True) if good]
+        if not known:
+            raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
+        leaf = scores[kept].requires_grad_()
+        value = self._objective(task, leaf, task.scorer.labels[known])
+        (weights,) = torch.autograd.grad(value, leaf)
+        weight_of = dict(zip(known, weights, strict=True))
+
+        def compute(batch: Batch) -> np.ndarray | None:
+            with self._gradient_pass(task):
+                found = task.scorer.scores(batch)
+                weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
+                gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
+            return self._finite_sums(0.0, gradient, len(batch))
+
+        return float(value.detach()), self._summed(task, known, compute)[2:]
+
+    def _gradient_pass(self, task: TaskExamples) -> AbstractContextManager[None]:
+        """What a batch's forward and backward passes go on in. Blocks that are computed twice cannot read on from a
+        cache that their first computation filled."""
+        if task.shares_prefix and self.setbacks.keeps_activations(self.model):
+            return behind_prefix(task.scorer)
+        return self.setbacks.saving_memory(self.model)
+
+    def _summed(
+        self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
+    ) -> np.ndarray:
+        """(loss, examples, gradient…) added up over batches and processes: float64 [2 + layers * heads]."""
+        sums = np.zeros(2 + self._size)
+        for batch in self._batches(task, places):
+            for _, part in self.setbacks.in_pieces(task.scorer, batch, compute):
+                sums += part
+        sums = self.processes.sum(sums)
+        if sums[1] == 0:
+            raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
+        return sums
+
+    @staticmethod
+    def _finite_sums(loss: float, gradient: np.ndarray, examples: int) -> np.ndarray | None:
+        if not (math.isfinite(loss) and np.isfinite(gradient).all()):
+            return None
+        return np.concatenate(([loss, float(examples)], gradient))
+
+    def _gradient(self, value: Tensor) -> np.ndarray:
+        gradients = torch.autograd.grad(value, list(self.parameters), allow_unused=True)
+        rows = [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for gradient, parameter in zip(gradients, self.parameters, strict=True)
+        ]
+        return torch.cat([row.detach().double().cpu().flatten() for row in rows]).numpy()
+
+    @property
+    def _size(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    # Text.
+
+    @torch.no_grad()
+    def _generated_loss(self, point: np.ndarray, places: Places) -> float:
+        self.candidates.set_point(point)
+        values = []
+        for task, chosen in zip(self.tasks, places, strict=True):
+            records = [task.records[place] for place in chosen]
+            texts = self._written(task, chosen)
+            value = share_right(task.task, texts, records) if self.metric is None else self.metric(texts, records)
+            values.append(-float(self.processes.broadcast_from_main(repr(_finite(value)))))
+        return math.fsum(values) / len(values)
+
+    def _written(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
+        """What the model writes after each prompt, greedily, at the point that is set."""
+        texts: dict[int, str] = {}
+        size = self.setbacks.batch_size(self.options.batch_size)
+        for begin in range(0, len(places), size):
+            chosen = places[begin : begin + size]
+            for piece, written in self.setbacks.in_pieces(
+                task.scorer, task.scorer.prompt_batch(chosen), lambda batch: self._generate(task, batch)
+            ):
+                texts.update(zip(piece.indices.tolist(), written, strict=True))
+        return [texts[place] for place in places]
+
+    def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
+        return written_texts(self.model, self.tokenizer, task.scorer, batch, self._tokens_to_write(task))
+
+    def _tokens_to_write(self, task: TaskExamples) -> int:
+        return self.options.max_new_tokens if self.metric is not None else answer_tokens(task.scorer)
+
+
+def _finite(value: Any) -> float:
+    """What a metric returned, a number of any library's, as Python has it."""
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch, for several elements
+        number = math.nan
+    if not math.isfinite(number):
+        raise ZeroTuningError(f"metric must return a finite number, got {value!r}")
+    return number

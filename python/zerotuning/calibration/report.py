@@ -1,0 +1,122 @@
+"""What a calibration found, in figures: on the held-out examples, before and after."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerotuning.calibration.acceptance import AcceptanceTest, pooled_places
+from zerotuning.calibration.gradient_search import Found, Split
+from zerotuning.calibration.objective import Measurement, Places
+from zerotuning.calibration.parameterization import FreeScales
+from zerotuning.evaluation import objectives
+from zerotuning.version import __version__
+
+#: What of the report goes into the scales' own metadata: nothing that differs between two runs of one command.
+METADATA_FIELDS = (
+    "prompts",
+    "examples",
+    "held_out_examples",
+    "folds",
+    "steps",
+    "seed",
+    "seeds",
+    "baseline",
+    "tuned",
+    "chosen",
+    "improved",
+)
+
+
+def held_out_figures(measurement: Measurement, free: FreeScales, found: Found, judge: AcceptanceTest) -> dict[str, Any]:
+    """`baseline` and `tuned` (loss, accuracy, entropy) of the held-out examples of all splits, by the scales that
+    never saw them; `tasks`, the same for each task with its confusion; `by_seed` and its `spread`."""
+    before, after, by_seed = [], [], []
+    for split, point in found.judged:
+        before.append(judge.baseline_scores(split.held_out))
+        after.append(measurement.scores(free.expanded(point), split.held_out) if point.any() else before[-1])
+    splits = [split for split, _ in found.judged]
+    for seed in dict.fromkeys(split.seed for split in splits):
+        of_seed = [index for index, split in enumerate(splits) if split.seed == seed]
+        figures = _figures(measurement, [splits[i] for i in of_seed], [after[i] for i in of_seed])
+        by_seed.append({"seed": seed, **figures})
+    return {
+        "held_out_examples": sum(len(set(places)) for places in pooled_places(splits)),
+        "baseline": _figures(measurement, splits, before),
+        "tuned": _figures(measurement, splits, after),
+        "tasks": _by_task(measurement, splits, before, after),
+        "by_seed": by_seed,
+        "spread": _spread(by_seed),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {"zerotuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _figures(
+    measurement: Measurement, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]
+) -> dict[str, float | None]:
+    scores, places = [torch.cat(parts) for parts in zip(*results, strict=True)], pooled_places(splits)
+    return _scored(measurement, scores, places)
+
+
+def _scored(measurement: Measurement, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
+    labelled = all(not task.task.continuation for task in measurement.tasks)
+    entropies = [float(objectives.entropy(part)) for part in scores] if labelled else []
+    return {
+        "loss": measurement.loss_of(scores, places),
+        "accuracy": measurement.accuracy_of(scores, places),
+        "entropy": statistics.fmean(entropies) if entropies else None,
+    }
+
+
+def _by_task(
+    measurement: Measurement,
+    splits: Sequence[Split],
+    before: Sequence[Sequence[Tensor]],
+    after: Sequence[Sequence[Tensor]],
+) -> list[dict[str, Any]]:
+    tasks = []
+    for index, (task, places) in enumerate(zip(measurement.tasks, pooled_places(splits), strict=True)):
+        entry: dict[str, Any] = {
+            "task": task.task.name,
+            "labels": _label_names(task.task.labels, task.scorer.num_labels),
+        }
+        for name, results in (("baseline", before), ("tuned", after)):
+            scores = torch.cat([parts[index] for parts in results])
+            if task.task.continuation:
+                continue
+            labels = task.scorer.labels[places]
+            entry[f"{name}_entropies"] = [round(value, 5) for value in objectives.entropy_per_example(scores).tolist()]
+            entry[f"{name}_predictions"] = torch.bincount(scores.argmax(-1), minlength=scores.shape[1]).tolist()
+            if task.has_labels:
+                entry[f"{name}_accuracy"] = objectives.accuracy(scores, labels)
+                entry[f"{name}_confusion"] = confusion(labels, scores.argmax(-1), scores.shape[1])
+        tasks.append(entry)
+    return tasks
+
+
+def confusion(labels: Tensor, predictions: Tensor, count: int) -> list[list[int]]:
+    """How many examples of each gold label (rows) were given each label (columns): [count][count]."""
+    flat = torch.bincount(labels * count + predictions, minlength=count * count)
+    return flat.reshape(count, count).tolist()
+
+
+def _label_names(labels: tuple[str, ...] | str, count: int) -> list[str]:
+    if isinstance(labels, str):
+        return [chr(ord("A") + index) for index in range(count)]
+    return [label.strip() for label in labels]
+
+
+def _spread(by_seed: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """Standard deviations over seeds; None of one seed."""
+    if len(by_seed) < 2:
+        return None
+    names = [name for name in ("loss", "accuracy") if all(one[name] is not None for one in by_seed)]
+    return {name: statistics.stdev(one[name] for one in by_seed) for name in names}

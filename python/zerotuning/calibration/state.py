@@ -1,0 +1,131 @@
+"""What an unfinished calibration leaves in its folder, so that the same call goes on where it was stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
+from zerotuning.calibration.options import CalibrationOptions
+from zerotuning.errors import ZeroTuningError
+from zerotuning.files import write_json_atomically
+from zerotuning.models.process_group import Processes
+from zerotuning.output import RESULT_FILES, STATE_FILE, TRIALS_FILE
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.prompts import Shot
+from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.tokenization import TokenizedPrompt
+from zerotuning.version import __version__
+
+
+class CalibrationState:
+    """Reads and writes the state file; only the first of several processes touches the folder.
+
+    Args:
+        folder: where it is; None: nothing is kept.
+        identity: what must be equal for a saved state to be continued.
+    """
+
+    def __init__(self, folder: Path | None, identity: Mapping[str, Any], processes: Processes) -> None:
+        self.path = None if folder is None else folder / STATE_FILE
+        self.identity = dict(identity)
+        self.processes = processes
+
+    def read(self) -> dict[str, Any] | None:
+        """The state of the same calibration, interrupted earlier; None where there is none.
+
+        Errors: ZeroTuningError for a file that is damaged or of another calibration.
+        """
+        if self.path is None:
+            return None
+        text = ""
+        if self.processes.is_main_process and self.path.exists():
+            try:
+                text = self.path.read_text("utf-8") or " "  # an empty file is damaged, no missing one
+            except (OSError, ValueError) as error:
+                raise self.damaged(error) from error
+        text = self.processes.broadcast_from_main(text)
+        if not text:
+            return None
+        try:
+            content = json.loads(text)
+            saved, state = dict(content["calibration"]), dict(content["state"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise self.damaged(error) from error
+        # Through JSON, so that numbers compare as they were written. The first process's, which wrote them: of a model that
+        # processes share each may count its own parameters.
+        for name, value in json.loads(self.processes.broadcast_from_main(json.dumps(self.identity))).items():
+            if saved.get(name) != value:
+                raise ZeroTuningError(
+                    f"{self.path.parent} holds an unfinished calibration with another {name}: {saved.get(name)!r}, "
+                    f"not {value!r}; run that one again, choose another folder or overwrite it"
+                )
+        return state
+
+    def damaged(self, error: Exception) -> ZeroTuningError:
+        return ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew")
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        if self.path is not None and self.processes.is_main_process:
+            write_json_atomically(self.path, {"calibration": self.identity, "state": dict(state)})
+
+    def clear(self) -> None:
+        """Removes the state, and what a run killed in the middle of writing a file left beside it."""
+        if self.path is None or not self.processes.is_main_process:
+            return
+        for name in (*RESULT_FILES, STATE_FILE, TRIALS_FILE):
+            for unfinished in self.path.parent.glob(f".{name}.*.part"):
+                unfinished.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def identity(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    records: Sequence[Sequence[Record]],
+    tokens: Sequence[Sequence[TokenizedPrompt]],
+    options: CalibrationOptions,
+    start: HeadScales | None,
+    metric: str,
+) -> dict[str, Any]:
+    """What makes a calibration the same: model, version, tasks, their records and these as tokens, options; `metric` is
+    its name."""
+    data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
+    return {
+        "version": __version__,
+        "model_type": getattr(model.config, "model_type", ""),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(next(model.parameters()).dtype),
+        "tasks": [
+            {
+                "name": task.name,
+                "prompt": task.prompt,
+                "labels": task.labels if isinstance(task.labels, str) else list(task.labels),
+                "continuation": task.continuation,
+            }
+            for task in tasks
+        ],
+        "chat": [task.chat for task in tasks],
+        "scoring": [task.scoring for task in tasks],
+        "shots": [_shown_shots(task.shots) for task in tasks],
+        **options.to_json(),
+        "start": "" if start is None else start.gamma.numpy().tobytes().hex(),
+        "metric": metric,
+        "data": hashlib.sha256(data.encode()).hexdigest(),
+        # Last: where something above differs, that is the better reason to name.
+        "weights": weights_digest(model),
+        "tokens": tokens_digest(tokens),
+    }
+
+
+def _shown_shots(shots: Sequence[Shot]) -> str:
+    """How many, and a digest of their texts, which would make an error message pages long."""
+    if not shots:
+        return "none"
+    texts = json.dumps([(shot.prompt, shot.answer) for shot in shots])
+    return f"{len(shots)} of SHA-256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}"

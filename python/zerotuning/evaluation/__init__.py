@@ -1,0 +1,1 @@
+"""Scores of labels and texts: forward passes, objectives, accuracy."""

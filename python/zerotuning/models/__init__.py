@@ -1,0 +1,1 @@
+"""Loading language models: folders, the hub, GGUF files, several devices, several processes."""

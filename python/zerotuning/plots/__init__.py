@@ -1,0 +1,1 @@
+"""Pictures of head scales and calibrations (matplotlib)."""

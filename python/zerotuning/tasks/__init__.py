@@ -1,0 +1,1 @@
+"""Tasks: prompts, labels, examples, few-shot prompts and their tokens."""

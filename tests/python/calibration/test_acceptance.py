@@ -1,0 +1,53 @@
+"""The statistics that judge scales without labels, against their formulas and on cases made to pass and to fail."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from zerotuning.calibration.acceptance import evidence, fold_agreement, kappa, resemblance
+from zerotuning.calibration.gradient_search import Split
+
+
+def test_kappa_is_agreement_beyond_chance() -> None:
+    one = torch.tensor([0] * 25 + [0] * 10 + [1] * 15 + [1] * 20)  # a textbook's table: 20 5 / 10 15 and some
+    other = torch.tensor([0] * 25 + [1] * 10 + [0] * 15 + [1] * 20)
+    observed = 45 / 70
+    chance = (35 / 70) * (40 / 70) + (35 / 70) * (30 / 70)
+    assert kappa(one, other, 2) == pytest.approx((observed - chance) / (1 - chance))
+    assert kappa(one, one, 2) == pytest.approx(1)
+    assert kappa(torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), 2) == 0
+
+
+def test_folds_of_one_seed_are_compared_pair_by_pair() -> None:
+    rng = np.random.default_rng(0)
+    first, second, third = (torch.tensor(rng.normal(size=(50, 3))) for _ in range(3))
+    splits = [Split(seed, [[0]], [[1]]) for seed in (0, 0, 0, 1)]
+    predictions = [one.argmax(-1) for one in (first, second, third)]
+    expected = sum(kappa(predictions[i], predictions[j], 3) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+    assert fold_agreement(splits, [[first], [second], [third], [first]]) == pytest.approx(expected)
+    assert fold_agreement(splits[3:], [[first]]) is None
+
+
+def test_resemblance_forgives_a_shift_of_a_label_and_notices_new_evidence() -> None:
+    rng = np.random.default_rng(1)
+    scores = torch.tensor(rng.normal(size=(200, 3)))
+    assert resemblance(scores, 3 * scores + torch.tensor([5.0, -2.0, 0.0])) == pytest.approx(1)
+    assert abs(resemblance(scores, torch.tensor(rng.normal(size=(200, 3))))) < 0.2
+    odds = scores.numpy() - scores.numpy().mean(axis=1, keepdims=True)
+    mixed = scores + torch.tensor(rng.normal(size=(200, 3)))
+    other = mixed.numpy() - mixed.numpy().mean(axis=1, keepdims=True)
+    expected = np.mean([np.corrcoef(odds[:, c], other[:, c])[0, 1] for c in range(3)])
+    assert resemblance(scores, mixed) == pytest.approx(expected)
+
+
+def test_evidence_runs_from_none_to_all_of_log_c() -> None:
+    same = torch.tensor([[1.0, 2.0, 0.0]]).repeat(9, 1)
+    assert evidence(same) == pytest.approx(0, abs=1e-12)
+    sure = 100 * torch.eye(3).repeat(3, 1)
+    assert evidence(sure) == pytest.approx(1)
+    half = torch.tensor([[math.log(0.9), math.log(0.1)], [math.log(0.1), math.log(0.9)]])
+    conditional = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert evidence(half) == pytest.approx(1 - conditional / math.log(2), rel=1e-6)

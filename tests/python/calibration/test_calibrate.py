@@ -1,0 +1,467 @@
+"""Calibration of a tiny random model: folds, what is refused, what may change, several tasks, text, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zerotuning as zt
+from limited_memory import memory_for
+from zerotuning.calibration.checkpointing import checkpointed_layers
+from zerotuning.calibration.folds import draw_examples, make_folds
+from zerotuning.calibration.options import CalibrationOptions
+from zerotuning.errors import ZeroTuningError
+from zerotuning.patching.patch import head_parameters, patch, unpatch
+from zerotuning.tasks.task import Task, as_records
+
+FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
+FIRST = ("good", "bad", "a good story", "far too long")
+SECOND = ("told", "long", "well told", "far too well told", "a story")
+# One label for all: what helps one example helps the others, so that a search finds something.
+RECORDS = [{"text": f"the film is {one} and {two}", "label": 1} for one in FIRST for two in SECOND]
+
+
+@pytest.fixture
+def tiny(tiny_model: Any, tiny_tokenizer: Any) -> tuple[Any, Any]:
+    return tiny_model, tiny_tokenizer
+
+
+def calibrate(tiny: tuple[Any, Any], task: Any = FILMS, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"records": RECORDS, "steps": 4, "folds": 2}
+    return zt.calibrate(*tiny, task, **(settings | changes))
+
+
+def loss_of(tiny: tuple[Any, Any], scales: Any, records: Any = RECORDS, task: Task = FILMS) -> float:
+    zt.patch(tiny[0])
+    zt.apply_scales(tiny[0], scales)
+    try:
+        return zt.evaluate(*tiny, task, records).loss
+    finally:
+        zt.unpatch(tiny[0])
+
+
+# Folds.
+
+
+def test_every_example_is_held_out_once_and_labels_keep_their_shares() -> None:
+    records = as_records([{"text": str(i), "label": int(i % 4 == 0)} for i in range(40)])
+    folds = make_folds(records, 4, seed=3)
+    assert sorted(place for fold in folds for place in fold.held_out) == list(range(40))
+    for fold in folds:
+        assert sorted(fold.fit + fold.held_out) == list(range(40))
+        assert sum(records[place]["label"] for place in fold.held_out) in (2, 3)
+    assert make_folds(records, 4, seed=3) == folds
+    assert make_folds(records, 4, seed=4) != folds
+
+
+def test_one_fold_holds_out_a_fifth() -> None:
+    (fold,) = make_folds(as_records(RECORDS), 1, seed=0)
+    assert (len(fold.fit), len(fold.held_out)) == (16, 4)
+
+
+def test_few_examples_make_few_folds() -> None:
+    folds = make_folds(as_records(RECORDS[:4]), 4, seed=0)
+    assert [len(fold.held_out) for fold in folds] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "seeds", "folds"),
+    [
+        (128, {}, 3, 1),
+        (128, {"seeds": 2}, 2, 1),
+        (128, {"folds": 2}, 1, 2),
+        (128, {"folds": 1}, 3, 1),
+        (127, {}, 1, 4),
+    ],
+)
+def test_many_examples_take_three_searches_of_one_fold(
+    tiny: Any, count: int, options: dict[str, int], seeds: int, folds: int
+) -> None:
+    records = (RECORDS * 7)[:count]
+    report = zt.calibrate(*tiny, FILMS, records=records, steps=1, **options).report
+    assert (report["seeds"], report["folds"]) == (seeds, folds)
+
+
+def test_only_a_gradient_search_with_labels_takes_several_seeds() -> None:
+    for options in ({"objective": "information"}, {"method": "paper"}, {"method": "cma-es"}):
+        assert CalibrationOptions(**options).resolved(200).seed_count == 1
+
+
+def test_the_draw_depends_on_the_seed_alone() -> None:
+    drawn = draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1))
+    assert drawn == draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1, folds=3))
+    assert drawn != draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=2))
+
+
+# What is found.
+
+
+@pytest.mark.parametrize("combine", ["average", "refit"])
+def test_folds_end_in_scales_that_lower_the_loss(tiny: Any, combine: str) -> None:
+    found = calibrate(tiny, combine=combine)
+    assert found.improved
+    assert found.report["chosen"]["combine"] == combine
+    assert found.report["held_out_examples"] == 20
+    before, after = loss_of(tiny, zt.HeadScales.ones(2, 4)), loss_of(tiny, found.scales)
+    assert found.report["baseline"]["loss"] == pytest.approx(before, abs=1e-4)
+    assert after < before
+
+
+def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
+    """Each fold's search, written out: its own examples alone, Adam as in csrc/search, judged on the rest."""
+    found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, penalties=[0.0])
+    total = 0.0
+    zt.patch(tiny[0])
+    for fold in make_folds(as_records(RECORDS), 2, seed=0):
+        fit, held_out = ([RECORDS[i] for i in order_of(20)[part]] for part in (fold.fit, fold.held_out))
+        # Adam's first step has length learning_rate (cosine: all of it) against the gradient's sign.
+        gamma = torch.from_numpy(np.exp(-0.2 * np.sign(numeric_gradient(tiny, fit))))
+        zt.apply_scales(tiny[0], zt.HeadScales(gamma.reshape(2, 4)))
+        total += zt.evaluate(*tiny, FILMS, held_out).loss * len(held_out)
+    zt.unpatch(tiny[0])
+    assert found.report["tuned"]["loss"] == pytest.approx(total / 20, abs=2e-4)
+
+
+def order_of(count: int) -> Any:
+    """The order in which seed 0 draws examples, as an array to index lists of places with."""
+    return np.random.default_rng(0).permutation(count)
+
+
+def numeric_gradient(tiny: Any, records: Any, width: float = 0.05) -> np.ndarray:
+    slopes = []
+    for head in range(8):
+        sides = []
+        for side in (width, -width):
+            log_scale = torch.zeros(8)
+            log_scale[head] = side
+            zt.apply_scales(tiny[0], zt.HeadScales(log_scale.exp().reshape(2, 4)))
+            sides.append(zt.evaluate(*tiny, FILMS, records).loss)
+        slopes.append((sides[0] - sides[1]) / (2 * width))
+    return np.array(slopes)
+
+
+def test_the_held_out_loss_chooses_the_penalty(tiny: Any) -> None:
+    found = calibrate(tiny, penalties=[100.0, 0.0])
+    assert found.report["chosen"]["penalty"] == 0.0
+    least = {
+        penalty: min(e["held_out_loss"] for e in found.report["history"] if e["penalty"] == penalty)
+        for penalty in (0.0, 100.0)
+    }
+    assert found.report["tuned"]["loss"] == pytest.approx(least[0.0], abs=1e-5)
+    assert least[0.0] < least[100.0]
+
+
+def test_labels_that_no_scales_can_find_leave_every_scale_at_one(tiny: Any) -> None:
+    """The same texts with both labels: what helps one half hurts the other, so γ = 1 … or a flatter guess."""
+    texts = [record["text"] for record in RECORDS[:10]]
+    records = [{"text": text, "label": label} for label in (0, 1) for text in texts]
+    found = calibrate(tiny, records=records, steps=3)
+    if not found.improved:
+        assert bool((found.scales.gamma == 1).all())
+        assert found.report["reason"]
+    else:
+        assert loss_of(tiny, found.scales, records) < loss_of(tiny, zt.HeadScales.ones(2, 4), records)
+        assert found.report["tuned"]["accuracy"] >= found.report["baseline"]["accuracy"]
+
+
+def test_seeds_are_averaged_and_their_spread_reported(tiny: Any) -> None:
+    found = calibrate(tiny, seeds=3)
+    assert [one["seed"] for one in found.report["by_seed"]] == [0, 1, 2]
+    losses = [one["loss"] for one in found.report["by_seed"]]
+    assert found.report["spread"]["loss"] == pytest.approx(float(np.std(losses, ddof=1)))
+    assert len(set(losses)) > 1
+
+
+def test_patience_ends_a_search_early(tiny: Any) -> None:
+    # A step so long that every later point is worse.
+    found = calibrate(tiny, steps=40, learning_rate=4.0, patience=1)
+    assert found.report["steps"] < 40
+
+
+def test_seconds_end_a_search_early_with_a_result(tiny: Any) -> None:
+    found = calibrate(tiny, steps=100000, seconds=1.0)
+    assert found.improved
+    assert 1 < found.report["steps"] < 100000
+    assert 1.0 <= found.report["seconds"] < 20
+
+
+# Without labels.
+
+
+def test_a_model_whose_predictions_say_nothing_is_left_alone_without_labels(tiny: Any) -> None:
+    for layer in tiny[0].model.layers:  # attention that adds nothing: the last token alone decides, and it is one
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    records = [{"text": record["text"]} for record in RECORDS]
+    found = calibrate(tiny, records=records, objective="information")
+    assert not found.improved
+    assert found.report["evidence"] < 1e-6
+    assert "too little" in found.report["reason"]
+    assert found.report["steps"] == 0
+
+
+def test_without_the_guard_information_falls(tiny: Any) -> None:
+    texts = [f"{one} and {two}, {three}" for one in FIRST for two in SECOND for three in (*FIRST, *SECOND)]
+    found = calibrate(tiny, records=[{"text": text} for text in texts], objective="information", guard=False, steps=8)
+    assert found.improved
+    assert found.report["tuned"]["loss"] < found.report["baseline"]["loss"]
+
+
+@pytest.mark.parametrize("prior", ["estimate", (0.2, 0.8)])
+def test_information_takes_a_prior(tiny: Any, prior: Any) -> None:
+    records = [{"text": record["text"]} for record in RECORDS]
+    plain = calibrate(tiny, records=records, objective="information", guard=False)
+    found = calibrate(tiny, records=records, objective="information", guard=False, prior=prior)
+    assert found.report["baseline"]["loss"] != plain.report["baseline"]["loss"]
+
+
+# Which heads.
+
+
+def test_only_the_heads_asked_for_change(tiny: Any) -> None:
+    gamma = calibrate(tiny, layers=[1], exclude_heads=[(1, 2)]).scales.gamma
+    assert bool((gamma[0] == 1).all())
+    assert gamma[1, 2] == 1
+    assert bool((gamma[1, [0, 1, 3]] != 1).all())
+    gamma = calibrate(tiny, heads=[(1, 3)]).scales.gamma
+    assert gamma[1, 3] != 1
+    assert int((gamma != 1).sum()) == 1
+
+
+def test_options_may_come_as_arrays_and_sets() -> None:
+    plain = CalibrationOptions(layers=(0, 1), heads=((0, 1), (1, 2)), exclude_heads=((1, 0),), examples=8)
+    given = CalibrationOptions(
+        layers=np.array([0, 1]), heads={(1, 2), (0, 1)}, exclude_heads=torch.tensor([[1, 0]]), examples=np.int64(8)
+    )
+    assert given == plain
+    shares = CalibrationOptions(
+        prior=np.array([0.5, 0.5]), penalties=np.array([0.25]), objective="information", seconds=np.float32(2.5)
+    )
+    assert (shares.prior, shares.penalties) == ((0.5, 0.5), (0.25,))
+    assert json.loads(json.dumps([given.to_json(), shares.to_json()])) == [given.to_json(), shares.to_json()]
+
+
+def test_a_prior_for_letters_has_a_number_for_each_choice(tiny: Any) -> None:
+    task = Task("asked", "{text}\n{choices}\nAnswer:", "letters")
+    records = [{**record, "choices": ["good", "bad", "long"]} for record in RECORDS]
+    options = {"objective": "information", "guard": False, "steps": 1}
+    report = calibrate(tiny, task, records=records, prior=(0.2, 0.5, 0.3), **options).report
+    assert report["options"]["prior"] == [0.2, 0.5, 0.3]
+    with pytest.raises(
+        ZeroTuningError, match="prior must be one number for each of the 3 labels of task 'asked', got 7"
+    ):
+        calibrate(tiny, task, records=records, prior=(0.1,) * 6 + (0.4,), **options)
+
+
+def test_tied_heads_share_their_scale(tiny: Any) -> None:
+    by_layer = calibrate(tiny, tie="layer").scales.gamma
+    assert all(len(set(row.tolist())) == 1 for row in by_layer)
+    assert by_layer[0, 0] != by_layer[1, 0]
+    assert len(set(calibrate(tiny, tie="all").scales.gamma.flatten().tolist())) == 1
+
+
+@pytest.mark.parametrize("method", ["gradient", "cma-es"])
+def test_heads_that_are_not_free_keep_the_scales_of_the_start(tiny: Any, method: str) -> None:
+    start = zt.HeadScales(torch.linspace(0.5, 2.0, 8).reshape(2, 4))
+    steps = 4 if method == "gradient" else 24
+    folds = 2 if method == "gradient" else None
+    found = calibrate(tiny, start=start, layers=[1], method=method, steps=steps, folds=folds)
+    assert found.scales.gamma[0].tolist() == pytest.approx(start.gamma[0].tolist())
+
+
+def test_a_start_is_the_first_point_of_the_search(tiny: Any) -> None:
+    better = calibrate(tiny, steps=8)
+    again = calibrate(tiny, start=better.scales, steps=1, learning_rate=1e-6)
+    assert again.scales.gamma.flatten().tolist() == pytest.approx(better.scales.gamma.flatten().tolist(), abs=1e-4)
+
+
+# Several tasks, text of any length, metrics.
+
+
+def test_tasks_tuned_together_are_each_judged(tiny: Any) -> None:
+    short = Task("short", "{text}:", (" bad", " good"))
+    found = calibrate(tiny, [FILMS, short], records=[RECORDS, RECORDS[:12]])
+    assert found.report["task"] == "films + short"
+    assert [one["task"] for one in found.report["tasks"]] == ["films", "short"]
+    ones = zt.HeadScales.ones(2, 4)
+    mean = (loss_of(tiny, ones) + loss_of(tiny, ones, RECORDS[:12], short)) / 2
+    assert found.report["baseline"]["loss"] == pytest.approx(mean, abs=1e-4)
+
+
+def test_a_gold_continuation_of_any_length_is_learned(tiny: Any) -> None:
+    task = Task("stories", "Tell: {text}\n", continuation=" {answer}")
+    records = [
+        {"text": r["text"], "answer": "a good story, well told" + " too" * (i % 3)} for i, r in enumerate(RECORDS)
+    ]
+    found = calibrate(tiny, task, records=records, steps=8)
+    assert found.improved
+    assert found.report["baseline"]["accuracy"] is None
+    before, after = (loss_of(tiny, one, records, task) for one in (zt.HeadScales.ones(2, 4), found.scales))
+    assert found.report["baseline"]["loss"] == pytest.approx(before, abs=1e-4)
+    assert after < before
+
+
+def test_cma_es_takes_any_metric_of_generated_text(tiny: Any) -> None:
+    seen = []
+
+    def spaces(texts: list[str], records: list[Any]) -> float:
+        seen.append(len(texts))
+        assert [record["label"] for record in records] == [1] * len(texts)
+        return sum(text.count("e") - text.count("o") for text in texts) / len(texts)
+
+    found = calibrate(tiny, method="cma-es", metric=spaces, steps=30, folds=None, max_new_tokens=6)
+    assert set(seen) == {16, 4}
+    assert found.report["objective"] == "metric"
+    if found.improved:
+        assert found.report["tuned"]["loss"] < found.report["baseline"]["loss"]
+    else:
+        assert bool((found.scales.gamma == 1).all())
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.array(0.5), torch.tensor(0.5), 1, True])
+def test_a_metric_may_return_a_number_of_any_library(tiny: Any, number: Any) -> None:
+    found = calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
+    assert found.report["baseline"]["loss"] == -float(number)
+
+
+@pytest.mark.parametrize("number", ["0.5", None, math.nan, torch.zeros(2), np.zeros(2), 10**400])
+def test_a_metric_that_returns_no_finite_number_is_refused(tiny: Any, number: Any) -> None:
+    with pytest.raises(ZeroTuningError, match="metric must return a finite number, got "):
+        calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
+
+
+# OutOfMemoryRetry.
+
+
+def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any) -> None:
+    whole = calibrate(tiny)
+    with memory_for(tiny[0], 3):
+        found = calibrate(tiny)
+    assert any("not enough memory for a batch of" in note for note in found.report["setbacks"])
+    assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
+
+
+def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any, monkeypatch: Any) -> None:
+    whole = calibrate(tiny)
+    forward = type(tiny[0]).forward
+    block = tiny[0].model.layers[0]
+
+    def checkpointed_only(self: Any, *arguments: Any, **more: Any) -> Any:
+        if torch.is_grad_enabled() and "forward" not in vars(block):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, *arguments, **more)
+
+    checkpointed_only.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(tiny[0]), "forward", checkpointed_only)
+    found = calibrate(tiny)
+    assert any("activations are computed twice" in note for note in found.report["setbacks"])
+    assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
+    assert "forward" not in vars(block)
+
+
+def test_checkpointed_layers_keep_less_and_give_the_same_gradient(tiny: Any) -> None:
+    model = patch(tiny[0])
+    ids = torch.arange(24)[None]
+
+    def kept_and_gradient() -> tuple[int, torch.Tensor]:
+        sizes: list[int] = []
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with head_parameters(model) as parameters:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                loss = model(ids, use_cache=False).logits[0, -1].square().sum()
+            kept = sum(sizes)
+            return kept, torch.stack(torch.autograd.grad(loss, parameters))
+
+    plain, gradient = kept_and_gradient()
+    with checkpointed_layers(model):
+        less, again = kept_and_gradient()
+    unpatch(model)
+    assert less < plain / 2
+    assert torch.equal(gradient, again)
+
+
+def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tiny: Any, monkeypatch: Any) -> None:
+    forward, calls = type(tiny[0]).forward, [0]
+
+    def sometimes_nan(self: Any, input_ids: Any = None, **more: Any) -> Any:
+        output = forward(self, input_ids=input_ids, **more)
+        # Once gradients are on, one example's logits are no numbers.
+        bad = (input_ids == marked).any(dim=-1) if torch.is_grad_enabled() else torch.zeros(len(input_ids), dtype=bool)
+        calls[0] += int(bad.any())
+        output.logits = output.logits.masked_fill(bad[:, None, None], math.nan)
+        return output
+
+    marked = tiny[1]("#")["input_ids"][0]
+    sometimes_nan.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(tiny[0]), "forward", sometimes_nan)
+    records = [{"text": "the film # is bad", "label": 1}, *RECORDS]
+    found = calibrate(tiny, records=records)
+    assert calls[0] > 0
+    assert found.improved
+    assert any("example 0: no finite loss" in note for note in found.report["setbacks"])
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"folds": 0}, "folds must be at least 1, got 0"),
+        ({"seeds": 0}, "seeds must be at least 1, got 0"),
+        ({"penalties": [-1.0]}, "penalties must be numbers of at least 0"),
+        ({"prior": (0.5, 0.5)}, "prior belongs to the objective information, got task-loss"),
+        ({"prior": (0.9, 0.9), "objective": "information"}, "prior must be positive numbers, one a label"),
+        ({"prior": (0.2, 0.2, 0.6), "objective": "information"}, "prior must be one number for each of the 2 labels"),
+        (
+            {"prior": 0.5, "objective": "information"},
+            "prior must be positive numbers, one a label, that add up to 1, got 0.5",
+        ),
+        ({"layers": 1}, "layers must be a sequence of integers, got 1"),
+        ({"layers": "01"}, "layers must be a sequence of integers, got '01'"),
+        ({"layers": [0.0]}, "layers must be a sequence of integers, got [0.0]"),
+        ({"heads": [1]}, "heads must be (layer, head) pairs, got 1"),
+        ({"heads": [(0, True)]}, "heads must be (layer, head) pairs, got (0, True)"),
+        ({"exclude_heads": None}, "exclude_heads must be (layer, head) pairs, got None"),
+        ({"truncate": "no"}, "truncate must be True or False, got 'no'"),
+        ({"guard": "no"}, "guard must be True or False, got 'no'"),
+        ({"records": 5}, "examples must be mappings, or the name of a file, got int 5"),
+        ({"records": ["good"]}, "example 0 must be a mapping of its fields, got str 'good'"),
+        ({"start": "dir"}, "start must be HeadScales, got str"),
+        (
+            {"start": zt.HeadScales(torch.ones(2, 4), {"model_type": "qwen2"})},
+            "start was made for a qwen2 model, this is a llama model",
+        ),
+        ({"method": "cma-es"}, "folds are for the method gradient, got 2 with cma-es"),
+        ({"layers": [2]}, "layers: the model's layers are 0 to 1, got 2"),
+        ({"heads": [(0, 4)]}, "heads: the model's heads are 0 to 3, got 4"),
+        ({"layers": [0], "heads": [(1, 1)]}, "leave no head to tune"),
+        ({"start": zt.HeadScales.ones(3, 4)}, "start must be 2 layers x 4 heads as the model has, got [3, 4]"),
+        ({"metric": len}, "metric has no gradient: it needs the method cma-es, got gradient"),
+        ({"stepps": 3}, "calibrate has no option 'stepps': there are method,"),
+        ({"seconds": 0}, "seconds must be positive, got 0"),
+        ({"task": [FILMS, FILMS]}, "records must be one for each of 2 tasks, got 20"),
+        ({"method": "paper", "folds": None, "start": zt.HeadScales([[2.0] * 4] * 2)}, "the paper's method begins at"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(tiny: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ZeroTuningError) as error:
+        calibrate(tiny, **changes)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_scales_metadata_hold_nothing_that_two_runs_differ_in(tiny: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        calibrate(tiny, output=tmp_path / name)
+    for name in ("head_scales.safetensors", "zerotuning_config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert "seconds" not in json.loads((tmp_path / "one/zerotuning_config.json").read_text("utf-8"))["calibration"]

@@ -1,0 +1,246 @@
+"""A calibration that is killed goes on where it was, to the same bytes; several processes make one result."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zerotuning as zt
+from several_processes import torchrun
+from torch import nn
+from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
+from zerotuning.calibration.gradient_search import FoldedSearch
+from zerotuning.errors import ZeroTuningError
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.tokenization import tokenize
+
+TASK = """\
+name: films
+prompt: "Review: {text}\\nSentiment:"
+labels: [" negative", " positive"]
+"""
+RECORDS = [
+    {"text": f"the film is {first} and {second}", "label": 1}
+    for first in ("good", "bad", "a good story", "far too long")
+    for second in ("told", "long", "well told", "far too well told", "a story")
+]
+FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
+SAME_BYTES = ("head_scales.safetensors", "zerotuning_config.json")
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Path:
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "task.yaml").write_text(TASK, encoding="utf-8")
+    write_records(tmp_path, RECORDS)
+    return tmp_path
+
+
+def write_records(place: Path, records: list[dict[str, Any]]) -> None:
+    (place / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def command(output: str, *more: str) -> list[str]:
+    return [
+        *("calibrate", "--model", "model", "--task", "task.yaml", "--data", "data.jsonl", "--dtype", "float32"),
+        *("--device", "cpu", "--output", output, *more),
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def start(place: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "zerotuning", *arguments],
+        cwd=place,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err.decode()
+
+
+def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) -> None:
+    options = ("--steps", "120", "--penalty", "0.001,0.01", "--combine", "refit")
+    finish(start(place, *command("whole", *options)))
+    moments = random.Random(7)
+    state = place / "killed/calibration_state.json"
+    progress = []
+    for _ in range(5):
+        process = start(place, *command("killed", *options))
+        before = state.read_bytes() if state.exists() else None
+        # From its first new state on, up to a random moment; a search that is done by then has nothing left to kill.
+        while process.poll() is None and (not state.exists() or state.read_bytes() == before):
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.25))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if not state.exists():
+            break
+        progress.append(json.loads(state.read_text("utf-8"))["state"]["seconds"])
+    assert len(progress) >= 3, "the search is too short for this test"
+    assert progress == sorted(progress)
+    if state.exists():
+        finish(start(place, *command("killed", *options)))
+    for name in SAME_BYTES:
+        assert (place / "killed" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    assert sorted(path.name for path in (place / "killed").iterdir()) == sorted(
+        path.name for path in (place / "whole").iterdir()
+    )
+
+
+def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> None:
+    from zerotuning.calibration.state import CalibrationState
+    from zerotuning.models.process_group import Processes
+
+    state = CalibrationState(tmp_path, {"seed": 0}, Processes())
+    state.write({"search": 1})
+    assert state.read() == {"search": 1}
+    (tmp_path / ".calibration_state.json.0f.part").write_text("half", encoding="utf-8")
+    (tmp_path / "notes.part").write_text("the user's", encoding="utf-8")
+    state.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.part"]
+    assert state.read() is None
+
+
+class Interruption(Exception):
+    pass
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every search is interrupted before its fourth round."""
+    advance, left = FoldedSearch.advance, [3]
+
+    def advance_or_stop(self: FoldedSearch) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Interruption
+        advance(self)
+
+    monkeypatch.setattr(FoldedSearch, "advance", advance_or_stop)
+
+
+def calibrate_films(model: Any, tokenizer: Any, output: Path, task: Task = FILMS) -> None:
+    zt.calibrate(model, tokenizer, task, records=RECORDS, steps=9, output=output)
+
+
+def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None) -> None:
+    def run() -> None:
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path / "out")
+
+    with pytest.raises(Interruption):
+        run()
+    state = tmp_path / "out/calibration_state.json"
+    content = json.loads(state.read_text("utf-8"))
+    damaged = [{}, {**content, "state": {"search": {}}}, [1]]
+    for changes in ({"seconds": -1.0}, {"seconds": math.inf}, {"search": []}, {"setbacks": []}):
+        damaged.append({**content, "state": {**content["state"], **changes}})
+    endless = {**content["state"]["search"], "round": math.inf}
+    damaged.append({**content, "state": {**content["state"], "search": endless}})
+    for text in ("", *map(json.dumps, damaged)):
+        state.write_text(text, encoding="utf-8")
+        with pytest.raises(
+            ZeroTuningError, match=r"calibration_state\.json cannot be read .*; overwrite to start anew$"
+        ):
+            run()
+
+
+def test_other_weights_of_the_same_shape_do_not_resume(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
+) -> None:
+    with pytest.raises(Interruption):
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(ZeroTuningError, match="holds an unfinished calibration with another weights: "):
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
+
+
+def test_a_tokenizer_that_gives_other_tokens_does_not_resume(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
+) -> None:
+    chat = replace(FILMS, chat=True)
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Answer: "
+    with pytest.raises(Interruption):
+        calibrate_films(tiny_model, tokenizer, tmp_path, chat)
+    tokenizer.chat_template = "{{ messages[0]['content'] }} Say: "
+    with pytest.raises(ZeroTuningError, match="holds an unfinished calibration with another tokens: "):
+        calibrate_films(tiny_model, tokenizer, tmp_path, chat)
+
+
+def test_digests_tell_weights_and_tokens_apart_and_know_them_again(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
+) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    again = type(tiny_model).from_pretrained(tmp_path)
+    assert weights_digest(again) == weights_digest(tiny_model)
+    with torch.no_grad():
+        again.lm_head.weight.neg_()
+    assert weights_digest(again) != weights_digest(tiny_model)
+    many = nn.Linear(1, 1)
+    many.weight = nn.Parameter(torch.zeros(1).expand(2**25 + 3))  # places beyond float32's whole numbers
+    last = torch.arange(2**25 + 3) == 2**25 + 2
+    before = weights_digest(many)
+    many.weight = nn.Parameter(last.to(torch.float32))
+    assert weights_digest(many) != before
+    tokens = [tokenize(tiny_tokenizer, FILMS, as_records(RECORDS))]
+    assert tokens_digest(tokens) == tokens_digest([list(tokens[0])])
+    assert tokens_digest(tokens) != tokens_digest([tokens[0][1:]])
+
+
+@pytest.mark.parametrize(
+    ("objective", "method", "more"),
+    [
+        ("task-loss", "gradient", ()),
+        ("task-loss", "gradient", ("--shots", "3", "--shot-draws", "3")),
+        ("information", "gradient", ()),
+        ("task-loss", "cma-es", ()),
+        ("entropy", "paper", ()),
+    ],
+)
+def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str, more: tuple[str, ...]) -> None:
+    if more:  # enough to compare draws by
+        write_records(place, [{**record, "text": f"{record['text']} {i}"} for i in range(3) for record in RECORDS])
+    options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method, *more)
+    finish(start(place, *command("one", *options)))
+    together = torchrun(place, "-m", "zerotuning", *command("two", *options))
+    assert together.returncode == 0, together.stderr
+    assert together.stdout.count("In two: ") == 1
+    assert together.stdout.count("  taken\n") == bool(more)
+    one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
+    if objective == "task-loss" and method == "gradient":
+        assert bool((one != 1).any())
+    assert torch.allclose(one, two, atol=1e-4, rtol=0)
+    reports = [json.loads((place / name / "report.json").read_text("utf-8")) for name in ("one", "two")]
+    losses = [[entry["fit_loss"] for entry in report["history"] if "fit_loss" in entry] for report in reports]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_bad_input_ends_all_processes(place: Path) -> None:
+    together = torchrun(place, "-m", "zerotuning", *command("two", "--layers", "9"))
+    assert together.returncode != 0
+    assert "layers: the model's layers are 0 to 1, got 9" in together.stderr
+    # torchrun may end the first process, which met the same error, before it has removed the folder it made.
+    assert not any((place / "two").glob("*"))

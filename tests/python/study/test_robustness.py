@@ -1,0 +1,181 @@
+"""The study of robustness on a tiny random model, and what it is made of: shared prefixes, rounded weights, distractors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zerotuning.evaluation.evaluate import evaluate, label_scores
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.evaluation.prefix_cache import is_worth_sharing, scores_behind_prefix
+from zerotuning.patching.patch import head_parameters, patch
+from zerotuning.study import Setting, robustness, run_study
+from zerotuning.study.robustness import GRIDS, PARTS, WORDINGS, Draw, TunedScales, distractors, with_shots
+from zerotuning.study.rounded_weights import ROUNDINGS, eight_bit, four_bit, rounded_weights
+from zerotuning.tasks.task import Task
+
+
+@pytest.fixture
+def long_model(tiny_model: Any) -> Any:
+    tiny_model.config.max_position_embeddings = 4096
+    return patch(tiny_model)
+
+
+@pytest.fixture
+def setting(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Setting:
+    tiny_model.config.max_position_embeddings = 4096
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    return Setting(
+        str(tmp_path / "model"), dtype="float32", size="small", tasks=("sst2",), examples=6, limit=4, seeds=1
+    )
+
+
+def test_every_part_measures_the_same_examples_untuned_and_tuned_and_a_second_run_tunes_nothing(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(GRIDS, "small", dataclasses.replace(GRIDS["small"], own_shots=(1,), context=(0, 500)))
+    first = run_study("robustness", setting, tmp_path / "out")
+    parts = [row["key"]["part"] for row in first.rows]
+    assert set(parts) == {"scales", *PARTS}
+    tuned_on = [(row["key"]["examples"], row["key"]["shots"]) for row in first.rows if row["key"]["part"] == "scales"]
+    assert tuned_on == [(6, 0), (6, 1), (4, 0)]  # each once
+    for row in first.rows:
+        if row["key"]["part"] != "scales":
+            for which in ("untuned", "tuned"):
+                assert row[which]["accuracy"] == pytest.approx(sum(row[which]["right"]) / 4)
+    assert {f"robustness_{part}.png" for part in PARTS} <= {path.name for path in first.files}
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("tuned again")
+
+    monkeypatch.setattr(robustness, "calibrate", refuse)
+    # One cell's row is lost, its scales' is not.
+    file = tmp_path / "out" / "robustness.json"
+    text = file.read_text()
+    held = json.loads(text)
+    held["rows"] = [row for row in held["rows"] if row["key"]["part"] != "wordings"]
+    file.write_text(json.dumps(held))
+    again = run_study("robustness", setting, tmp_path / "out")
+
+    def figures(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        found = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+        return sorted(found, key=lambda row: json.dumps(row["key"]))
+
+    assert figures(again.rows) == figures(first.rows)
+
+
+def test_the_base_setting_is_the_same_in_every_part(setting: Setting) -> None:
+    rows = run_study("robustness", setting).rows
+    base = {"shots": 0, "context": 0, "quantisation": "as loaded", "wordings": 0}
+    found = [row["tuned"] for row in rows if row["key"].get("condition") == base.get(row["key"]["part"], ...)]
+    assert len(found) == 4
+    for one in found[1:]:
+        assert one["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
+        assert one["right"] == found[0]["right"]
+
+
+@pytest.mark.parametrize("shots", [0, 3])
+def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
+    long_model: Any, tiny_tokenizer: Any, shots: int
+) -> None:
+    task = with_shots(Task.load("trec"), shots, 0)
+    records = task.examples("test", 5)
+    scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
+    assert scorer.shared_length > (300 if shots else 20)
+    with head_parameters(long_model) as parameters:
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.copy_(torch.tensor([0.7, -0.5, 0.0, 1.2]))
+        expected = label_scores(scorer)
+        found = scores_behind_prefix(scorer)
+    assert max(len(tokens) for example in scorer.examples for tokens in example.labels) > 1
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_shots_are_read_once_and_the_figures_stay(
+    long_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = with_shots(Task.load("trec"), 6, 0)
+    records = task.examples("test", 5)
+    read: list[int] = []
+    hook = long_model.register_forward_pre_hook(
+        lambda _, args, options: read.append(options["input_ids"].numel()), with_kwargs=True
+    )
+    found = evaluate(long_model, tiny_tokenizer, task, records)
+    hook.remove()
+    scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
+    assert sum(read) < sum(batch.input_ids.numel() for batch in scorer.batches) / 4
+    assert not is_worth_sharing(
+        LabelScorer(long_model, tiny_tokenizer, Task.load("sst2"), Task.load("sst2").examples("test", 5))
+    )
+    monkeypatch.setattr(sys.modules["zerotuning.evaluation.evaluate"], "is_worth_sharing", lambda _: False)
+    plain = evaluate(long_model, tiny_tokenizer, task, records)
+    assert (found.accuracy, found.examples) == (plain.accuracy, plain.examples)
+    assert found.loss == pytest.approx(plain.loss, abs=1e-4)
+    assert found.entropy == pytest.approx(plain.entropy, abs=1e-4)
+
+
+def test_eight_bits_are_255_steps_of_a_row() -> None:
+    weight = torch.tensor([[1.27, -0.634, 0.004, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(eight_bit(weight), torch.tensor([[1.27, -0.63, 0.0, 0.0], [0.0] * 4]))
+
+
+def test_four_bits_are_16_steps_between_the_ends_of_a_block() -> None:
+    block = torch.linspace(-1.0, 2.0, 32)
+    rounded = four_bit(torch.stack((block, 10 * block)))
+    for row, scale in zip(rounded, (1.0, 10.0), strict=True):
+        assert len(row.unique()) == 16
+        assert float(row[0]) == pytest.approx(-1.0 * scale)
+        assert float(row[-1]) == pytest.approx(2.0 * scale)
+        assert float((row - scale * block).abs().max()) <= scale * 3.0 / 15 / 2 + 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name, rounding in ROUNDINGS.items() if rounding is not None])
+def test_rounded_weights_are_put_back_also_after_an_exception(tiny_model: Any, name: str) -> None:
+    before = {key: value.clone() for key, value in tiny_model.state_dict().items()}
+    layer = tiny_model.model.layers[0].mlp.down_proj
+    with rounded_weights(tiny_model, name):
+        assert not torch.equal(layer.weight, before["model.layers.0.mlp.down_proj.weight"])
+        assert torch.equal(tiny_model.lm_head.weight, before["lm_head.weight"])
+    with pytest.raises(RuntimeError, match="stop"), rounded_weights(tiny_model, name):
+        raise RuntimeError("stop")
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 57, 700])
+def test_distractors_have_the_length_asked_for_and_come_from_other_tasks(tiny_tokenizer: Any, tokens: int) -> None:
+    text = distractors(tiny_tokenizer, tokens, "boolq", 0)
+    assert abs(len(tiny_tokenizer(text)["input_ids"]) - tokens) <= 2
+    own = {value for record in Task.load("boolq").examples("validation") for value in record.values()}
+    assert not any(part in own for part in text.split("\n\n"))
+    assert text == distractors(tiny_tokenizer, tokens, "boolq", 0)
+    assert tokens < 50 or text != distractors(tiny_tokenizer, tokens, "boolq", 1)
+
+
+def test_a_long_prompt_is_distractors_and_then_the_tasks_own(setting: Setting) -> None:
+    complete = setting.with_defaults({"small": None})  # type: ignore[dict-item]
+    draw = Draw(complete, "sst2", 0, TunedScales(complete))
+    task, record = draw._task_of("context", 900), draw.tests[0]
+    own = draw.task.render(record).own
+    text = task.render(record).own
+    assert text.endswith("\n\n" + own)
+    longest = max(len(example.prompt) for example in complete.scorer(task, draw.tests).examples)
+    assert 880 <= longest <= 900
+
+
+@pytest.mark.parametrize("name", WORDINGS)
+def test_there_are_five_wordings_with_the_tasks_fields_and_no_two_alike(name: str) -> None:
+    task = Task.load(name)
+    prompts = [task.prompt, *WORDINGS[name]]
+    assert len(set(prompts)) == 5
+    for prompt in prompts:
+        other = dataclasses.replace(task, prompt=prompt)
+        assert other.fields == task.fields
+        for label in task.labels:
+            assert label.strip().lower() in prompt.lower()

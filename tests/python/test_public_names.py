@@ -1,0 +1,34 @@
+"""The public names: what people import, wherever the package keeps it."""
+
+from __future__ import annotations
+
+import importlib
+from types import FunctionType, ModuleType
+
+import pytest
+import zerotuning
+
+#: Module paths that the documentation names.
+DOCUMENTED = ["ops", "errors", "files", "output", "version", "demo", "lm_evaluation", "study", "mt_bench"]
+
+
+def test_public_functions_are_functions_after_their_modules_are_imported() -> None:
+    for name in ("patching.patch", "calibration.calibrate", "evaluation.evaluate"):
+        module = importlib.import_module(f"zerotuning.{name}")
+        function = name.rpartition(".")[2]
+        assert isinstance(getattr(zerotuning, function), FunctionType), name
+        assert getattr(zerotuning, function) is getattr(module, function)
+    assert isinstance(zerotuning.ops, ModuleType)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_documented_modules_are_importable(name: str) -> None:
+    assert importlib.import_module(f"zerotuning.{name}").__doc__
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    assert set(zerotuning.__all__) <= set(dir(zerotuning))
+    for name in zerotuning.__all__:
+        assert getattr(zerotuning, name) is not None
+    with pytest.raises(AttributeError, match="module 'zerotuning' has no attribute 'tune'"):
+        _ = zerotuning.tune  # type: ignore[attr-defined]
