@@ -357,7 +357,7 @@ def test_hopper_gradients_are_the_same_from_run_to_run_and_the_choice_for_short_
 @needs_hopper
 def test_the_choice_of_route_follows_what_was_measured() -> None:
     names = {"forward, by route": 0, "forward + backward, by backward's route": 1}
-    measured = json.loads((Path(__file__).parents[2] / "notebooks/measured/bench_attention_h100.json").read_text())
+    measured = json.loads((Path(__file__).parents[2] / "docs/results/bench_attention_h100.json").read_text())
     rows = [row for row in measured["rows"] if row["what"] in names]
     assert {row["what"] for row in rows} == set(names)
     for row in rows:
