@@ -61,9 +61,9 @@ struct LogScaleGradientArguments {
 };
 
 // What is known of the keys of one generation step, in int64 words [batch, header + key_words]: the
-// key mask, a byte each (python/zerotuning/patching/patch.py reads it), and in front of it the initial token
-// as a span [first, end), and in front of that where the queries begin, if they are not the last
-// keys.
+// key mask, a byte each (python/zerotuning/patching/patch.py reads it), and in front of it the
+// initial token as a span [first, end), and in front of that where the queries begin, if they are
+// not the last keys.
 struct StepWords {
   static constexpr int64_t word_keys = 8;
   int64_t key_words, header;  // header: 2, or 3 with query_start
