@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, LlamaConfig, masking_utils
 from zerotuning import ops
 from zerotuning.attention import dense_masks, packed_sequences
-from zerotuning.bench import cuda as bench_cuda
+from zerotuning.bench import attention_cuda as bench_cuda
+from zerotuning.bench.peers import attention_inputs
 from zerotuning.calibration.batched_candidates import Candidates
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.cuda_graphs import RecordedPasses
@@ -363,7 +364,7 @@ def test_the_choice_of_route_follows_what_was_measured() -> None:
     for row in rows:
         batch, length = map(int, row["shape"].split(",")[0].split(" x "))
         ratios = {name: figures["ratio"] for name, figures in row["peers"].items() if name in bench_cuda.ROUTES}
-        inputs = bench_cuda.attention_inputs(bench_cuda.HEADS, length, torch.bfloat16, batch, "cuda")
+        inputs = attention_inputs(bench_cuda.HEADS, length, torch.bfloat16, batch, "cuda")
         grad_output = torch.randn_like(inputs[0])
         chosen, hopper, cudnn_s = (
             by_route(inputs, grad_output, HOPPER if names[row["what"]] else route, route)[names[row["what"]]]

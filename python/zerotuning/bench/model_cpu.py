@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from zerotuning.bench.runner import OURS, UNTUNED, Row, take_turns
+from zerotuning.bench.rows import OURS, UNTUNED, Row
+from zerotuning.bench.timing import take_turns
 from zerotuning.evaluation.label_scorer import Batch, LabelScorer
 from zerotuning.evaluation.objectives import task_loss
 from zerotuning.evaluation.prefix_cache import behind_prefix
@@ -19,7 +20,6 @@ from zerotuning.tasks.task import Task
 
 GRADIENT = "forward + gradient of every head"
 SHOTS = 4
-Peers = dict[str, Callable[[], object]]
 
 
 def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
@@ -39,7 +39,7 @@ def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
         yield {"what": "SmolLM2-135M", "shape": shape, "dtype": dtype, "peers": take_turns(peers, seconds)}
 
 
-def _peers(model: Any, scorer: LabelScorer, batch: Batch) -> Peers:
+def _peers(model: Any, scorer: LabelScorer, batch: Batch) -> dict[str, Callable[[], object]]:
     # Switching is outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
     @torch.no_grad()
     def untuned() -> object:

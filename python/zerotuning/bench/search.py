@@ -1,5 +1,4 @@
 """`zerotuning bench search`: what the same examples of the same tasks are worth to different methods.
-
 Each method sees labelled validation examples of a task (or their texts alone) and is judged on the same test examples.
 Some of a method's labelled examples stand solved before each prompt; `information`, which has no labels, and one row of
 the untuned model go without. The shots are the best of several draws and none, chosen once for all methods that see the same
@@ -8,50 +7,31 @@ examples (shot_choice.py). A row holds accuracy with its 95 % interval, how many
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from zerotuning.calibration.calibrate import calibrate
+from zerotuning.bench.methods import METHODS, WITHOUT_LABELS, MethodRun
+from zerotuning.bench.rows import Row
 from zerotuning.calibration.few_shot_choice import LEAST_JUDGES, choose_shots, shot_candidates
 from zerotuning.calibration.folds import LEAST_EXAMPLES, draw_examples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
-from zerotuning.evaluation.evaluate import label_scores
-from zerotuning.evaluation.label_bias import fit_label_bias
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
 from zerotuning.models.loading import load_model
-from zerotuning.patching.patch import apply_scales, unpatch
+from zerotuning.patching.patch import unpatch
 from zerotuning.statistics import Z95, wilson_interval
-from zerotuning.tasks.few_shot import without_shots
 from zerotuning.tasks.task import Record, Task
 
-Row = dict[str, Any]
-#: Test scores float32 [n, C], numbers tuned, seconds of tuning.
-Outcome = tuple[Tensor, int, float]
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)
 SHOTS = 4
 SHOT_DRAWS = 4
-WITHOUT_LABELS = ("information",)
-#: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
-ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
-ADAPTER_EPOCHS = 8
-ADAPTER_BATCH = 16
-NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass
@@ -141,7 +121,7 @@ class SearchBench:
         ours = known.get((name, "gradient", count, seed, shots, draws))
         task, drawn, choosing = self._behind_shots(name, count, seed, shots)
         row["shot_seed"] = task.shot_seed
-        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self, ours)
+        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self.batch_size, self.limit, ours)
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -211,206 +191,6 @@ def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:
             "dtype": "",
             "peers": {method: figures},
         }
-
-
-class MethodRun:
-    """One method's model, examples and tests.
-
-    task      with its shots
-    drawn     examples that the method has, the shots among them
-    choosing  seconds that choosing the shots took
-    count     of the examples; 0 for a method that has none
-    records   those that are no shots, in the order that `calibrate` draws them with the same number and seed
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        task: Task,
-        drawn: list[Record],
-        choosing: float,
-        count: int,
-        seed: int,
-        bench: SearchBench,
-        ours: Row | None,
-    ) -> None:
-        self.model, self.tokenizer, self.task, self.choosing = model, tokenizer, task, choosing
-        self.count, self.seed, self.batch_size, self.ours = count, seed, bench.batch_size, ours
-        self.records = without_shots(self.task, drawn)
-        self.tests = task.examples("test", bench.limit)
-        self.test_scorer = self.scorer(self.tests)
-
-    def scorer(self, records: list[Record], model: Any = None, batch_size: int | None = None) -> LabelScorer:
-        return LabelScorer(
-            model or self.model, self.tokenizer, self.task, records, batch_size=batch_size or self.batch_size
-        )
-
-    def calibrated(self, **options: Any) -> Outcome:
-        """`calibrate` with these options, on the run's examples: without shots as the command line draws them."""
-        draw: dict[str, Any] = {"records": self.records}
-        if not self.task.shots:
-            draw = {"records": self.task.examples("validation"), "examples": self.count}
-        started = time.perf_counter()
-        result = calibrate(
-            self.model,
-            self.tokenizer,
-            self.task,
-            **draw,
-            seed=self.seed,
-            batch_size=self.batch_size,
-            **options,
-        )
-        seconds = time.perf_counter() - started
-        apply_scales(self.model, result.scales)
-        return label_scores(self.test_scorer), int(result.report["numbers_searched"]), seconds
-
-
-# The methods.
-
-
-def _untuned(run: MethodRun) -> Outcome:
-    return label_scores(run.test_scorer), 0, 0.0
-
-
-def _label_bias(run: MethodRun) -> Outcome:
-    """A number added to each label's log-probability, fitted to the examples: calibration without touching the model."""
-    started = time.perf_counter()
-    scorer = run.scorer(run.records)
-    bias = fit_label_bias(label_scores(scorer), scorer.labels)
-    seconds = time.perf_counter() - started
-    return label_scores(run.test_scorer) + bias, len(bias) - 1, seconds
-
-
-def _shared(run: MethodRun) -> Outcome:
-    return run.calibrated(tie="all", seeds=1)
-
-
-def _gradient(run: MethodRun) -> Outcome:
-    return run.calibrated()
-
-
-def _information(run: MethodRun) -> Outcome:
-    return run.calibrated(objective="information")
-
-
-def _paper(run: MethodRun) -> Outcome:
-    return run.calibrated(method="paper")
-
-
-def _paper_in_time(run: MethodRun) -> Outcome:
-    """The paper's method stopped after the seconds that `gradient` took on the same examples."""
-    seconds = run.ours["peers"]["gradient"]["s"] - run.choosing if run.ours else run.calibrated()[2]
-    return run.calibrated(method="paper", seconds=seconds)
-
-
-def _lora(run: MethodRun) -> Outcome:
-    from peft import LoraConfig
-
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    return _adapter(run, config, ADAPTER_RATES["lora"])
-
-
-def _ia3(run: MethodRun) -> Outcome:
-    from peft import IA3Config
-
-    modules = ["k_proj", "v_proj", "down_proj"]
-    config = IA3Config(target_modules=modules, feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
-    return _adapter(run, config, ADAPTER_RATES["ia3"])
-
-
-METHODS: dict[str, Callable[[MethodRun], Outcome]] = {
-    "untuned": _untuned,
-    "label-bias": _label_bias,
-    "shared": _shared,
-    "gradient": _gradient,
-    "information": _information,
-    "paper": _paper,
-    "paper-in-time": _paper_in_time,
-    "ia3": _ia3,
-    "lora": _lora,
-}
-
-
-# Adapters of peft.
-
-
-def _adapter(run: MethodRun, config: Any, rates: Sequence[float]) -> Outcome:
-    """An adapter of the query's labels' loss: the learning rate and the epoch with the least loss on a held-out fifth."""
-    started = time.perf_counter()
-    records = run.records  # drawn in a random order
-    held = max(1, len(records) // 5)
-    fit, judge = records[held:], records[:held]
-    best: tuple[float, dict[str, Tensor]] | None = None
-    # cuDNN's backward pass of masked attention gives NaN at some lengths (pytorch issue 196678).
-    with _adapted(run, config) as model, sdpa_kernel(NOT_CUDNN):
-        first = _weights(model)
-        for rate in rates:
-            _set_weights(model, first)
-            for loss, weights in _epochs(run, model, fit, judge, rate):
-                if math.isfinite(loss) and (best is None or loss < best[0]):
-                    best = loss, weights
-        if best is None:
-            raise ZeroTuningError(f"no epoch of {config.peft_type.value} on {run.task.name} ended with a finite loss")
-        _set_weights(model, best[1])
-        seconds = time.perf_counter() - started
-        scores = label_scores(run.scorer(run.tests, model))
-        return scores, sum(weight.numel() for weight in first.values()), seconds
-
-
-@contextmanager
-def _adapted(run: MethodRun, config: Any) -> Iterator[Any]:
-    """The model with an adapter in float32, its own weights untouched; without it again afterwards."""
-    from peft import get_peft_model
-
-    torch.manual_seed(run.seed)
-    model = get_peft_model(run.model, copy.deepcopy(config))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.unload()
-        if hasattr(run.model, "peft_config"):
-            del run.model.peft_config
-        run.model.requires_grad_(False)
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-@torch.no_grad()
-def _set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if name in weights:
-            parameter.copy_(weights[name])
-
-
-def _epochs(
-    run: MethodRun, model: Any, fit: list[Record], judge: list[Record], rate: float
-) -> Iterator[tuple[float, dict[str, Tensor]]]:
-    """Held-out loss and weights after each epoch of AdamW."""
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
-    scorer, judges = run.scorer(fit, model, ADAPTER_BATCH), run.scorer(judge, model)
-    generator = np.random.default_rng(run.seed)
-    for _ in range(ADAPTER_EPOCHS):
-        for batch in generator.permutation(np.array(scorer.batches, dtype=object)).tolist():
-            optimizer.zero_grad()
-            _label_loss(scorer, batch).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-        yield float(objectives.task_loss(label_scores(judges), judges.labels)), _weights(model)
-
-
-def _label_loss(scorer: LabelScorer, batch: Batch) -> Tensor:
-    scores = scorer.scores(batch)
-    return objectives.task_loss(scores, batch.labels.to(scores.device))
-
-
-# Files.
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -6,9 +6,10 @@ import json
 
 import pytest
 import torch
-from zerotuning.bench import runner as bench
+from zerotuning.bench import adapters, runner
 from zerotuning.bench import search as bench_search
 from zerotuning.bench import sensitivity as bench_sensitivity
+from zerotuning.bench.rows import Row
 from zerotuning.bench.search import SearchBench, mean_rows, read_rows
 from zerotuning.calibration.few_shot_choice import ShotChoice
 from zerotuning.errors import ZeroTuningError
@@ -40,7 +41,7 @@ def test_the_interval_is_wilson_s() -> None:
 
 
 def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
-    def row(task: str, method: str, accuracy: float) -> bench_search.Row:
+    def row(task: str, method: str, accuracy: float) -> Row:
         figures = {"accuracy": accuracy, "low": accuracy - 0.1, "high": accuracy + 0.1, "numbers": 2, "s": 1.0}
         return {"what": "search", "task": task, "method": method, "examples": 16, "seed": 0, "peers": {method: figures}}
 
@@ -54,14 +55,14 @@ def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
 def test_an_adapter_s_epochs_without_a_finite_loss_are_passed_over(tiny_bench, monkeypatch) -> None:
     pytest.importorskip("peft")
     tiny_bench.methods = ("ia3",)
-    epochs = bench_search._epochs
+    epochs = adapters._epochs
 
     def diverging(run, model, *rest):
-        weights = bench_search._weights(model)
+        weights = adapters._weights(model)
         yield float("nan"), {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
         yield from (epochs(run, model, *rest) if converges else ())
 
-    monkeypatch.setattr(bench_search, "_epochs", diverging)
+    monkeypatch.setattr(adapters, "_epochs", diverging)
     converges = True
     row = next(tiny_bench.rows())
     assert row["peers"]["ia3"]["loss"] < 2
@@ -145,12 +146,12 @@ def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkey
     output = tmp_path / "search.json"
     monkeypatch.setattr(bench_search, "SearchBench", lambda device, **options: tiny_bench)
     tiny_bench.methods = ("untuned", "label-bias")
-    bench.run_bench("search", output, "cpu")
+    runner.run_bench("search", output, "cpu")
     first = json.loads(output.read_text())["rows"]
     tiny_bench.methods = ("untuned", "label-bias", "shared")
     monkeypatch.setitem(bench_search.METHODS, "untuned", None)
     monkeypatch.setitem(bench_search.METHODS, "label-bias", None)
-    bench.run_bench("search", output, "cpu")
+    runner.run_bench("search", output, "cpu")
     second = json.loads(output.read_text())["rows"]
     assert second[:2] == first[:2]
     assert [row["method"] for row in second if row["what"] == "search"] == ["untuned", "label-bias", "shared"]

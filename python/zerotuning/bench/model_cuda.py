@@ -1,0 +1,295 @@
+"""`zerotuning bench calibration` on a GPU: a model of Llama-3.1-8B's shape with random weights."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zerotuning.bench.rows import OURS, Row
+from zerotuning.bench.timing import Peers, free_memory, take_turns
+from zerotuning.evaluation import objectives
+from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, Batch, LabelScorer
+from zerotuning.evaluation.prefix_cache import behind_prefix
+from zerotuning.patching.head_scales import HeadScales
+from zerotuning.patching.patch import apply_scales, head_parameters, unpatch
+from zerotuning.tasks.task import Record, Task
+
+SHOTS = 4
+GRADIENT = "forward + gradient of every head"
+
+
+def calibration_rows() -> Iterator[Row]:
+    """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, the objective and its gradient, generation."""
+    model = _llama_8b()
+    for part in (_prefill, _objective, _behind_shots, _sensitivities, _generation):
+        try:
+            yield from part(model)
+        except Exception as error:  # one part's failure leaves the others' figures
+            failure = {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}
+            yield {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16", "peers": failure}
+        free_memory()
+
+
+def _llama_8b() -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=32768,
+    )
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _tuned(model: Any) -> Iterator[None]:
+    config = model.config
+    torch.manual_seed(0)
+    gamma = torch.exp(0.3 * torch.randn(config.num_hidden_layers, config.num_attention_heads, device="cpu"))
+    apply_scales(model, HeadScales(gamma))
+    try:
+        yield
+    finally:
+        unpatch(model)
+
+
+Within = Callable[[], AbstractContextManager[None]]
+
+
+def _compared(peers: Peers, within: Mapping[str, Within] | None = None, rounds: int = 7) -> dict[str, dict[str, Any]]:
+    """Milliseconds on the clock, by turns: a card that is hot is slower."""
+    return {**take_turns(peers, 0.0, rounds, within, torch.cuda.synchronize)}
+
+
+def _prefill(model: Any) -> Iterator[Row]:
+    ids = torch.randint(0, 128000, (1, 4096), device="cuda")
+
+    @torch.no_grad()
+    def run() -> object:
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+    figures = _compared({"sdpa": run, OURS: run}, within={OURS: partial(_tuned, model)})
+    yield {"what": "prefill", "shape": "1 x 4096", "dtype": "bfloat16", "peers": figures}
+
+
+def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
+    """Tokens a second of `generate` after a prompt of `context` tokens, of the median step. With a growing cache also of
+    a first run: cuDNN plans each length that it has not seen."""
+    for batch, cache in product((1, 16), ("dynamic", "static")):
+        ids = torch.randint(1, 128000, (batch, context), device="cuda")
+        peers: dict[str, dict[str, Any]] = {"sdpa": {}, OURS: {}}
+        try:
+            (_growing_cache if cache == "dynamic" else _static_cache)(model, ids, peers)
+        except Exception as error:
+            for figures in peers.values():
+                if "tokens/s" not in figures:
+                    figures["error"] = f"{type(error).__name__}: {error}"[:300]
+        free_memory()
+        yield {
+            "what": "generation",
+            "shape": f"{batch} x {context}, {cache} cache",
+            "dtype": "bfloat16",
+            "peers": peers,
+        }
+
+
+def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 96, runs: int = 4) -> None:
+    tuned = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    with _tuned(tuned):
+        found = steps_by_turns({"sdpa": model, OURS: tuned}, ids, new, runs)
+    seconds = {name: [step for steps in of_runs[1:] for step in steps] for name, of_runs in found.items()}
+    for name, figures in peers.items():
+        figures["tokens/s"] = len(ids) / statistics.median(seconds[name])
+        figures["tokens/s, first run"] = len(ids) / statistics.median(found[name][0])
+        pairs = zip(seconds[name], seconds["sdpa"], strict=True)
+        low, figures["ratio"], high = statistics.quantiles((step / of_sdpa for step, of_sdpa in pairs), n=4)
+        figures |= {"ratio, lower quartile": low, "ratio, upper quartile": high}
+
+
+def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 24, runs: int = 3) -> None:
+    # A compiled model runs again before the other one is compiled.
+    for name, figures in peers.items():
+        try:
+            with _tuned(model) if name == OURS else nullcontext():
+                of_runs = steps_by_turns({name: model}, ids, new, runs, cache_implementation="static")[name]
+        finally:
+            torch.compiler.reset()
+            free_memory()
+        figures["tokens/s"] = len(ids) / min(statistics.median(steps) for steps in of_runs[1:])
+
+
+def steps_by_turns(
+    models: Mapping[str, Any], ids: Tensor, new: int, runs: int, **options: Any
+) -> dict[str, list[list[float]]]:
+    """Seconds of each model's steps in several runs of `generate`, of `new` tokens behind ids [B, T] each, the first
+    token's left out.
+
+    Several models take their steps by turns, one at a time on one core: a host that others use is half as fast for seconds
+    at a time, one core more than another, and so it is for all of them. Each has a thread of its own, as cuDNN's plans are
+    a thread's.
+    """
+    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    order = deque(models)
+    turn = threading.Condition()
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(runs)] for name in models}
+    began = dict.fromkeys(models, 0.0)
+
+    def take_turn(name: str) -> None:
+        with turn:
+            turn.wait_for(lambda: order[0] == name)
+        began[name] = time.perf_counter()
+
+    def generate(name: str, steps: list[float]) -> None:
+        def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+            wait()
+            steps.append(time.perf_counter() - began[name])
+            with turn:
+                order.rotate(-1)
+                turn.notify_all()
+            take_turn(name)
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+        models[name].generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            max_length=None,
+            stopping_criteria=[stop],
+            **options,
+        )
+
+    def all_runs(name: str) -> None:
+        try:
+            take_turn(name)
+            for steps in seconds[name]:
+                generate(name, steps)
+        finally:
+            with turn:
+                order.remove(name)
+                turn.notify_all()
+
+    def share_a_core() -> None:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the calling thread's
+
+    if len(models) == 1:  # in this thread, of which a compiled model's CUDA graphs are
+        all_runs(*models)
+    else:
+        with ThreadPoolExecutor(len(models), initializer=share_a_core) as threads:
+            for done in [threads.submit(all_runs, name) for name in models]:
+                done.result()
+    return {name: [steps[1:] for steps in of_runs] for name, of_runs in seconds.items()}
+
+
+def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:
+    """As `calibrate` makes one, of prompts of random tokens with two labels, behind so many more that are solved."""
+    records = [
+        Record({"text": " ".join(map(str, torch.randint(2, 10000, (tokens,)).tolist())), "label": n % 2}, f"prompt {n}")
+        for n in range(prompts + shots)
+    ]
+    task = Task("numbers", "{text}", (" 0", " 1"))
+    behind = task.with_shots(records[:shots]) if shots else task
+    return LabelScorer(model, _numbers(), behind, records[shots:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS)
+
+
+@torch.no_grad()
+def _forward_passes(scorer: LabelScorer, batches: list[Batch], within: Within = nullcontext) -> None:
+    with within():
+        for batch in batches:
+            scorer.scores(batch)
+
+
+def _gradient_passes(
+    scorer: LabelScorer, parameters: list[Tensor], batches: list[Batch], within: Within = nullcontext
+) -> None:
+    for batch in batches:
+        with within():
+            loss = objectives.task_loss(scorer.scores(batch), batch.labels.cuda())
+            torch.autograd.grad(loss, parameters)
+
+
+def _objective(model: Any) -> Iterator[Row]:
+    """The task loss of 16 prompts: as a search computes it, replaying passes that it recorded as CUDA graphs, and with
+    passes that are launched from Python. A pass has GRADIENT_TOKENS tokens at most."""
+    for tokens in (64, 128, 512):
+        scorer = _scorer(model, 16, tokens)
+        for recorded in (True, False):
+            with _tuned(model), head_parameters(model) as parameters:
+                notes: list[str] = []
+                scorer.recorded = RecordedPasses(model, parameters, notes.append) if recorded else None
+                forward = partial(_forward_passes, scorer, scorer.batches)
+                gradient = partial(_gradient_passes, scorer, parameters, scorer.batches)
+                torch.cuda.reset_peak_memory_stats()
+                gradient()
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                figures = _compared({"forward": forward, GRADIENT: gradient})
+                figures[GRADIENT] |= {"GiB": peak, "passes": len(scorer.batches)}
+                if notes:
+                    figures[GRADIENT]["error"] = notes[0]
+            what = "objective" if recorded else "objective, from Python"
+            yield {"what": what, "shape": f"16 x {tokens}", "dtype": "bfloat16", "peers": figures}
+            scorer.recorded = None
+            free_memory()
+
+
+def _behind_shots(model: Any) -> Iterator[Row]:
+    """Prompts of 64 tokens behind four more that are solved, which are read with each prompt or once a pass."""
+    for prompts in (16, 64):
+        scorer = _scorer(model, prompts, shots=SHOTS)
+        whole = scorer.batches
+        scorer.tokens_read_once = scorer.shared_length
+        once = scorer.batches_of(range(prompts))
+        shape = f"{prompts} x {scorer.examples[0].longest}, {scorer.shared_length} of them shots"
+        with _tuned(model), head_parameters(model) as parameters:
+            passes = {
+                "forward": partial(_forward_passes, scorer),
+                GRADIENT: partial(_gradient_passes, scorer, parameters),
+            }
+            for what, call in passes.items():
+                peers = {
+                    "whole prompts": partial(call, whole),
+                    "shots read once": partial(call, once, partial(behind_prefix, scorer)),
+                }
+                yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _compared(peers)}
+        free_memory()
+
+
+def _numbers() -> Any:
+    """A tokenizer whose tokens are numbers from 0 to 9,999."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(n): n for n in range(10000)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def _sensitivities(model: Any) -> Iterator[Row]:
+    scorer = _scorer(model, 100, 128)
+    with _tuned(model), head_parameters(model) as parameters:
+        figures = _compared({OURS: partial(_gradient_passes, scorer, parameters, scorer.batches)}, rounds=3)
+    peers = {OURS: {"s": figures[OURS]["ms"] / 1e3}}
+    yield {"what": "sensitivities", "shape": "1024 heads, 100 x 128", "dtype": "bfloat16", "peers": peers}
