@@ -1,4 +1,4 @@
-"""The one exception that bad input raises."""
+"""The exception that bad input raises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from __future__ import annotations
 class ZeroTuningError(ValueError):
     """Bad input: a wrong argument, file, model or tensor.
 
-    `str(error)` is one line that names what was wrong, what was expected and what came; the command line
-    prints it and exits with code 2.
+    `str(error)` is one line that names the argument or file, what was expected and what was given. The command line prints
+    this line and exits with code 2.
     """

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, then renamed into it."""
+"""Atomic writes: a file is written under a temporary name in its folder, then renamed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from zerotuning.errors import ZeroTuningError
 
 
 def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> Path:
-    """Write `content` to `path`; a reader, or a crash, sees the old file or the new one, never a part.
+    """Write `content` to `path` atomically: a reader sees the old file or the new file, also after a crash.
 
-    Errors: ZeroTuningError when the folder does not exist or cannot be written.
+    Returns:
+        The path.
+
+    Raises:
+        ZeroTuningError: The folder does not exist or cannot be written.
     """
     path = Path(path)
-    # A long name is cut, so that this one is no longer than names may be.
+    # The temporary name contains at most 40 characters of the name: file systems limit the length of names.
     unfinished = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.part")
     try:
-        # os.open rather than tempfile: the file gets the user's usual permissions, not 0600.
+        # os.open rather than tempfile: the file then has the permissions of the user's umask, not 0600.
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -38,7 +42,11 @@ def write_bytes_atomically(path: str | os.PathLike[str], content: bytes) -> Path
 
 
 def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """`write_bytes_atomically` of `text` in UTF-8. Errors: ZeroTuningError also for half of a surrogate pair."""
+    """Write `text` in UTF-8 by `write_bytes_atomically`.
+
+    Raises:
+        ZeroTuningError: The file cannot be written, or the text contains half of a surrogate pair.
+    """
     try:
         content = text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -47,10 +55,11 @@ def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
 
 
 def write_json_atomically(path: str | os.PathLike[str], value: Any) -> Path:
-    """`write_bytes_atomically` of `value` as indented JSON with a final newline.
+    """Write `value` as indented JSON with a final newline by `write_bytes_atomically`.
 
-    Errors: ZeroTuningError for a value that JSON cannot hold, NaN and infinities among them, before anything
-    is written.
+    Raises:
+        ZeroTuningError: The file cannot be written, or JSON cannot represent the value (NaN and infinities included).
+            Nothing is written in the latter case.
     """
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
@@ -60,7 +69,11 @@ def write_json_atomically(path: str | os.PathLike[str], value: Any) -> Path:
 
 
 def write_json_lines_atomically(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> Path:
-    """`write_bytes_atomically` of one JSON object a line; errors as of `write_json_atomically`."""
+    """Write one JSON object a line by `write_bytes_atomically`.
+
+    Raises:
+        ZeroTuningError: As in `write_json_atomically`.
+    """
     try:
         lines = [json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records]
     except (TypeError, ValueError) as error:

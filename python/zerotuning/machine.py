@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on."""
+"""A description of the machine, stored beside measured figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores used and versions: what a figure depends on."""
+    """Return processor, cores, threads and versions: what a measured figure depends on."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Where results go: checked before the long work starts, left as it was if that work fails."""
+"""Output folders and files: checked before long work starts, unchanged if the work fails."""
 
 from __future__ import annotations
 
@@ -24,23 +24,33 @@ STATE_FILE = "calibration_state.json"
 TRIALS_FILE = "shot_trials.json"
 RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE, REPORT_PAGE_FILE)
 
-#: Folders that this process has locked: the command line and `calibrate` within it both enter theirs.
+#: Folders that this process has locked. The command line and `calibrate`, which it calls, both lock the same folder.
 _locked: set[Path] = set()
 
 
 @contextmanager
 def result_folder(path: str | os.PathLike[str], *, overwrite: bool, resumable: bool = False) -> Iterator[Path]:
-    """Within it the folder exists and can be written; made for this, it goes again if nothing was put there.
+    """Provide a writable output folder within the context.
 
-    overwrite    accept a folder that holds a result, or the state of an unfinished calibration
-    resumable    accept a folder that holds the state of an unfinished calibration, unless another process is in here
-                 with it
-    Errors: ZeroTuningError for a folder that holds a result, that another calibration writes, that is a file, or that
-    cannot be written.
+    Folders that the context created and that stay empty are removed at its end.
+
+    Args:
+        path: The folder.
+        overwrite: Accept a folder that holds a result or the state of an unfinished calibration.
+        resumable: Accept a folder that holds the state of an unfinished calibration, and lock the folder against other
+            processes.
+
+    Yields:
+        The folder.
+
+    Raises:
+        ZeroTuningError: The folder holds a result, is locked by another calibration, is a file, or cannot be written.
     """
     path = _folder(path)
     made = _make(path)
-    with _lock(path) if resumable else nullcontext():  # a folder that another process locked is that one's to remove
+    with (
+        _lock(path) if resumable else nullcontext()
+    ):  # outside `try`: only the process with the lock removes the folder
         try:
             _check_unused(path, overwrite=overwrite, resumable=resumable)
             yield path
@@ -70,7 +80,7 @@ def _check_unused(path: Path, *, overwrite: bool, resumable: bool) -> None:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Within it no other process gets here with the same folder. Where there are no locks, nothing is locked."""
+    """Hold an exclusive lock on a folder within the context, where the file system supports locks."""
     place = path.resolve()
     if place in _locked or fcntl is None:
         yield
@@ -82,7 +92,7 @@ def _lock(path: Path) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ZeroTuningError(f"output {path} is being written by another calibration") from error
-        except OSError:  # a file system without locks, a folder that may not be listed
+        except OSError:  # the file system has no locks, or the folder may not be listed
             pass
         _locked.add(place)
         held.callback(_locked.discard, place)
@@ -90,12 +100,12 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _make(path: Path) -> list[Path]:
-    """Creates `path` and tries whether it takes files; gives the folders that were missing."""
+    """Create `path`, check that files can be created in it, and return the folders that were missing."""
     made = []
     try:
         for folder in (*reversed(path.parents), path):
             if not folder.exists():
-                with suppress(FileExistsError):  # another process just made it
+                with suppress(FileExistsError):  # another process created it meanwhile
                     folder.mkdir()
                     made.append(folder)
         with tempfile.TemporaryFile(dir=path):
@@ -110,23 +120,33 @@ def _remove(made: list[Path]) -> None:
     for folder in reversed(made):
         try:
             folder.rmdir()
-        except OSError:  # not empty: the result, or what resumes it
+        except OSError:  # not empty: it holds the result, or the state of an unfinished calibration
             break
 
 
 def made_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder, made if it was missing, once it takes files. Errors: ZeroTuningError where it does not."""
+    """Create a folder if it is missing, and return it.
+
+    Raises:
+        ZeroTuningError: The path is a file, or files cannot be created in the folder.
+    """
     path = _folder(path)
     _make(path)
     return path
 
 
 def check_result_file(path: str | os.PathLike[str], *, suffixes: tuple[str, ...] = ()) -> Path:
-    """The path of a file to be written, once its folder takes files and its name ends as it must.
+    """Return the path of a file that is to be written, after checking that it can be.
 
-    An existing file is accepted: it is replaced as a whole.
-    Errors: ZeroTuningError for another suffix, a path that is a folder, a device or a pipe, a folder missing or
-    read-only.
+    An existing file is accepted: writing replaces it as a whole.
+
+    Args:
+        path: The file.
+        suffixes: The suffixes that the name may have, in lower case; empty: any.
+
+    Raises:
+        ZeroTuningError: The suffix is not among `suffixes`, the path is a folder, a device or a pipe, or the folder is
+            missing or read-only.
     """
     if not os.fspath(path):
         raise ZeroTuningError("output must name a file, got an empty name")

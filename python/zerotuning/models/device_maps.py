@@ -1,4 +1,4 @@
-"""A model whose layers lie on several devices, or wait on the CPU or disk, by transformers' device maps and accelerate's hooks."""
+"""Device maps: models whose layers are spread over devices or offloaded to CPU or disk (accelerate's hooks)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import nn
 
 from zerotuning.errors import ZeroTuningError
 
-#: Maps that transformers works out.
+#: Maps that transformers computes from the sizes of the layers and the free memory.
 NAMES = ("auto", "balanced", "balanced_low_0", "sequential")
-#: A part's place where it waits to be read.
+#: The entry of a map that offloads a part of the model to the disk.
 DISK = "disk"
 
 
 def device_types(device_map: Any) -> set[str]:
-    """The types of device that a map may use, such as cuda and cpu.
+    """Return the types of device, such as "cuda" and "cpu", that a map may use.
 
-    Errors: ZeroTuningError for no map, a map to a GPU where torch sees none, and without the package accelerate.
+    Raises:
+        ZeroTuningError: `device_map` is not a map, names a GPU where torch sees none, or accelerate is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ZeroTuningError('device_map needs the package accelerate: pip install "zerotuning[device-map]"')
@@ -50,10 +51,13 @@ def _device_type(place: Any) -> str:
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its inputs: its input embedding's device, or where that computes if it is not there yet.
+    """Return the device that a model's inputs must be on.
 
-    Errors: ZeroTuningError for weights that are nowhere and that nothing brings, as transformers 5.6 leaves a model of
-    which every part is to wait on the disk.
+    This is the device of the input embedding, or the device to which accelerate loads an offloaded embedding.
+
+    Raises:
+        ZeroTuningError: The embedding is on the device meta and no hook loads it. transformers 5.6 leaves a model in this
+            state if its map offloads every part to the disk.
     """
     embedding = model.get_input_embeddings()
     if not embedding.weight.is_meta:
@@ -61,11 +65,13 @@ def input_device(model: Any) -> torch.device:
     for hook in _hooks(embedding):
         if getattr(hook, "execution_device", None) is not None:
             return torch.device(hook.execution_device)
-    raise ZeroTuningError("the model's weights are nowhere (device meta): give device_map a device for some part of it")
+    raise ZeroTuningError(
+        "the model's weights are on no device (meta): device_map must place some part of the model on a device"
+    )
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether some weights wait on the CPU or disk, and come to the device for the time that they are used."""
+    """Return whether some weights are offloaded to CPU or disk and copied to the device for each use."""
     return any(getattr(hook, "offload", False) for module in model.modules() for hook in _hooks(module))
 
 

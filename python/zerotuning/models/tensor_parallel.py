@@ -1,7 +1,7 @@
-"""A model cut among processes by transformers' own tensor parallelism: each holds some heads of every layer.
+"""Tensor parallelism: transformers shards every layer, so that each rank holds some of its heads.
 
-Scales stay whole in every process, [layers, heads]; a layer takes those of its own heads, and a gradient comes back of all
-heads. Whatever is computed from logits is the same in all processes, which must all do the same passes in the same order.
+Every rank keeps the scales of all heads, (layers, heads). A layer uses the scales of the heads on its rank; the gradient is
+gathered over all heads. All ranks compute the same logits and must run the same forward passes in the same order.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from zerotuning.models import process_group
 
 
 def is_tensor_parallel(model: nn.Module) -> bool:
-    """Whether the model was loaded with a tensor-parallel plan, for more than one process."""
+    """Return whether the model was loaded with a tensor-parallel plan for more than one rank."""
     return int(getattr(model, "tp_size", None) or 1) > 1
 
 
@@ -26,11 +26,15 @@ def is_tensor_parallel(model: nn.Module) -> bool:
 
 
 def join_processes() -> int:
-    """How many processes share the model; joins them if nobody did yet. Errors: ZeroTuningError outside torchrun."""
+    """Return the number of ranks that share the model; initialise the process group if there is none.
+
+    Raises:
+        ZeroTuningError: The process was not started by torchrun.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         if not process_group.is_one_of_several():
             raise ZeroTuningError(
-                "tensor_parallel cuts a model among several processes, this is one alone: "
+                "tensor_parallel shards a model over several processes, but this process is alone: "
                 "start it with torchrun --nproc-per-node N"
             )
         process_group.join(None, tensor_parallel=True)
@@ -38,7 +42,11 @@ def join_processes() -> int:
 
 
 def check_plan(name: str, config: Any, count: int) -> None:
-    """Errors: ZeroTuningError for a model without a plan, or whose heads `count` processes cannot share evenly."""
+    """Check that transformers can shard a model evenly over `count` ranks.
+
+    Raises:
+        ZeroTuningError: transformers has no plan for the model, or `count` does not divide its numbers of heads.
+    """
     text = config.get_text_config(decoder=True)
     plan = getattr(text, "base_model_tp_plan", None)
     if not plan:
@@ -46,7 +54,7 @@ def check_plan(name: str, config: Any, count: int) -> None:
             f"tensor_parallel: transformers has no tensor-parallel plan for model {name} ({text.model_type})"
         )
     if not any("att" in module and style == "colwise" for module, style in plan.items()):
-        return  # every process computes all heads
+        return  # the plan replicates attention: every rank computes all heads
     heads = text.num_attention_heads
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % count or key_heads % count:
@@ -57,19 +65,19 @@ def check_plan(name: str, config: Any, count: int) -> None:
 
 
 def load_arguments(count: int) -> dict[str, Any]:
-    """What makes transformers' from_pretrained give each of `count` processes its part."""
+    """Return the arguments with which `from_pretrained` loads this rank's shard of `count`."""
     from transformers.distributed import DistributedConfig
 
     if "tp_plan" in DistributedConfig.__dataclass_fields__:
         return {"distributed_config": DistributedConfig(tp_size=count, tp_plan="auto")}
-    return {"tp_plan": "auto"}  # transformers before 5.14 or so
+    return {"tp_plan": "auto"}  # transformers before 5.14
 
 
 # Heads.
 
 
 class _OwnHeads(torch.autograd.Function):
-    """[…, heads] -> those of this process; the gradient is that of all processes' heads, in every process."""
+    """Select this rank's heads, (…, heads) -> (…, heads / ranks). The backward pass gathers the gradient of all heads."""
 
     @staticmethod
     def forward(context: Any, log_scale: Tensor, first: int, count: int) -> Tensor:
@@ -86,28 +94,34 @@ class _OwnHeads(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class HeadShare:
-    """Which heads of a layer this process has: `count` of them, from `first` on, of `total`."""
+    """The heads of one layer on this rank: heads [first, first + count) of `total`."""
 
     first: int
     count: int
     total: int
 
     def of(self, log_scale: Tensor) -> Tensor:
-        """log γ of all heads, […, total] -> of this process's, […, count]."""
+        """Select log γ of this rank's heads, (…, total) -> (…, count). Differentiable."""
         if torch.is_grad_enabled() and log_scale.requires_grad:
             return _OwnHeads.apply(log_scale, self.first, self.count)  # type: ignore[no-any-return]
         return log_scale[..., self.first : self.first + self.count].contiguous()
 
 
 def head_share(model: Any, layer_name: str, heads: int) -> HeadShare | None:
-    """The share of a layer in which `heads` heads were seen; None where that is all of them.
+    """Return the heads of a layer on this rank, or None if this rank computes all heads of the layer.
 
-    Errors: ZeroTuningError for a model that is cut otherwise than evenly among all processes.
+    Args:
+        model: A model that `load_model` loaded.
+        layer_name: Name of the layer, for the error.
+        heads: Number of heads that the layer computed on this rank.
+
+    Raises:
+        ZeroTuningError: The heads are not shared evenly among all ranks.
     """
     if not is_tensor_parallel(model):
         return None
     total, count = model.config.get_text_config(decoder=True).num_attention_heads, dist.get_world_size()
-    if heads == total:  # gathered before attention, as where queries are normalised over all heads
+    if heads == total:  # gathered before attention, for example where queries are normalised over all heads
         return None
     if model.tp_size != count or heads * count != total:
         raise ZeroTuningError(
@@ -121,7 +135,10 @@ def head_share(model: Any, layer_name: str, heads: int) -> HeadShare | None:
 
 
 def whole_rows(weight: Tensor, rows: Tensor, total: int) -> Tensor:
-    """The given rows of a weight [total, …], in every process; differentiable where it is not cut."""
+    """Return the given rows of a weight (total, …) on every rank.
+
+    Differentiable with respect to the weight unless the weight is sharded.
+    """
     local = weight.to_local() if hasattr(weight, "to_local") else weight
     if local.shape[0] == total:
         return local[rows]

@@ -100,7 +100,7 @@ def load_error(folder: Path, **arguments: Any) -> str:
 
 def test_a_map_and_a_device_exclude_each_other(folder: Path) -> None:
     message = load_error(folder, device="cpu", device_map="auto")
-    assert message == "device and device_map each say where the model goes: give one of them"
+    assert message == "device and device_map each place the model: give one of them"
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", {"": "nowhere"}, {"": None}, 1.5, True])
@@ -121,7 +121,7 @@ def test_a_map_that_leaves_parts_out_is_an_error_that_names_the_model(folder: Pa
 
 def test_parts_of_a_gguf_model_do_not_go_to_the_disk(tmp_path: Path) -> None:
     assert load_error(tmp_path / "a.gguf", device_map={"": "disk"}) == (
-        "device_map: transformers puts no part of a .gguf model on the disk"
+        "device_map: transformers cannot offload a .gguf model to the disk"
     )
 
 

@@ -180,7 +180,7 @@ def test_a_wrong_dtype_or_device_is_named(folder: Path) -> None:
 def test_a_gpu_beyond_those_there_are_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert load_error(folder, device="cuda:2") == "device cuda:2 is asked for, but torch sees 2 GPUs"
+    assert load_error(folder, device="cuda:2") == "device must be available, got cuda:2, but torch sees 2 GPUs"
 
 
 @pytest.mark.model

@@ -130,12 +130,12 @@ def test_evaluate_writes_the_figures_of_one_process_once(place: Path, capsys: py
 
 def test_one_process_alone_cannot_cut_a_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(ZeroTuningError, match=r"this is one alone: start it with torchrun"):
+    with pytest.raises(ZeroTuningError, match=r"this process is alone: start it with torchrun"):
         zt.load_model(place / "model", tensor_parallel=True)
 
 
 def test_a_device_map_beside_is_refused() -> None:
-    with pytest.raises(ZeroTuningError, match=r"^device_map and tensor_parallel each say where the model goes"):
+    with pytest.raises(ZeroTuningError, match=r"^device_map and tensor_parallel each place the model"):
         zt.load_model("demo", device_map="auto", tensor_parallel=True)
 
 
@@ -174,7 +174,7 @@ import torch.distributed as dist
 from zerotuning.models import process_group
 from zerotuning.errors import ZeroTuningError
 
-process_group._name_of_gpu = lambda device: "a GPU" if os.environ["RANK"] == "0" else ""
+process_group._gpu_uuid = lambda device: "a GPU" if os.environ["RANK"] == "0" else ""
 process_group.torch.cuda.set_device = lambda device: None
 try:
     process_group.join("cpu", tensor_parallel=len(sys.argv) > 1)
