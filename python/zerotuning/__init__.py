@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zerotuning.evaluation.evaluate import evaluate
     from zerotuning.models.loading import load_model
     from zerotuning.patching.head_scales import HeadScales
-    from zerotuning.patching.patch import apply_scales, patch, rows, scaled_keys, unpatch, untuned
+    from zerotuning.patching.patch import apply_scales, patch, rows, scaled_keys, select_scales, unpatch, untuned
     from zerotuning.tasks.task import Task
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "patch",
     "rows",
     "scaled_keys",
+    "select_scales",
     "unpatch",
     "untuned",
 ]
@@ -51,8 +52,9 @@ _HOME = {
     "evaluate": "evaluation.evaluate",
     "load_model": "models.loading",
     "patch": "patching.patch",
-    "rows": "patching.patch",
+    "rows": "patching.patch",  # the former name of select_scales, kept for one version
     "scaled_keys": "patching.patch",
+    "select_scales": "patching.patch",
     "unpatch": "patching.patch",
     "untuned": "patching.patch",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function
-from zerotuning.attention.packed_sequences import packed_code
+from zerotuning.patching.packed_mask import packed_code
 
 #: Lengths of the sequences of each row.
 PACKINGS = {

@@ -16,7 +16,8 @@ from random_models import random_model
 from torch import Tensor
 from zerotuning.models import process_group
 from zerotuning.models.device_maps import input_device
-from zerotuning.patching.patch import LayerScales, head_parameters, head_scales, patched_shape
+from zerotuning.patching.layer_scales import LayerScales
+from zerotuning.patching.patch import head_parameters, head_scales, patched_shape
 from zerotuning.tasks.task import Task
 
 SMALL: dict[str, Any] = {
@@ -69,7 +70,7 @@ def figures(model: Any) -> dict[str, Tensor]:
     found = {"shape": torch.tensor([layers, heads]), "scales": head_scales(model).gamma}
     with torch.no_grad():
         found["tuned"] = model(ids, attention_mask=mask).logits
-        with zt.rows(model, ["b", "a"]):
+        with zt.select_scales(model, ["b", "a"]):
             found["rows"] = model(ids, attention_mask=mask).logits
         with zt.untuned(model):
             found["untuned"] = model(ids, attention_mask=mask).logits

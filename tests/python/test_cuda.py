@@ -28,6 +28,7 @@ from zerotuning.evaluation.cuda_graphs import RecordedPasses
 from zerotuning.evaluation.evaluate import label_scores
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, scores_behind_prefix
+from zerotuning.patching import packed_mask
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.patch import apply_scales, head_parameters, patch, unpatch
 from zerotuning.tasks.task import Task
@@ -725,7 +726,7 @@ def test_layers_of_packed_sequences_do_not_wait_for_the_gpu() -> None:
     function = masking_utils.and_masks(
         masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(numbers)
     )
-    code = packed_sequences.packed_code(function, None, 3, 200, "cuda")
+    code = packed_mask.packed_code(function, None, 3, 200, "cuda")
     assert code is not None
     inputs = [t.requires_grad_() for t in random_inputs((3, 4, 2, 200, 200, 64, 64), torch.bfloat16)]
     grad_output = torch.randn(3, 4, 200, 64, dtype=torch.bfloat16)

@@ -32,3 +32,8 @@ def test_every_public_name_is_there_and_no_other() -> None:
         assert getattr(zerotuning, name) is not None
     with pytest.raises(AttributeError, match="module 'zerotuning' has no attribute 'tune'"):
         _ = zerotuning.tune  # type: ignore[attr-defined]
+
+
+def test_the_former_name_of_select_scales_still_works() -> None:
+    assert zerotuning.rows is zerotuning.select_scales
+    assert {"rows", "select_scales"} <= set(zerotuning.__all__)

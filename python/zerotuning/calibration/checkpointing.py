@@ -9,7 +9,7 @@ from functools import partial
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from zerotuning.patching.patch import CHILD
+from zerotuning.patching.layer_scales import CHILD
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.patching.patch import attention_implementation, refuse_unsupported
+from zerotuning.patching.attention_function import refuse_unsupported
+from zerotuning.patching.implementation import attention_implementation
 
 IMPLEMENTATION = "zerotuning_steered"
 

@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function, or_masks, sdpa_mask
 from zerotuning.attention import packed_sequences, reference
-from zerotuning.attention.packed_sequences import attend, dense_codes, packed_code
-from zerotuning.patching.patch import apply_scales, head_parameters, patch, rows, scaled_keys
+from zerotuning.attention.packed_sequences import attend, dense_codes
+from zerotuning.patching import packed_mask
+from zerotuning.patching.packed_mask import packed_code
+from zerotuning.patching.patch import apply_scales, head_parameters, patch, scaled_keys, select_scales
 
 LENGTH = 24
 KINDS = ["llama", "mistral", "gemma3_text", "qwen3", "deepseek_v3"]
@@ -201,11 +203,11 @@ def test_parts_that_another_transformers_gave_another_meaning_are_not_taken(monk
         return inner_mask
 
     monkeypatch.setattr(masking_utils, "sliding_window_overlay", inclusive)
-    packed_sequences._parts_mean_what_they_did.cache_clear()
+    packed_mask._parts_mean_what_they_did.cache_clear()
     try:
         assert packed_code(packed_mask_function(numbers, positions), None, 1, LENGTH, "cpu") is None
     finally:
-        packed_sequences._parts_mean_what_they_did.cache_clear()
+        packed_mask._parts_mean_what_they_did.cache_clear()
 
 
 # Models.
@@ -303,7 +305,7 @@ def test_named_scales_serve_different_packed_rows() -> None:
     with torch.no_grad():
         alone = {name: apply_scales(model, scales)(**arguments).logits for name, scales in named.items()}
         apply_scales(model, named)
-        with rows(model, ["b", "a", "b"]):
+        with select_scales(model, ["b", "a", "b"]):
             mixed = model(**arguments).logits
     for row, name in enumerate("bab"):
         torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-5, atol=1e-5)

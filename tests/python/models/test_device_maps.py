@@ -16,7 +16,7 @@ from zerotuning.cli.main import main
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.cuda_graphs import RecordedPasses
 from zerotuning.models.device_maps import input_device, is_offloaded
-from zerotuning.patching.patch import LayerScales
+from zerotuning.patching.layer_scales import LayerScales
 
 TASK = parallel_figures.TASKS["one token"]
 LAYERS = [f"model.layers.{index}" for index in range(3)]

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import create_causal_mask, eager_mask
 from zerotuning.errors import ZeroTuningError
+from zerotuning.patching.attention_function import _read_geometry
 from zerotuning.patching.head_scales import HeadScales
+from zerotuning.patching.mask_function import zerotuning_mask
 from zerotuning.patching.patch import (
-    _read_geometry,
     apply_scales,
     head_parameters,
     head_scales,
     is_patched,
     patch,
     patched_shape,
-    rows,
     scaled_keys,
+    select_scales,
     unpatch,
     untuned,
-    zerotuning_mask,
 )
 
 _eager_gamma: dict[int, Tensor] = {}
@@ -465,15 +465,15 @@ def test_named_scales_serve_different_rows_of_one_batch() -> None:
             alone[name] = apply_scales(model, scales)(**arguments).logits
         apply_scales(model, named)
         assert torch.equal(model(**arguments).logits, alone["a"])
-        with rows(model, ["b", "a", "b"]):
+        with select_scales(model, ["b", "a", "b"]):
             mixed = model(**arguments).logits
             generated = model.generate(ids, attention_mask=mask, num_beams=2, max_new_tokens=3)
         assert generated.shape[0] == 3
     for sample, name in enumerate("bab"):
         torch.testing.assert_close(mixed[sample], alone[name][sample], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ZeroTuningError, match=r"'a', 'b'.*'c'"), rows(model, ["c"]):
+    with pytest.raises(ZeroTuningError, match=r"'a', 'b'.*'c'"), select_scales(model, ["c"]):
         pass
-    with pytest.raises(ZeroTuningError, match="2 samples, the batch has 3"), rows(model, ["a", "b"]):
+    with pytest.raises(ZeroTuningError, match="2 samples, the batch has 3"), select_scales(model, ["a", "b"]):
         model(**arguments)
 
 
