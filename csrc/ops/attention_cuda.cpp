@@ -1,4 +1,4 @@
-// The choice between the CUDA kernels (attention/cuda_kernels.h) and torch's own, and the calls.
+// The choice between the CUDA kernels (attention/cuda_*.h) and torch's own, and the calls.
 #include "ops/attention_cuda.h"
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,11 @@
 #include <map>
 #include <mutex>
 
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_backward.h"
+#include "attention/cuda_decode.h"
+#include "attention/cuda_forward.h"
+#include "attention/cuda_initial_token.h"
+#include "attention/cuda_key_mask.h"
 #include "ops/layout.h"
 
 namespace zerotuning::ops {
@@ -35,20 +39,21 @@ CudaDevice read_device(int index) {
   };
   const int32_t capability =
       10 * read(cudaDevAttrComputeCapabilityMajor) + read(cudaDevAttrComputeCapabilityMinor);
-  int32_t built_for = 0;
-  require(capability >= oldest && attention::kernels_built_for(built_for) == cudaSuccess,
+  int32_t compiled_capability = 0;
+  require(capability >= oldest &&
+              attention::compiled_capability_of_kernels(compiled_capability) == cudaSuccess,
           "zerotuning was built without kernels for cuda:", index, ", of compute capability ",
           capability / 10, ".", capability % 10, " (8.0 is the oldest that it knows)");
   return {read(cudaDevAttrMultiProcessorCount),
           capability,
           read(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           read(cudaDevAttrL2CacheSize),
-          built_for,
+          compiled_capability,
           index};
 }
 
 const CudaDevice& device_at(int index) {
-  constexpr int most = attention::most_devices;
+  constexpr int most = attention::max_devices;
   static std::array<CudaDevice, most> devices;
   static std::array<std::once_flag, most> read;
   require(index < most, "zerotuning knows ", most, " devices, got cuda:", index);
@@ -180,7 +185,8 @@ bool stock_takes(const Problem& p, const Call& call, Route stock) {
 constexpr int64_t shortest_stock = 16;
 
 Route choose_forward(const Problem& p, const Call& call) {
-  if (call.device.capability == 90 && attention::hopper_takes(call.arguments)) return Route::hopper;
+  if (call.device.capability == 90 && attention::supports_hopper_forward(call.arguments))
+    return Route::hopper;
   const Route stock = stock_of(p, call.device.capability);
   return p.queries >= shortest_stock && stock_takes(p, call, stock) ? stock : Route::plain;
 }
@@ -193,12 +199,12 @@ constexpr int64_t longest_hopper_backward = 4096;
 
 // Where Hopper's own kernel takes a backward that torch's could take as well.
 bool hopper_is_faster(const Problem& p) {
-  return p.head_size <= attention::largest_hopper_backward_head &&
+  return p.head_size <= attention::max_hopper_backward_head_size &&
          (p.key_mask || p.queries <= longest_hopper_backward);
 }
 
 bool hopper_takes_backward(const Call& call) {
-  return call.device.capability == 90 && attention::hopper_backward_takes(call.arguments);
+  return call.device.capability == 90 && attention::supports_hopper_backward(call.arguments);
 }
 
 // cuDNN's backward with a bias can give NaN where the last of its tiles of 128 keys is half empty
@@ -259,7 +265,7 @@ uint32_t* counters_of(const Call& call) {
   unsigned long long stream;  // not the handle, which a later stream may have again
   check(cudaStreamGetId(call.stream, &stream), "stream");
   static std::mutex mutex;
-  static std::array<std::map<unsigned long long, uint32_t*>, attention::most_devices> of_devices;
+  static std::array<std::map<unsigned long long, uint32_t*>, attention::max_devices> of_devices;
   const std::lock_guard lock(mutex);
   auto& of_streams = of_devices[call.device.index];
   if (const auto found = of_streams.find(stream); found != of_streams.end()) return found->second;
@@ -335,8 +341,9 @@ Gradients stock_backward(const Problem& p, const Call& call, Route stock, const 
   } else {
     key = gradient_like(p.key);
     value = gradient_like(p.value);
-    check(attention::double_second_key(call.arguments, array_of(key), array_of(value), call.stream),
-          "keys");
+    check(
+        attention::replace_initial_key(call.arguments, array_of(key), array_of(value), call.stream),
+        "keys");
   }
   const auto stack = [&] {
     if (stock == Route::flash) {
@@ -396,7 +403,7 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minu
   if (route == Route::automatic) route = choose_forward(p, call);
   switch (route) {
     case Route::hopper:
-      require(call.device.capability == 90 && attention::hopper_takes(a),
+      require(call.device.capability == 90 && attention::supports_hopper_forward(a),
               "the hopper route does not take this call");
       check(attention::attention_hopper(a, call.device.multiprocessors, call.stream), "attention");
       break;
@@ -456,7 +463,7 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
     }
     Gradients g =
         stock_backward(p, call, route, grad_rows, output_rows, backward_logsumexp(p, call, sums));
-    const attention::StockGradients stock{array_of(g.query), !p.key_mask};
+    const attention::TorchKernelGradients stock{array_of(g.query), !p.key_mask};
     const Tensor part_query = g.query;  // lives until the launch, also where it is not the result
     if (!has_row_layout(g.query)) g.query = gradient_like(p.query);
     write_to(g, attention::initial_token_backward_scratch(a));
@@ -490,7 +497,7 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, boo
   a.output = array_of(output);
   if (transpose) std::swap(a.output.head_stride, a.output.row_stride);
   if (empty(p) || p.queries > most_queries || call.device.capability < 80 ||
-      !attention::decode_takes(a)) {
+      !attention::supports_decode(a)) {
     const Tensor result = std::get<0>(attention_cuda(p));
     return transpose ? transposed(result) : result;
   }
@@ -498,7 +505,7 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, boo
   const int64_t scratch_bytes = attention::decode_scratch(a, call.device.multiprocessors);
   const Tensor memory = scratch(p.query, scratch_bytes);
   require(route != attention::DecodeRoute::bulk ||
-              (call.device.capability == 90 && attention::decode_bulk_takes(a)),
+              (call.device.capability == 90 && attention::supports_bulk_decode(a)),
           "the bulk route does not take this call");
   uint32_t* counters = scratch_bytes > 0 ? counters_of(call) : nullptr;
   check(attention::decode(a, memory.mutable_data_ptr(), counters, call.device, call.stream, route),

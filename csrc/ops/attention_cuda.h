@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_decode.h"
 #include "ops/problem.h"
 
 namespace zerotuning::ops {

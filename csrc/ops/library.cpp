@@ -101,7 +101,7 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "Tensor logsumexp, Tensor output_minus_initial_value)");
   // What a patched model's mask function says of a generation step (attention/arguments.h).
   library.def("_step_geometry(Tensor key_mask, int keys, int? query_start) -> Tensor");
-  // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_kernels.h), for
+  // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_decode.h), for
   // tests and benchmarks.
   library.def(
       "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "

@@ -19,6 +19,7 @@
 #include <algorithm>
 
 #include "attention/cuda/decode.cuh"
+#include "attention/cuda_decode.h"
 
 namespace zerotuning::attention {
 namespace {
@@ -300,7 +301,7 @@ Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch, ui
 bool floods_level2(const CudaAttention& c, const CudaDevice& device) {
   constexpr int64_t times = 4;
   return int64_t{2} * c.batch * c.key_heads * reach_of(c) * (c.head_size + c.value_head_size) >
-         times * device.level2_bytes;
+         times * device.l2_bytes;
 }
 
 template <typename T>
@@ -315,7 +316,8 @@ cudaError_t launch(const Arguments& a, const dim3& grid, const CudaDevice& devic
                    cudaStream_t stream) {
   constexpr int query_bytes = row_tiles * tile_rows * Tile<size>::row_bytes;
   constexpr int ring_bytes = Ring<size>::bytes;
-  const int warps = std::min(most_warps, (device.block_bytes - query_bytes) / ring_bytes);
+  const int warps =
+      std::min(most_warps, (device.max_shared_bytes_per_block - query_bytes) / ring_bytes);
   const int bytes = query_bytes + warps * ring_bytes;
   constexpr auto kernel = attend<T, size, row_tiles>;
   const cudaError_t error = allow_shared_bytes<kernel>(bytes, device);
@@ -355,7 +357,7 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
   const bool floods = floods_level2(c, device);
   a.read_once = !floods;
   if (route == DecodeRoute::automatic) {
-    const bool bulk = floods && device.capability == 90 && decode_bulk_takes(c);
+    const bool bulk = floods && device.capability == 90 && supports_bulk_decode(c);
     route = bulk ? DecodeRoute::bulk : DecodeRoute::rings;
   }
   const dim3 grid(cut.splits * cut.row_groups, c.key_heads, c.batch);
@@ -363,7 +365,7 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
                                 ? attend_in_bulk(c, a, cut.row_tiles, grid, device, stream)
                                 : launch_for_size<T>(a, cut, grid, device, stream);
   if (error != cudaSuccess || cut.splits == 1 || a.arrivals) return error;
-  return launch_merge<T>(c, a, device.starts_early(), stream);
+  return launch_merge<T>(c, a, device.supports_dependent_launch(), stream);
 }
 
 // Rows that begin at multiples of 16 bytes.
@@ -375,7 +377,7 @@ bool aligned(const Array4& array, int batch, int heads, int rows) {
 
 }  // namespace
 
-bool decode_takes(const CudaAttention& c) {
+bool supports_decode(const CudaAttention& c) {
   const auto takes_size = [](int size) { return size > 0 && size % 8 == 0 && size <= 256; };
   return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && takes_size(c.head_size) &&
          takes_size(c.value_head_size) && c.queries >= 1 && c.queries <= most_queries &&

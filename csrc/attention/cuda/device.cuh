@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_arguments.h"
 
 namespace zerotuning::attention::device {
 
@@ -61,7 +61,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Whether a kernel can start while the one before it runs, and wait for its end
-// (CudaDevice::starts_early).
+// (CudaDevice::supports_dependent_launch).
 #if __CUDA_ARCH__ >= 900
 constexpr bool starts_early = true;
 #else
@@ -79,7 +79,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 template <auto kernel>
 cudaError_t allow_shared_bytes(int bytes, const CudaDevice& device) {
   static std::atomic<uint64_t> allowed{0};
-  static_assert(most_devices <= 64);
+  static_assert(max_devices <= 64);
   const uint64_t bit = uint64_t{1} << device.index;
   if (allowed.load(std::memory_order_relaxed) & bit) return cudaSuccess;
   const cudaError_t error =

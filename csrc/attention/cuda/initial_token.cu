@@ -5,6 +5,7 @@
 
 #include "attention/cuda/row_parts.cuh"
 #include "attention/cuda/rows.cuh"
+#include "attention/cuda_initial_token.h"
 
 namespace zerotuning::attention {
 namespace initial_token {
@@ -119,13 +120,13 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
 
 template <typename T, int lanes>
 __global__ void __launch_bounds__(threads, blocks_at_once)
-    backward(const CudaAttention c, const CudaAttentionGradients g, const StockGradients stock,
-             const RowParts parts) {
+    backward(const CudaAttention c, const CudaAttentionGradients g,
+             const TorchKernelGradients stock, const RowParts parts) {
   constexpr int row_step = threads / lanes;
   start_dependent_kernel();
   const Work w(c, parts.of_head, most_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
-  const bool doubled = stock.second_key_doubled,
+  const bool doubled = stock.initial_key_replaced,
              kept = c.output_minus_initial_value.data != nullptr;
   uint4 key{}, value{}, second_key{}, second_value{};
   Chunk grad_key{}, grad_value{};
@@ -278,7 +279,7 @@ cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array
 
 template <typename T>
 cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                            const StockGradients& stock, bool early, cudaStream_t stream) {
+                            const TorchKernelGradients& stock, bool early, cudaStream_t stream) {
   const RowParts parts = parts_of(c, static_cast<float*>(g.scratch));
   const cudaError_t error = with_lanes(c, [&](auto lanes) {
     backward<T, decltype(lanes)::value>
@@ -316,16 +317,16 @@ int64_t initial_token_backward_scratch(const CudaAttention& c) {
 }
 
 cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGradients& g,
-                                   const StockGradients& stock, const CudaDevice& device,
+                                   const TorchKernelGradients& stock, const CudaDevice& device,
                                    cudaStream_t stream) {
-  const bool early = device.starts_early();
+  const bool early = device.supports_dependent_launch();
   return c.dtype == DType::float16
              ? initial_token::launch_backward<__half>(c, g, stock, early, stream)
              : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, early, stream);
 }
 
-cudaError_t double_second_key(const CudaAttention& c, const Array4& key, const Array4& value,
-                              cudaStream_t stream) {
+cudaError_t replace_initial_key(const CudaAttention& c, const Array4& key, const Array4& value,
+                                cudaStream_t stream) {
   return c.dtype == DType::float16
              ? initial_token::launch_doubling<__half>(c, key, value, stream)
              : initial_token::launch_doubling<__nv_bfloat16>(c, key, value, stream);

@@ -1,5 +1,5 @@
 // What is found in a key mask once for all kernels that read it.
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_key_mask.h"
 
 namespace zerotuning::attention {
 namespace {

@@ -4,6 +4,8 @@
 #include <algorithm>
 
 #include "attention/cuda/device.cuh"
+#include "attention/cuda_backward.h"
+#include "attention/cuda_forward.h"
 
 namespace zerotuning::attention {
 namespace plain {

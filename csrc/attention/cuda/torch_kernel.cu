@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "attention/cuda_kernels.h"
+#include "attention/cuda_initial_token.h"
 
 namespace zerotuning::attention {
 namespace {
@@ -29,7 +29,7 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 
 }  // namespace
 
-cudaError_t kernels_built_for(int32_t& capability) {
+cudaError_t compiled_capability_of_kernels(int32_t& capability) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, write_exclusion_bias);
   if (error != cudaSuccess) cudaGetLastError();  // it would be taken for the next launch's

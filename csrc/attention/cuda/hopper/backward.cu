@@ -22,6 +22,7 @@
 #include "attention/cuda/hopper/tiles.cuh"
 #include "attention/cuda/row_parts.cuh"
 #include "attention/cuda/rows.cuh"
+#include "attention/cuda_backward.h"
 
 namespace zerotuning::attention {
 namespace hopper {
@@ -849,9 +850,9 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
 }  // namespace
 }  // namespace hopper
 
-bool hopper_backward_takes(const CudaAttention& c) {
-  return has_16_byte_rows(c) && c.head_size <= largest_hopper_backward_head &&
-         c.value_head_size <= largest_hopper_backward_head && c.scale > 0 && c.keys > 0;
+bool supports_hopper_backward(const CudaAttention& c) {
+  return has_16_byte_rows(c) && c.head_size <= max_hopper_backward_head_size &&
+         c.value_head_size <= max_hopper_backward_head_size && c.scale > 0 && c.keys > 0;
 }
 
 int64_t attention_backward_hopper_scratch(const CudaAttention& c) {

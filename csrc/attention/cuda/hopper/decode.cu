@@ -9,6 +9,7 @@
 // itself start sooner.
 #include "attention/cuda/decode.cuh"
 #include "attention/cuda/hopper/tiles.cuh"
+#include "attention/cuda_decode.h"
 
 namespace zerotuning::attention {
 namespace {
@@ -219,8 +220,8 @@ cudaError_t launch_for_size(const CudaAttention& c, const Arguments& a, int row_
 
 }  // namespace
 
-bool decode_bulk_takes(const CudaAttention& c) {
-  return decode_takes(c) && has_16_byte_rows(c) && c.head_size == c.value_head_size &&
+bool supports_bulk_decode(const CudaAttention& c) {
+  return supports_decode(c) && has_16_byte_rows(c) && c.head_size == c.value_head_size &&
          (c.head_size == 64 || c.head_size == 128);
 }
 

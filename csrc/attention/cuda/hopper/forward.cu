@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "attention/cuda/hopper/tiles.cuh"
+#include "attention/cuda_forward.h"
 
 namespace zerotuning::attention {
 namespace hopper {
@@ -483,7 +484,7 @@ cudaError_t launch_for_size(const CudaAttention& c, int multiprocessors, cudaStr
 }  // namespace
 }  // namespace hopper
 
-bool hopper_takes(const CudaAttention& c) {
+bool supports_hopper_forward(const CudaAttention& c) {
   return has_16_byte_rows(c) && c.head_size <= 256 && c.value_head_size <= 256 && c.scale > 0 &&
          c.keys > 0;
 }

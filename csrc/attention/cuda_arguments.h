@@ -1,0 +1,98 @@
+// Arguments of the CUDA kernels: raw device pointers, sizes and strides, no framework.
+//
+// The launchers of each family of kernels are declared in cuda_forward.h, cuda_backward.h,
+// cuda_initial_token.h, cuda_decode.h and cuda_key_mask.h. Every launcher enqueues its kernels on
+// `stream` of the current device, copies nothing back to the host, and returns cudaGetLastError()
+// after each launch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "attention/arguments.h"
+
+namespace zerotuning::attention {
+
+constexpr int32_t max_devices = 64;
+
+// The GPU that a call runs on.
+struct CudaDevice {
+  int32_t multiprocessors;
+  int32_t capability;                  // compute capability: 90 for sm_90
+  int32_t max_shared_bytes_per_block;  // with cudaFuncAttributeMaxDynamicSharedMemorySize
+  int32_t l2_bytes;                    // size of the level-2 cache
+  int32_t compiled_capability;         // as compiled_capability_of_kernels returns it
+  int32_t index;                       // of the device, below max_devices
+
+  // Whether a kernel may be launched while its predecessor runs (programmatic dependent launch).
+  // Kernels compiled for sm_90 or later wait for their predecessor themselves; older ones do not.
+  bool supports_dependent_launch() const { return compiled_capability >= 90; }
+};
+
+// Finds the compute capability that the kernels chosen for the current device were compiled for. It
+// is lower than the device's own if the build has only PTX of an older architecture.
+cudaError_t compiled_capability_of_kernels(int32_t& capability);
+
+// The mask of a call and the keys whose logits are scaled. The kernels read the arrays on the
+// device, so that a captured CUDA graph follows their contents. Positions outside the keys are
+// clamped: a kernel cannot report an error.
+struct CudaGeometry {
+  const bool* key_mask;  // [batch, keys], unit stride in keys, or null: no padding
+  int64_t key_mask_batch_stride;
+  const int64_t* span;  // [batch, 2]: scaled keys [first, end), or null: the first real key
+  int64_t span_batch_stride, span_stride;
+  const int64_t*
+      query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
+  int64_t query_start_stride;
+  // [batch] each: results of find_real_keys, or null: 0, keys and keys.
+  const int32_t* first_key;
+  const int32_t* end_key;
+  const int32_t* past_key;
+  int32_t window;  // number of keys that a query may attend to, its own included; 0 = all
+};
+
+// One call of attention. Every array has unit stride in its last dimension.
+struct CudaAttention {
+  DType dtype;  // of query, key, value and output
+  int32_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
+  double scale;
+  CudaGeometry geometry;
+  Array4 query, key, value;
+  const void* log_scale;  // [batch, heads]; float64 for float64, else float32
+  int64_t log_scale_batch_stride, log_scale_head_stride;  // batch stride 0: one vector [heads]
+  // [batch, heads, queries, value_head_size]: written by forward, read by backward.
+  Array4 output;
+  // [batch, heads, queries], natural logarithm, dtype of log_scale; row_stride is the stride of
+  // queries. Written by forward unless data is null, read by backward.
+  Array4 logsumexp;
+  // output - v of the first scaled key, like output; data may be null. Where that key has nearly
+  // all of the weight, this difference is lost in the rounding of a 16-bit output. Rows that attend
+  // to no key hold unspecified numbers.
+  Array4 output_minus_initial_value;
+};
+
+struct CudaAttentionGradients {
+  Array4 grad_output;                       // read
+  Array4 grad_query, grad_key, grad_value;  // written
+  void* grad_log_scale;  // [heads], or [batch, heads] if log_scale is; contiguous
+  void* scratch;         // as many bytes as the launcher's *_scratch function returns
+};
+
+// Whether rows of query, key, value and output can be read and written 16 bytes at a time.
+inline bool has_16_byte_rows(const CudaAttention& c) {
+  const auto fits = [](const Array4& array, int64_t batch, int64_t heads, int64_t rows) {
+    const auto stride_fits = [](int64_t stride, int64_t size) {
+      return size == 1 || (stride > 0 && stride % 8 == 0);
+    };
+    return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 &&
+           stride_fits(array.batch_stride, batch) && stride_fits(array.head_stride, heads) &&
+           stride_fits(array.row_stride, rows);
+  };
+  return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && c.head_size % 8 == 0 &&
+         c.value_head_size % 8 == 0 && fits(c.query, c.batch, c.heads, c.queries) &&
+         fits(c.key, c.batch, c.key_heads, c.keys) && fits(c.value, c.batch, c.key_heads, c.keys) &&
+         fits(c.output, c.batch, c.heads, c.queries);
+}
+
+}  // namespace zerotuning::attention

@@ -1,0 +1,22 @@
+// Backward attention on CUDA: the launchers of the plain and the Hopper kernels. Both add in a
+// fixed order, so gradients repeat bit by bit.
+#pragma once
+
+#include "attention/cuda_arguments.h"
+
+namespace zerotuning::attention {
+
+// Whatever attention_plain supports.
+int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // bytes
+cudaError_t attention_backward_plain(const CudaAttention& arguments,
+                                     const CudaAttentionGradients& gradients, cudaStream_t stream);
+
+// Whatever attention_hopper supports, up to this head size.
+constexpr int32_t max_hopper_backward_head_size = 128;
+bool supports_hopper_backward(const CudaAttention& arguments);
+int64_t attention_backward_hopper_scratch(const CudaAttention& arguments);  // bytes
+cudaError_t attention_backward_hopper(const CudaAttention& arguments,
+                                      const CudaAttentionGradients& gradients,
+                                      int32_t multiprocessors, cudaStream_t stream);
+
+}  // namespace zerotuning::attention
