@@ -6,7 +6,6 @@ import gc
 import json
 import math
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from zerotuning.bench import attention_cuda as bench_cuda
 from zerotuning.bench.peers import attention_inputs
 from zerotuning.calibration.batched_candidates import Candidates
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
-from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings, supports_recording
 from zerotuning.evaluation.evaluate import label_scores
+from zerotuning.evaluation.forward import PlainForward
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, scores_behind_prefix
 from zerotuning.patching import packed_mask
@@ -824,19 +824,20 @@ def _loss_and_gradient(
     with torch.device("cpu"), head_parameters(model) as parameters:
         scorer = LabelScorer(model, tokenizer, task, records, batch_size=8)
         if recorded:
-            assert RecordedPasses.possible(model)
-            scorer.recorded = RecordedPasses(model, parameters, notes.append)
+            assert supports_recording(model)
+            scorer = scorer.using(RecordedForward(PlainForward(model), Recordings(model, parameters, notes.append)))
         for value in (0.0, -0.7, 0.4):
             with torch.no_grad():
                 for leaf in parameters:
                     leaf.fill_(value)
             for batch in scorer.batches:
-                with behind_prefix(scorer) if read_once else nullcontext():
-                    loss = F.cross_entropy(scorer.scores(batch), batch.labels.cuda())
-                    gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
-            with torch.no_grad(), behind_prefix(scorer) if read_once else nullcontext():
+                at_batch = behind_prefix(scorer) if read_once else scorer
+                loss = F.cross_entropy(at_batch.scores(batch), batch.labels.cuda())
+                gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
+            at_point = behind_prefix(scorer) if read_once else scorer
+            with torch.no_grad():
                 losses += [
-                    float(F.cross_entropy(scorer.scores(batch), batch.labels.cuda())) for batch in scorer.batches
+                    float(F.cross_entropy(at_point.scores(batch), batch.labels.cuda())) for batch in scorer.batches
                 ]
     return losses, gradients, notes
 
@@ -889,14 +890,15 @@ def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer
             for batch in scorer.batches
             for point in points
         ]
-        scorer.recorded = RecordedPasses(model, parameters, setbacks.note)
+        recordings = Recordings(model, parameters, setbacks.note)
+        scorer = scorer.using(RecordedForward(PlainForward(model), recordings))
         for _ in range(2):  # recorded, replayed
             found = candidates.scores(scorer, scorer.batches, points)
             assert [index for index, _, _ in found] == list(range(11)) * len(scorer.batches)
             for (_, _, scores), (one,) in zip(found, expected, strict=True):
                 torch.testing.assert_close(scores, one, rtol=1e-4, atol=1e-5)
     assert setbacks.notes == []
-    assert any(copies > 1 for _, _, copies, *_ in scorer.recorded._recorded)
+    assert any(copies > 1 for _, _, copies, *_ in recordings._recorded)
 
 
 def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(tiny_tokenizer) -> None:

@@ -16,8 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
+from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.evaluate import label_scores
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.tasks.task import Record
 
 #: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.

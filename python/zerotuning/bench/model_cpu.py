@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from zerotuning.bench.rows import OURS, UNTUNED, Row
 from zerotuning.bench.timing import take_turns
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.objectives import task_loss
 from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.loading import load_model
@@ -33,32 +34,33 @@ def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
         batch = scorer.batches[len(scorer.batches) // 2]
         peers = _peers(model, scorer, batch)
         if shots:
-            peers |= {f"{name}, shots read once": partial(_read_once, scorer, peers[name]) for name in (OURS, GRADIENT)}
+            once = _peers(model, scorer, batch, share_prefix=True)
+            peers |= {f"{name}, shots read once": once[name] for name in (OURS, GRADIENT)}
         shape = f"{len(batch)} x {batch.input_ids.shape[1]} tokens"
         dtype = str(model.dtype).removeprefix("torch.")
         yield {"what": "SmolLM2-135M", "shape": shape, "dtype": dtype, "peers": take_turns(peers, seconds)}
 
 
-def _peers(model: Any, scorer: LabelScorer, batch: Batch) -> dict[str, Callable[[], object]]:
+def _peers(
+    model: Any, scorer: LabelScorer, batch: Batch, share_prefix: bool = False
+) -> dict[str, Callable[[], object]]:
+    def scores() -> Tensor:
+        return (behind_prefix(scorer) if share_prefix else scorer).scores(batch)
+
     # Switching is outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
     @torch.no_grad()
     def untuned() -> object:
         unpatch(model)
-        return scorer.scores(batch)
+        return scores()
 
     @torch.no_grad()
     def patched() -> object:
         patch(model)
-        return scorer.scores(batch)
+        return scores()
 
     def gradient() -> object:
         patch(model)
         with head_parameters(model) as parameters:
-            return torch.autograd.grad(task_loss(scorer.scores(batch), batch.labels), parameters)
+            return torch.autograd.grad(task_loss(scores(), batch.labels), parameters)
 
     return {UNTUNED: untuned, OURS: patched, GRADIENT: gradient}
-
-
-def _read_once(scorer: LabelScorer, call: Callable[[], object]) -> object:
-    with behind_prefix(scorer):
-        return call()

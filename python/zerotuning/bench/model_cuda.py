@@ -21,8 +21,10 @@ from torch import Tensor
 from zerotuning.bench.rows import OURS, Row
 from zerotuning.bench.timing import Peers, free_memory, take_turns
 from zerotuning.evaluation import objectives
-from zerotuning.evaluation.cuda_graphs import RecordedPasses
-from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, Batch, LabelScorer
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings
+from zerotuning.evaluation.forward import PlainForward
+from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.patch import apply_scales, head_parameters, unpatch
@@ -216,30 +218,30 @@ def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> Label
 
 
 @torch.no_grad()
-def _forward_passes(scorer: LabelScorer, batches: list[Batch], within: Within = nullcontext) -> None:
-    with within():
-        for batch in batches:
-            scorer.scores(batch)
+def _forward_passes(scorer: LabelScorer, batches: list[Batch], share_prefix: bool = False) -> None:
+    scorer = behind_prefix(scorer) if share_prefix else scorer
+    for batch in batches:
+        scorer.scores(batch)
 
 
 def _gradient_passes(
-    scorer: LabelScorer, parameters: list[Tensor], batches: list[Batch], within: Within = nullcontext
+    scorer: LabelScorer, parameters: list[Tensor], batches: list[Batch], share_prefix: bool = False
 ) -> None:
     for batch in batches:
-        with within():
-            loss = objectives.task_loss(scorer.scores(batch), batch.labels.cuda())
-            torch.autograd.grad(loss, parameters)
+        scores = (behind_prefix(scorer) if share_prefix else scorer).scores(batch)
+        torch.autograd.grad(objectives.task_loss(scores, batch.labels.cuda()), parameters)
 
 
 def _objective(model: Any) -> Iterator[Row]:
     """The task loss of 16 prompts: as a search computes it, replaying passes that it recorded as CUDA graphs, and with
     passes that are launched from Python. A pass has GRADIENT_TOKENS tokens at most."""
     for tokens in (64, 128, 512):
-        scorer = _scorer(model, 16, tokens)
+        plain = _scorer(model, 16, tokens)
         for recorded in (True, False):
             with _tuned(model), head_parameters(model) as parameters:
                 notes: list[str] = []
-                scorer.recorded = RecordedPasses(model, parameters, notes.append) if recorded else None
+                recordings = Recordings(model, parameters, notes.append)
+                scorer = plain.using(RecordedForward(PlainForward(model), recordings)) if recorded else plain
                 forward = partial(_forward_passes, scorer, scorer.batches)
                 gradient = partial(_gradient_passes, scorer, parameters, scorer.batches)
                 torch.cuda.reset_peak_memory_stats()
@@ -251,7 +253,7 @@ def _objective(model: Any) -> Iterator[Row]:
                     figures[GRADIENT]["error"] = notes[0]
             what = "objective" if recorded else "objective, from Python"
             yield {"what": what, "shape": f"16 x {tokens}", "dtype": "bfloat16", "peers": figures}
-            scorer.recorded = None
+            del scorer, recordings, forward, gradient
             free_memory()
 
 
@@ -260,9 +262,8 @@ def _behind_shots(model: Any) -> Iterator[Row]:
     for prompts in (16, 64):
         scorer = _scorer(model, prompts, shots=SHOTS)
         whole = scorer.batches
-        scorer.tokens_read_once = scorer.shared_length
-        once = scorer.batches_of(range(prompts))
-        shape = f"{prompts} x {scorer.examples[0].longest}, {scorer.shared_length} of them shots"
+        once = behind_prefix(scorer).batches_of(range(prompts))
+        shape = f"{prompts} x {scorer.examples[0].longest}, {len(scorer.shared_prefix)} of them shots"
         with _tuned(model), head_parameters(model) as parameters:
             passes = {
                 "forward": partial(_forward_passes, scorer),
@@ -271,7 +272,7 @@ def _behind_shots(model: Any) -> Iterator[Row]:
             for what, call in passes.items():
                 peers = {
                     "whole prompts": partial(call, whole),
-                    "shots read once": partial(call, once, partial(behind_prefix, scorer)),
+                    "shots read once": partial(call, once, share_prefix=True),
                 }
                 yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": _compared(peers)}
         free_memory()

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
+from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.cuda_graphs import MOST_TOKENS, recorded_tokens
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.device_maps import input_device
 from zerotuning.patching.patch import candidates
@@ -54,7 +54,7 @@ class Candidates:
         self, scorer: LabelScorer, batches: Sequence[Batch], points: Sequence[np.ndarray], share_prefix: bool = False
     ) -> list[Scored]:
         """The scores of all batches at all points, in pieces; an example without finite scores at a point is left out
-        there. share_prefix: what the prompts begin with is read once a point (`shared_prefix`), not once a prompt.
+        there. share_prefix: what the prompts begin with is read once a point (`prefix_cache`), not once a prompt.
 
         Errors: ZeroTuningError for an example that is too large for the memory by itself.
         """
@@ -114,12 +114,12 @@ class Candidates:
         self, scorer: LabelScorer, batches: Sequence[Batch], index: int, point: np.ndarray, share_prefix: bool = False
     ) -> list[Scored]:
         self.set_point(point)
-        with behind_prefix(scorer) if share_prefix else nullcontext():
-            return [
-                (index, piece, scores)
-                for batch in batches
-                for piece, scores in self.setbacks.in_pieces(scorer, batch, lambda one: _finite(scorer.scores(one)))
-            ]
+        at_point = behind_prefix(scorer) if share_prefix else scorer
+        return [
+            (index, piece, scores)
+            for batch in batches
+            for piece, scores in self.setbacks.in_pieces(at_point, batch, lambda one: _finite(at_point.scores(one)))
+        ]
 
 
 def _finite(scores: Tensor) -> Tensor | None:

@@ -219,10 +219,7 @@ def _prepared(
         raise ZeroTuningError(
             f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, got {len(prior)}"
         )
-    prepared = TaskExamples(task, records, scorer, prior)
-    if prepared.shares_prefix:
-        scorer.tokens_read_once = scorer.shared_length
-    return prepared
+    return TaskExamples(task, records, scorer, prior)
 
 
 def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:

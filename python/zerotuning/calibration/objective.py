@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +17,11 @@ from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
-from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings, supports_recording
+from zerotuning.evaluation.forward import PlainForward
 from zerotuning.evaluation.generation import answer_tokens, share_right, written_texts
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.models.process_group import Processes
 from zerotuning.tasks.task import Record, Task
@@ -49,6 +50,10 @@ class TaskExamples:
         """Whether what all prompts begin with is read once: a point, or a batch where a gradient is taken."""
         return is_worth_sharing(self.scorer)
 
+    def scorer_at_point(self) -> LabelScorer:
+        """The scorer for one point, or for one batch where a gradient is taken: it may read the shared prefix once."""
+        return behind_prefix(self.scorer) if self.shares_prefix else self.scorer
+
 
 class Measurement:
     """The objective, as a mean over tasks, of chosen examples of each.
@@ -69,17 +74,16 @@ class Measurement:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.tasks = tasks
+        self.tasks = list(tasks)
         self.parameters = parameters
         self.options = options
         self.setbacks = setbacks
         self.processes = processes
         self.metric = metric
         self.candidates = Candidates(model, parameters, setbacks)
-        if RecordedPasses.possible(model):
-            recorded = RecordedPasses(model, parameters, setbacks.note)
-            for task in tasks:
-                task.scorer.recorded = recorded
+        if supports_recording(model):
+            forward = RecordedForward(PlainForward(model), Recordings(model, parameters, setbacks.note))
+            self.tasks = [replace(task, scorer=task.scorer.using(forward)) for task in tasks]
 
     @property
     def reads_text(self) -> bool:
@@ -148,8 +152,9 @@ class Measurement:
     def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
         """This process's share of the examples, in batches: examples of one length are shared out evenly."""
         size = self.setbacks.batch_size(self.options.batch_size)
-        shares = [self.processes.share(batch.indices.tolist()) for batch in task.scorer.batches_of(places, size)]
-        return [batch for share in shares for batch in task.scorer.batches_of(share, size)]
+        scorer = task.scorer_at_point()
+        shares = [self.processes.share(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
+        return [batch for share in shares for batch in scorer.batches_of(share, size)]
 
     # Gradients.
 
@@ -172,8 +177,9 @@ class Measurement:
         self.candidates.set_point(point)
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self._gradient_pass(task):
-                value = self._objective(task, task.scorer.scores(batch), batch.labels) * len(batch)
+            with self.setbacks.saving_memory(self.model):
+                scores = self._scorer_with_gradients(task).scores(batch)
+                value = self._objective(task, scores, batch.labels) * len(batch)
                 return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
 
         sums = self._summed(task, places, compute)
@@ -195,20 +201,20 @@ class Measurement:
         weight_of = dict(zip(known, weights, strict=True))
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self._gradient_pass(task):
-                found = task.scorer.scores(batch)
+            with self.setbacks.saving_memory(self.model):
+                found = self._scorer_with_gradients(task).scores(batch)
                 weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
                 gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
             return self._finite_sums(0.0, gradient, len(batch))
 
         return float(value.detach()), self._summed(task, known, compute)[2:]
 
-    def _gradient_pass(self, task: TaskExamples) -> AbstractContextManager[None]:
-        """What a batch's forward and backward passes go on in. Blocks that are computed twice cannot read on from a
-        cache that their first computation filled."""
-        if task.shares_prefix and self.setbacks.keeps_activations(self.model):
-            return behind_prefix(task.scorer)
-        return self.setbacks.saving_memory(self.model)
+    def _scorer_with_gradients(self, task: TaskExamples) -> LabelScorer:
+        """The scorer for one batch's forward and backward pass.
+
+        Checkpointed layers compute twice, and cannot read on from a cache that their first computation filled.
+        """
+        return task.scorer_at_point() if self.setbacks.keeps_activations(self.model) else task.scorer
 
     def _summed(
         self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
@@ -216,7 +222,7 @@ class Measurement:
         """(loss, examples, gradient…) added up over batches and processes: float64 [2 + layers * heads]."""
         sums = np.zeros(2 + self._size)
         for batch in self._batches(task, places):
-            for _, part in self.setbacks.in_pieces(task.scorer, batch, compute):
+            for _, part in self.setbacks.in_pieces(task.scorer_at_point(), batch, compute):
                 sums += part
         sums = self.processes.sum(sums)
         if sums[1] == 0:

@@ -12,7 +12,8 @@ from torch import nn
 
 from zerotuning.calibration.checkpointing import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import is_offloaded
 from zerotuning.models.tensor_parallel import is_tensor_parallel
 

@@ -1,96 +1,152 @@
-"""Short batches on a GPU: the model's pass, forward and backward, recorded once a shape as CUDA graphs and replayed.
+"""Short batches on a GPU: passes of the model, forward and backward, recorded as CUDA graphs once a shape and replayed.
 
-A pass over few tokens takes longer to launch than to compute; a search makes the same passes many times over.
+A pass over few tokens takes longer to launch than to compute, and a search makes the same passes many times.
 """
 
 from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.forward import Forward, Inputs, Pass, PlainForward
 from zerotuning.models.tensor_parallel import is_tensor_parallel
 
-#: Sequences x tokens beyond which the GPU is busy all the time, and recording only takes memory.
+#: Sequences x tokens beyond which the GPU is busy all the time, so that recording gains nothing and takes memory.
 MOST_TOKENS = 6144
-#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded: by 8, lengths by up to an eighth.
+#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded: to multiples of 8, lengths by an
+#: eighth at most.
 STEP = 8
-#: What the tensors of a pass are padded with, on the left and for sequences that nobody reads.
+#: What the tensors of a pass are padded with, on the left and for sequences whose logits nobody reads.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
-#: input_ids, attention_mask (and position_ids), each [S, T] -> logits
-Forward = Callable[[dict[str, Tensor]], Tensor]
 
 
-class RecordedPasses:
-    """Replays passes of one model at whatever log γ its leaves hold; differentiable in those leaves alone.
+class RecordedForward(Forward):
+    """Replays the passes of another forward where they are recorded, and runs that forward where they cannot be."""
 
-    model           a patched model in evaluation mode, all of it on one GPU
-    log_scales      its leaves, from `patch.head_parameters`; the recordings are of no use when that context is closed
-    note            is told why something is not recorded
+    def __init__(self, inner: PlainForward, recordings: Recordings) -> None:
+        """Wrap a forward.
+
+        Args:
+            inner: Computes the passes, which are recorded; those of long batches run from Python.
+            recordings: The recordings of `inner`'s model, which several forwards may share.
+        """
+        self.model = inner.model
+        self.prefix_length = inner.prefix_length
+        self.inner = inner
+        self.recordings = recordings
+
+    def logits(self, batch: Batch, positions: int, token_ids: tuple[int, ...] | None = None) -> Tensor:
+        inputs = self.inner.inputs(batch)
+        if self.recordings.supports(inputs["input_ids"], batch.copies, self.prefix_length):
+            recordable = partial(self.inner.recordable, positions, token_ids)
+            key = (self.inner.prefix, positions, token_ids)
+            logits = self.recordings.replay(inputs, recordable, key, batch.copies)
+            if logits is not None:
+                return logits
+        return self.inner.logits_of(inputs, positions, token_ids)
+
+    def wrap(self, inner: PlainForward) -> RecordedForward:
+        return RecordedForward(inner, self.recordings)
+
+
+class Recordings:
+    """CUDA graphs of one model's passes, replayed at whatever log gamma its leaves hold.
+
+    A replay is differentiable in those leaves alone.
     """
 
     def __init__(self, model: nn.Module, log_scales: Sequence[Tensor], note: Callable[[str], None]) -> None:
+        """Start without recordings.
+
+        Args:
+            model: A patched model in evaluation mode, all of it on one GPU (`supports_recording`).
+            log_scales: The model's leaves, from `patch.head_parameters`. The recordings become useless when that
+                context is closed.
+            note: Receives the reason when something is not recorded.
+        """
         self.model = model
         self.log_scales = [leaf for leaf in log_scales if leaf.is_cuda]
         self._note = note
-        self._recorded: dict[tuple[object, ...], tuple[Callable[..., Tensor], object]] = {}
-        self._refused: set[tuple[object, ...]] = set()
+        self._recorded: dict[tuple[Hashable, ...], tuple[Callable[..., Tensor], object]] = {}
+        self._refused: set[tuple[Hashable, ...]] = set()
         self._pool = torch.cuda.graph_pool_handle() if self.log_scales else None
 
-    @staticmethod
-    def possible(model: nn.Module) -> bool:
-        """Whether the model is on one GPU as a whole, with nothing that moves its weights about or talks to other GPUs."""
-        tensors = [*model.parameters(), *model.buffers()]
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if hooked or model.training or is_tensor_parallel(model):
-            return False
-        return len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
+    def supports(self, input_ids: Tensor, copies: int = 1, prefix_length: int = 0) -> bool:
+        """Whether a batch is short enough to be recorded, together with the prefix that its pass reads."""
+        return self._pool is not None and prefix_length + recorded_tokens(input_ids, copies) <= MOST_TOKENS
 
-    def takes(self, input_ids: Tensor, copies: int = 1, read_first: int = 0) -> bool:
-        """Whether a batch is short enough, together with so many tokens that its pass reads first."""
-        return self._pool is not None and read_first + recorded_tokens(input_ids, copies) <= MOST_TOKENS
-
-    def logits(
-        self, inputs: Mapping[str, Tensor], forward: Forward, kind: tuple[object, ...], copies: int = 1
+    def replay(
+        self,
+        inputs: Inputs,
+        recordable: Callable[[], AbstractContextManager[Pass]],
+        key: tuple[Hashable, ...],
+        copies: int = 1,
     ) -> Tensor | None:
-        """forward(inputs), [S, positions, rows], replayed; recorded first if no batch of the shape and kind came before.
+        """The logits of a pass, replayed; recorded first if no batch of the same shape and key came before.
 
-        inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T]. copies: of how many candidates (see
-        `patch.candidates`), whose equal parts are padded alike; with more than one the pass is not differentiable. None
-        where recording failed: the model does what cannot be recorded, or the recordings before took the memory.
+        Args:
+            inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T].
+            recordable: Gives the pass that is recorded, within a context that holds while it is.
+            key: What sets the pass apart from other passes over inputs of the same shape.
+            copies: The candidates of the batch (see `patch.candidates`), whose equal parts are padded alike. With more
+                than one the pass is not differentiable.
+
+        Returns:
+            [S, positions, tokens]; None where recording failed, because a model does what cannot be recorded or because
+            earlier recordings take the memory.
         """
         sequences, length = _rounded(inputs["input_ids"], copies)
         padded = {name: _padded(tensor, sequences, length, PADDING[name], copies) for name, tensor in inputs.items()}
-        key = (sequences, length, copies, *kind)
+        key = (sequences, length, copies, *key)
         if key in self._refused:
             return None
-        if key not in self._recorded:
-            if not self._has_room(padded["input_ids"].device):
-                self._refused.add(key)
-                return None
-            generator = torch.cuda.default_generators[padded["input_ids"].get_device()]
-            before = generator.clone_state()
-            try:
-                held = (self.model.get_output_embeddings(), forward)  # type: ignore[operator]  # what it reads
-                self._recorded[key] = self._record(padded, forward, copies == 1), held
-            except RuntimeError as error:
-                # A recording that broke off leaves the GPU's random numbers waiting for its end.
-                generator.graphsafe_set_state(before)
-                self._give_up(error)
-                return None
+        if key not in self._recorded and not self._record(key, padded, recordable, copies == 1):
+            return None
         replay, _ = self._recorded[key]
-        found = replay(*padded.values(), *self.log_scales)
-        wanted = len(inputs["input_ids"]) // copies
-        return found[:wanted] if copies == 1 else found.unflatten(0, (copies, sequences))[:, :wanted].flatten(0, 1)
+        logits = replay(*padded.values(), *self.log_scales)
+        count = len(inputs["input_ids"]) // copies
+        if copies == 1:
+            return logits[:count]
+        return logits.unflatten(0, (copies, sequences))[:, :count].flatten(0, 1)
+
+    def _record(
+        self,
+        key: tuple[Hashable, ...],
+        inputs: dict[str, Tensor],
+        recordable: Callable[[], AbstractContextManager[Pass]],
+        differentiable: bool,
+    ) -> bool:
+        """Records a pass; False where that fails."""
+        if not self._has_room(inputs["input_ids"].device):
+            self._refused.add(key)
+            return False
+        generator = torch.cuda.default_generators[inputs["input_ids"].get_device()]
+        before = generator.clone_state()
+        try:
+            with recordable() as compute:
+                # The graph reads memory of the pass and of the output layer that stands in its place meanwhile.
+                held = (self.model.get_output_embeddings(), compute)  # type: ignore[operator]
+                self._recorded[key] = self._graph_of(inputs, compute, differentiable), held
+        except RuntimeError as error:
+            # A recording that broke off leaves the GPU's random number generator waiting for its end.
+            generator.graphsafe_set_state(before)
+            self._give_up(error)
+            return False
+        return True
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether the quarter of the memory that is left for passes which are not recorded is free. A recording keeps a
-        pass's activations: 1.2 MiB a token of SmolLM2-135M."""
+        """Whether a quarter of the memory is free, which stays for passes that are not recorded.
+
+        A recording keeps a pass's activations: 1.2 MiB a token of SmolLM2-135M.
+        """
         free, total = torch.cuda.mem_get_info(device)
         if free < total // 4:
             gc.collect()
@@ -101,16 +157,17 @@ class RecordedPasses:
         self._note("passes of further lengths are not recorded as CUDA graphs: a quarter of the GPU's memory is left")
         return False
 
-    def _record(self, inputs: Mapping[str, Tensor], forward: Forward, differentiable: bool) -> Callable[..., Tensor]:
+    def _graph_of(self, inputs: dict[str, Tensor], compute: Pass, differentiable: bool) -> Callable[..., Tensor]:
         names = list(inputs)
 
         def run(*tensors: Tensor) -> Tensor:
-            with torch.set_grad_enabled(differentiable):  # without: nothing is kept for a backward pass
-                return forward(dict(zip(names, tensors, strict=False)))
+            with torch.set_grad_enabled(differentiable):  # without: no activations are kept for a backward pass
+                return compute(dict(zip(names, tensors, strict=False)))
 
         samples = {name: tensor.clone() for name, tensor in inputs.items()}
-        samples["attention_mask"][:, 0] = 0  # rehearsed with padding, as recorded, whatever this batch has
-        with torch.enable_grad(), warnings.catch_warnings(), _without_collection():
+        # Warm-up and recording see padding whether this batch has any or not: a replay may have it.
+        samples["attention_mask"][:, 0] = 0
+        with torch.enable_grad(), warnings.catch_warnings(), _without_garbage_collection():
             # Earlier recordings keep the leaves' nodes, made on another stream; nothing accumulates through them.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
             # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
@@ -126,9 +183,22 @@ class RecordedPasses:
         self._note(f"passes are not recorded as CUDA graphs: {' '.join(str(error).split())[:200]}")
 
 
+def supports_recording(model: nn.Module) -> bool:
+    """Whether a model's passes can be recorded.
+
+    It must be on one GPU as a whole, in evaluation mode, without hooks that move its weights and without communication
+    with other GPUs.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked or model.training or is_tensor_parallel(model):
+        return False
+    return len({t.device for t in tensors}) == 1 and tensors[0].is_cuda
+
+
 @contextmanager
-def _without_collection() -> Iterator[None]:
-    """Graphs of an earlier search, which cycles keep, stay for so long: one that goes breaks a recording off."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Within the context, graphs of an earlier search that reference cycles keep alive stay: freeing one breaks a recording."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -139,20 +209,21 @@ def _without_collection() -> Iterator[None]:
 
 
 def recorded_tokens(input_ids: Tensor, copies: int = 1) -> int:
-    """Tokens of the recording that a batch [S, T] of so many candidates' copies is run by."""
+    """Tokens of the recording that replays a batch [S, T] with so many candidates' copies."""
     sequences, length = _rounded(input_ids, copies)
     return copies * sequences * length
 
 
 def _rounded(input_ids: Tensor, copies: int) -> tuple[int, int]:
-    """Sequences of each copy, and length, of the recording that a batch [S, T] is run by."""
+    """Sequences of each copy, and length, of the recording that replays a batch [S, T]."""
     sequences, length = input_ids.shape[0] // copies, input_ids.shape[1]
-    few = 1 << (sequences - 1).bit_length()
+    power_of_two = 1 << (sequences - 1).bit_length()
     step = max(STEP, 1 << max(0, length.bit_length() - 4))
-    return few if few <= STEP else -(-sequences // STEP) * STEP, -(-length // step) * step
+    rounded = power_of_two if power_of_two <= STEP else -(-sequences // STEP) * STEP
+    return rounded, -(-length // step) * step
 
 
 def _padded(tensor: Tensor, sequences: int, length: int, value: int, copies: int) -> Tensor:
-    """[copies * S, T] -> [copies * sequences, length]: padded on the left, then each copy's first sequence again."""
+    """[copies * S, T] to [copies * sequences, length]: padded on the left, then each copy's first sequence again."""
     wide = F.pad(tensor, (length - tensor.shape[1], 0), value=value).unflatten(0, (copies, -1))
     return torch.cat((wide, wide[:, :1].expand(-1, sequences - wide.shape[1], -1)), dim=1).flatten(0, 1)

@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from tqdm import tqdm
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
+from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.generation import answer_tokens, share_right, written_texts
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.files import write_json_atomically
 from zerotuning.tasks.hub import read_data
@@ -114,8 +114,7 @@ def evaluate(
 
 
 def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
-    with behind_prefix(scorer) if is_worth_sharing(scorer) else nullcontext():
-        scores = label_scores(scorer, progress=progress)
+    scores = label_scores(behind_prefix(scorer) if is_worth_sharing(scorer) else scorer, progress=progress)
     # NaN in any column makes the whole row's softmax NaN.
     _check_finite(scorer, torch.log_softmax(scores, dim=-1).gather(1, scorer.labels[:, None])[:, 0])
     return {

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import input_device
 from zerotuning.tasks.task import Record, Task
 from zerotuning.tasks.tokenization import SPARE_TOKENS

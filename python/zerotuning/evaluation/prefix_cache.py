@@ -1,125 +1,140 @@
-"""Label scores of prompts that begin alike (shots, distractors): what they share goes through the model once, into a cache."""
+"""Passes behind a cached prefix: prompts that begin alike (few-shot examples) have their beginning read once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from zerotuning.evaluation.label_scorer import LabelScorer, forward_arguments
+from zerotuning.evaluation.forward import Inputs, PlainForward
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import input_device
+from zerotuning.models.inspection import forward_arguments
 
-#: How many times longer than the rest of a prompt its shared beginning must be. SmolLM2-135M on two cores with AMX: nothing
-#: gained at half the rest, 0.7 of a gradient's time at twice, 0.35 at seven times.
+#: How many times longer than the rest of a prompt its shared prefix must be. SmolLM2-135M on two cores with AMX: a
+#: gradient takes as long as without a cache at half the rest, 0.7 of that time at twice, 0.35 at seven times.
 WORTH_SHARING = 2
-
-
 #: Tokens of a batch x parameters of the model below which a GPU waits for launches, so that a pass for the prefix costs
-#: as much as one for the batch. SmolLM2-135M on an H100, recorded: 1.45 of a gradient's time at 1,300 tokens, 1.05 at 3,500;
-#: of 64 prompts 0.75 with one shot, 0.34 with four.
+#: as much as one for the batch. SmolLM2-135M on an H100, recorded: 1.45 of a gradient's time at 1,300 tokens, 1.05 at
+#: 3,500; of 64 prompts 0.75 with one shot, 0.34 with four.
 GPU_WORK = 3.5e11
 
 
-def is_worth_sharing(scorer: LabelScorer) -> bool:
-    """Whether scores behind the prefix come sooner than those of whole prompts: many shots, and on a GPU a batch or a
-    model that keeps it busy."""
-    if not can_share(scorer):
-        return False
-    if input_device(scorer.model).type != "cpu":
-        tokens = sum(batch.input_ids.numel() for batch in scorer.batches) / len(scorer.batches)
-        if tokens * sum(weight.numel() for weight in scorer.model.parameters()) < GPU_WORK:
-            return False
-    shared = scorer.shared_length
-    left = [len(example.prompt) - shared for example in scorer.examples]
-    return shared >= WORTH_SHARING * sum(left) / len(left)
+class PrefixForward(PlainForward):
+    """Reads the prefix of all sequences in the first pass and keeps its keys and values for the passes that follow.
 
-
-def can_share(scorer: LabelScorer) -> bool:
-    """Whether the model gives the same scores behind a cache: it keeps keys alone, takes positions, and has no window
-    or chunks that the padding between the prefix and the rest of a prompt would move."""
-    model: Any = scorer.model
-    known = forward_arguments(model)
-    takes_cache = {"use_cache", "position_ids"} <= known and bool(known & {"cache", "past_key_values"})
-    config = model.config.get_text_config(decoder=True)
-    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    longest = max(example.longest for example in scorer.examples)
-    in_sight = all(span is None or span >= longest for span in spans)
-    return takes_cache and in_sight and not getattr(model, "_is_stateful", False)
-
-
-@torch.no_grad()
-def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
-    """`scorer.scores` of all examples in their order, float32 [N, C], on the CPU."""
-    with behind_prefix(scorer):
-        return scorer.gather([scorer.scores(batch).cpu() for batch in scorer.batches])
-
-
-@contextmanager
-def behind_prefix(scorer: LabelScorer) -> Iterator[None]:
-    """Within it the scorer reads what all its prompts begin with once, before the first batch, and of every prompt the
-    rest alone: at the scales of that moment, which must stay. With gradients, for one batch: its backward pass goes
-    through the prefix as well."""
-    scorer.prefix = SharedPrefix(scorer) if scorer.shared_length else None
-    try:
-        yield
-    finally:
-        scorer.prefix = None
-
-
-class SharedPrefix:
-    """What all prompts of a scorer begin with.
-
-    length    tokens of it, P
+    The cache belongs to the log scales of the first pass: an object serves as long as they stay. With gradients it
+    serves one batch, whose backward pass goes through the prefix as well.
     """
 
-    def __init__(self, scorer: LabelScorer) -> None:
-        self._model: Any = scorer.model
-        self.length = scorer.shared_length
-        self._ids = torch.tensor([scorer.examples[0].prompt[: self.length]], device=input_device(self._model))
-        known = forward_arguments(self._model)
-        self._cache_name = "cache" if "cache" in known else "past_key_values"  # the older name warns since 5.20
-        self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
-        self._kept: Cache | None = None
+    def __init__(self, model: nn.Module, prefix: tuple[int, ...]) -> None:
+        """Prepare to read a prefix.
 
-    def rest_of(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of a batch of whole, left-padded prompts [S, T] what comes after the prefix, left-padded: [S, longest rest]."""
-        rest = inputs["attention_mask"].cumsum(dim=-1) > self.length
+        Args:
+            model: A transformers causal language model for which `supports_prefix_cache` holds.
+            prefix: The P >= 1 tokens that every sequence begins with. Each has one token more at least.
+        """
+        super().__init__(model)
+        self.prefix = prefix
+        self.prefix_length = len(prefix)
+        self._ids = torch.tensor([prefix], device=input_device(model))
+        # transformers renamed the argument in 5.20, and warns about the older name.
+        self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
+        self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
+        self._cache: Cache | None = None
+
+    def _unread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        rest = tensors["attention_mask"].cumsum(dim=-1) > self.prefix_length
         width = int(rest.sum(dim=-1).max())
-        cut = {name: tensor[:, -width:] for name, tensor in inputs.items()}
-        return {**cut, "attention_mask": rest[:, -width:].to(inputs["attention_mask"].dtype)}
+        cut = {name: tensor[:, -width:] for name, tensor in tensors.items()}
+        return {**cut, "attention_mask": rest[:, -width:].to(tensors["attention_mask"].dtype)}
 
-    def read(self) -> Cache:
+    def _behind_kept_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        if self._cache is None:
+            self._cache = self._read_prefix()
+        return self._behind(self._cache, inputs)
+
+    def _behind_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        return self._behind(self._read_prefix(), inputs)
+
+    def _read_prefix(self) -> Cache:
         cache = Cache(layer_class_to_replicate=_PrefixLayer)
-        self._model(input_ids=self._ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
+        self.model(input_ids=self._ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
         return cache
 
-    def kept(self) -> Cache:
-        """What `read` gave the first time."""
-        if self._kept is None:
-            self._kept = self.read()
-        return self._kept
-
-    def before(self, rest: Mapping[str, Tensor], cache: Cache) -> dict[str, Any]:
-        """What the model is given to read `rest` after the prefix, which is in `cache`."""
-        mask = torch.nn.functional.pad(rest["attention_mask"], (self.length, 0), value=1)
-        return {**rest, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
+    def _behind(self, cache: Cache, inputs: Inputs) -> dict[str, Any]:
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (self.prefix_length, 0), value=1)
+        return {**inputs, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keeps what is read first, one sequence. What is read behind it sees it, in each of its rows, and is not kept."""
+    """Keeps the keys and values of the first sequence that it is given, and puts them before those of later sequences.
+
+    The keys and values of later sequences are not kept.
+    """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
             return key_states, value_states
-        return _behind(self.keys, key_states), _behind(self.values, value_states)
+        return _after_prefix(self.keys, key_states), _after_prefix(self.values, value_states)
 
 
-def _behind(kept: Tensor, new: Tensor) -> Tensor:
-    return torch.cat((kept.expand(len(new), -1, -1, -1), new), dim=-2)
+def _after_prefix(prefix: Tensor, rest: Tensor) -> Tensor:
+    """[1, H, P, D] and [S, H, T, D] to [S, H, P + T, D]."""
+    return torch.cat((prefix.expand(len(rest), -1, -1, -1), rest), dim=-2)
+
+
+def behind_prefix(scorer: LabelScorer) -> LabelScorer:
+    """The same scorer with a forward that reads what all its prompts begin with once, in the first pass.
+
+    The new scorer is for one setting of the model's log scales; with gradients, for one batch (see PrefixForward). A
+    scorer whose prompts share no prefix is returned as it is.
+    """
+    if not scorer.shared_prefix:
+        return scorer
+    return scorer.using(scorer.forward.wrap(PrefixForward(scorer.model, scorer.shared_prefix)))
+
+
+@torch.no_grad()
+def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
+    """`scorer.scores` of all examples in their given order, their prefix read once: float32 [N, C] on the CPU."""
+    scorer = behind_prefix(scorer)
+    return scorer.gather([scorer.scores(batch).cpu() for batch in scorer.batches])
+
+
+def is_worth_sharing(scorer: LabelScorer) -> bool:
+    """Whether scores behind a cached prefix take less time than those of whole prompts.
+
+    That is so with many shots, and on a GPU if a batch or the model is large enough to keep the GPU busy.
+    """
+    if not supports_prefix_cache(scorer):
+        return False
+    if input_device(scorer.model).type != "cpu":
+        tokens = sum(batch.input_ids.numel() for batch in scorer.batches) / len(scorer.batches)
+        if tokens * sum(weight.numel() for weight in scorer.model.parameters()) < GPU_WORK:
+            return False
+    shared = len(scorer.shared_prefix)
+    rest = [len(example.prompt) - shared for example in scorer.examples]
+    return shared >= WORTH_SHARING * sum(rest) / len(rest)
+
+
+def supports_prefix_cache(scorer: LabelScorer) -> bool:
+    """Whether the model gives the same scores behind a cached prefix.
+
+    It must keep keys and values and nothing else, accept positions, and have no window or chunks shorter than a prompt:
+    the padding between the prefix and the rest of a prompt would move their borders.
+    """
+    model: Any = scorer.model
+    accepted = forward_arguments(model)
+    accepts_cache = {"use_cache", "position_ids"} <= accepted and bool(accepted & {"cache", "past_key_values"})
+    config = model.config.get_text_config(decoder=True)
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    longest = max(example.longest for example in scorer.examples)
+    spans_cover_prompts = all(span is None or span >= longest for span in spans)
+    return accepts_cache and spans_cover_prompts and not getattr(model, "_is_stateful", False)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from zerotuning.calibration.calibrate import calibrate
 from zerotuning.evaluation import objectives
+from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.label_bias import fit_label_bias
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
-from zerotuning.evaluation.prefix_cache import can_share, scores_behind_prefix
+from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.evaluation.prefix_cache import scores_behind_prefix, supports_prefix_cache
 from zerotuning.statistics import bootstrap_interval, wilson_interval
 from zerotuning.study import pictures
 from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
@@ -190,7 +191,7 @@ def _few_shot(draw: Draw) -> Outcome:
 
 def _scores_with_shots(draw: Draw, scorer: LabelScorer) -> Tensor:
     """At γ = 1; the shots read once."""
-    if scorer.task.shots and can_share(scorer):
+    if scorer.task.shots and supports_prefix_cache(scorer):
         return scores_behind_prefix(scorer)
     return draw.setting.scores(scorer)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from zerotuning.calibration.calibrate import calibrate
 from zerotuning.evaluation.generation import answer_tokens, chosen_label
 from zerotuning.evaluation.label_scorer import LabelScorer
-from zerotuning.evaluation.prefix_cache import can_share, scores_behind_prefix
+from zerotuning.evaluation.prefix_cache import scores_behind_prefix, supports_prefix_cache
 from zerotuning.patching.patch import head_parameters
 from zerotuning.statistics import bootstrap_interval, wilson_interval
 from zerotuning.study import pictures
@@ -234,7 +234,7 @@ class Draw:
         scorer = self.setting.scorer(self._task_of(part, condition), self.tests)
         rounding = rounded_weights(model, condition) if part == "quantisation" else nullcontext()
         with rounding:
-            if part in ("shots", "context") and can_share(scorer):
+            if part in ("shots", "context") and supports_prefix_cache(scorer):
                 with at_scales(self.setting, log_scale):
                     scores = scores_behind_prefix(scorer)
             else:

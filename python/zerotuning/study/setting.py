@@ -15,7 +15,8 @@ from zerotuning.calibration.folds import draw_examples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
-from zerotuning.evaluation.label_scorer import Batch, LabelScorer
+from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.loading import load_model
 from zerotuning.patching.patch import head_parameters, patch, patched_shape, scaled_keys
 from zerotuning.study.experiment import SIZES, Numbers

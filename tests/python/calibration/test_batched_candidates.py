@@ -20,7 +20,7 @@ from zerotuning.calibration.objective import Measurement, TaskExamples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
-from zerotuning.evaluation.prefix_cache import can_share
+from zerotuning.evaluation.prefix_cache import supports_prefix_cache
 from zerotuning.models.process_group import Processes
 from zerotuning.patching.patch import head_parameters, patch
 from zerotuning.tasks.task import Task, as_records
@@ -238,7 +238,7 @@ def test_gradients_go_through_shots_that_are_read_once_a_batch(
 
 def test_what_is_read_once_does_not_count_toward_the_tokens_of_a_pass(tiny_model: Any, tiny_tokenizer: Any) -> None:
     task, records = with_many_shots(tiny_model)
-    length = LabelScorer(tiny_model, tiny_tokenizer, task, records).shared_length
+    length = len(LabelScorer(tiny_model, tiny_tokenizer, task, records).shared_prefix)
     with passes(tiny_model) as shapes:
         zt.calibrate(tiny_model, tiny_tokenizer, task, records=records * 8, batch_size=64, steps=1, folds=2)
     assert any(rows * (length + width) > GRADIENT_TOKENS for rows, width in shapes)
@@ -258,6 +258,6 @@ def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tin
 def test_a_window_that_padding_would_move_keeps_prompts_whole(tiny_model: Any, tiny_tokenizer: Any) -> None:
     task, records = with_many_shots(tiny_model)
     scorer = LabelScorer(patch(tiny_model), tiny_tokenizer, task, records)
-    assert can_share(scorer)
+    assert supports_prefix_cache(scorer)
     tiny_model.config.sliding_window = 64
-    assert not can_share(scorer)
+    assert not supports_prefix_cache(scorer)

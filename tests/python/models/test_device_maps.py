@@ -14,7 +14,7 @@ import zerotuning as zt
 from zerotuning import ops
 from zerotuning.cli.main import main
 from zerotuning.errors import ZeroTuningError
-from zerotuning.evaluation.cuda_graphs import RecordedPasses
+from zerotuning.evaluation.cuda_graphs import supports_recording
 from zerotuning.models.device_maps import input_device, is_offloaded
 from zerotuning.patching.layer_scales import LayerScales
 
@@ -192,7 +192,7 @@ def test_scales_lie_with_their_layers_and_passes_over_two_gpus_are_not_recorded(
     zt.patch(mapped)
     found = [module.log_scale.device.index for module in mapped.modules() if isinstance(module, LayerScales)]
     assert found == [0, 1, 1]
-    assert not RecordedPasses.possible(mapped)
+    assert not supports_recording(mapped)
 
 
 @pytest.mark.gpu

@@ -87,7 +87,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
     task = with_shots(Task.load("trec"), shots, 0)
     records = task.examples("test", 5)
     scorer = LabelScorer(long_model, tiny_tokenizer, task, records)
-    assert scorer.shared_length > (300 if shots else 20)
+    assert len(scorer.shared_prefix) > (300 if shots else 20)
     with head_parameters(long_model) as parameters:
         with torch.no_grad():
             for parameter in parameters:

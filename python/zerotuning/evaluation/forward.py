@@ -1,0 +1,179 @@
+"""From a batch of token sequences to logits: the forward object that a LabelScorer is handed.
+
+`PlainForward` runs the model on whole sequences. `prefix_cache.PrefixForward` reads the sequences' shared prefix once.
+`cuda_graphs.RecordedForward` wraps either of them and replays its passes as CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zerotuning.evaluation.batches import Batch
+from zerotuning.models.device_maps import input_device
+from zerotuning.models.inspection import forward_arguments
+from zerotuning.models.tensor_parallel import whole_rows
+
+#: input_ids, attention_mask and, where the model accepts them, position_ids: int64 [S, T] on the model's device.
+Inputs = Mapping[str, Tensor]
+#: Maps the inputs of a pass to logits [S, positions, tokens].
+Pass = Callable[[Inputs], Tensor]
+
+
+class Forward(ABC):
+    """A way to compute logits of a batch under one causal language model.
+
+    Attributes:
+        model: A transformers causal language model.
+        prefix_length: Tokens that all sequences begin with and that a pass reads once for all of them; 0 where each
+            sequence is read whole.
+    """
+
+    model: nn.Module
+    prefix_length: int = 0
+
+    @abstractmethod
+    def logits(self, batch: Batch, positions: int, token_ids: tuple[int, ...] | None = None) -> Tensor:
+        """Logits at the last positions of each sequence, differentiable when gradients are enabled.
+
+        Args:
+            batch: S sequences.
+            positions: How many of the last positions have logits.
+            token_ids: The tokens whose logits are needed, in ascending order; None for the whole vocabulary.
+
+        Returns:
+            float32 (float64 for a float64 model) [S, positions, len(token_ids) or the vocabulary's size].
+        """
+
+    @abstractmethod
+    def wrap(self, inner: PlainForward) -> Forward:
+        """What this object adds to the forward that it wraps, added to `inner`: `inner` itself if it wraps nothing."""
+
+
+class PlainForward(Forward):
+    """Runs the model on whole sequences, one launch after the other."""
+
+    #: The tokens of `prefix_length`.
+    prefix: tuple[int, ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._accepted = forward_arguments(model)
+
+    def logits(self, batch: Batch, positions: int, token_ids: tuple[int, ...] | None = None) -> Tensor:
+        return self.logits_of(self.inputs(batch), positions, token_ids)
+
+    def wrap(self, inner: PlainForward) -> PlainForward:
+        return inner
+
+    def inputs(self, batch: Batch) -> Inputs:
+        """What a pass reads of a batch, on the model's device."""
+        tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        if "position_ids" in self._accepted:
+            tensors["position_ids"] = batch.position_ids
+        device = input_device(self.model)
+        return {name: tensor.to(device) for name, tensor in self._unread(tensors).items()}
+
+    def logits_of(self, inputs: Inputs, positions: int, token_ids: tuple[int, ...] | None) -> Tensor:
+        """`logits` of a batch's `inputs`."""
+        with needed_logits(self.model, token_ids) as select:
+            return self._run(self._behind_kept_prefix(inputs), positions, select)
+
+    @contextmanager
+    def recordable(self, positions: int, token_ids: tuple[int, ...] | None) -> Iterator[Pass]:
+        """A pass that a CUDA graph can record: its result depends on its inputs and the model's parameters alone.
+
+        The function may be called within the context only; a recording of it may be replayed afterwards.
+        """
+        with needed_logits(self.model, token_ids) as select:
+            yield lambda inputs: self._run(self._behind_new_prefix(inputs), positions, select)
+
+    def _unread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The part of the sequences [S, T] that each pass reads anew."""
+        return tensors
+
+    def _behind_kept_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        """The model's arguments for `inputs`, behind a prefix that an earlier pass of this object may have read."""
+        return self._behind_new_prefix(inputs)
+
+    def _behind_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        """The model's arguments for `inputs`, behind a prefix that is read now."""
+        return inputs
+
+    def _run(self, arguments: Mapping[str, Any], positions: int, select: Callable[[Tensor], Tensor]) -> Tensor:
+        options: dict[str, Any] = {}
+        if "use_cache" in self._accepted:
+            options["use_cache"] = False
+        if "logits_to_keep" in self._accepted:
+            options["logits_to_keep"] = positions
+        logits = select(self.model(**{**options, **arguments}).logits[:, -positions:])
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _SelectedRows(nn.Module):
+    """An output layer cut down to some tokens' rows: hidden states [..., d] to float32 logits [..., len(token_ids)].
+
+    The layer computes in float32 (or better) whatever its type: bfloat16 resolves a logit near 20 to 1/16 only, so
+    labels would tie, and so few rows cost nothing.
+    """
+
+    def __init__(self, layer: nn.Linear, token_ids: tuple[int, ...]) -> None:
+        super().__init__()
+        index = torch.tensor(token_ids, device=layer.weight.device)
+        # Plain attributes, not parameters: a gradient still reaches the layer's own weight.
+        dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+        self.weight = whole_rows(layer.weight, index, layer.out_features).to(dtype)
+        self.bias = None if layer.bias is None else whole_rows(layer.bias, index, layer.out_features).to(dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden.to(self.weight), self.weight, self.bias)
+
+
+@contextmanager
+def needed_logits(model: nn.Module, token_ids: tuple[int, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within the context the model's output layer computes the logits of `token_ids` only, where the layer allows it.
+
+    The model's own scaling or soft-capping of logits still applies, since it follows the output layer. An output layer
+    that is not a plain nn.Linear with its weights in memory (adapters, quantized or offloaded layers) stays as it is.
+
+    Yields:
+        A function from the model's logits [..., rows] to those of `token_ids` [..., len(token_ids)].
+    """
+    if token_ids is None:
+        yield _all_logits
+        return
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    place = next((name for name, module in model.named_modules() if module is layer), None)
+    if type(layer) is not nn.Linear or not place or layer.weight.is_meta:
+        yield _LogitSelection(token_ids)
+        return
+    parent_name, _, attribute = place.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, attribute, _SelectedRows(layer, token_ids))
+    try:
+        yield _all_logits
+    finally:
+        setattr(parent, attribute, layer)
+
+
+def _all_logits(logits: Tensor) -> Tensor:
+    return logits
+
+
+class _LogitSelection:
+    """Picks some tokens' logits out of the whole vocabulary's."""
+
+    def __init__(self, token_ids: tuple[int, ...]) -> None:
+        self._token_ids = token_ids
+        self._index: Tensor | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        if self._index is None:  # made in the first pass: a copy to the GPU cannot be part of a recording
+            self._index = torch.tensor(self._token_ids, device=logits.device)
+        return logits.index_select(-1, self._index)
