@@ -1,6 +1,8 @@
-"""Builds csrc with CMake and puts its two libraries into the package.
+"""Build csrc with CMake and install its two libraries into the package.
 
-CMAKE_ARGS in the environment are passed on: -DZEROTUNING_BUILD_CUDA=OFF, -DZEROTUNING_CUDA_ARCHITECTURES=90a-real.
+The environment variable CMAKE_ARGS is passed to CMake, for example
+CMAKE_ARGS="-DZEROTUNING_BUILD_CUDA=OFF" or CMAKE_ARGS="-DZEROTUNING_CUDA_ARCHITECTURES=90a-real".
+MAX_JOBS limits the number of compilers that run at the same time.
 """
 
 import os
@@ -14,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 
 class CMakeBuild(build_ext):
-    """One CMake build for the operators (zerotuning/lib) and the search (zerotuning/_search)."""
+    """One CMake build of the operators (zerotuning/lib) and the optimisers (zerotuning/_search)."""
 
     def run(self) -> None:
         source = Path(__file__).parent.resolve()
@@ -42,7 +44,7 @@ class CMakeBuild(build_ext):
         return [str(path) for path in Path(self.build_lib).rglob("*.so")]
 
 
-# What the build reads, so that a source distribution holds it.
+# A source distribution contains the files that extensions depend on.
 SOURCES = [path for path in Path("csrc").rglob("*") if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".cmake", ".txt"}]
 
 setup(

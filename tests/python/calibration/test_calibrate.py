@@ -40,7 +40,7 @@ def loss_of(tiny: tuple[Any, Any], scales: Any, records: Any = RECORDS, task: Ta
     zt.patch(tiny[0])
     zt.apply_scales(tiny[0], scales)
     try:
-        return zt.evaluate(*tiny, task, records).loss
+        return float(zt.evaluate(*tiny, task, records).loss)
     finally:
         zt.unpatch(tiny[0])
 

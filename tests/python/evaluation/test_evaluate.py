@@ -31,8 +31,8 @@ def plain_figures(model: Any, tokenizer: Any) -> tuple[float, float, float]:
         scores = []
         for label in TASK.labels:
             ids = tokenizer(prompt + label)["input_ids"]
-            logs = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
-            scores.append(sum(float(logs[place - 1, ids[place]]) for place in range(start, len(ids))))
+            next_token = torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+            scores.append(sum(float(next_token[place - 1, ids[place]]) for place in range(start, len(ids))))
         total = math.log(sum(math.exp(score) for score in scores))
         logs = [score - total for score in scores]
         right += max(range(3), key=lambda i: logs[i]) == record["label"]
