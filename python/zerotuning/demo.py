@@ -46,7 +46,8 @@ def _run(folder: Path, progress: bool) -> dict[str, Any]:
     from zerotuning.models.demo_model import demo_model_path
     from zerotuning.models.loading import load_model
     from zerotuning.patching.patch import apply_scales
-    from zerotuning.plots.head_map import can_plot, plot_head_map
+    from zerotuning.plots.head_map import plot_head_map
+    from zerotuning.plots.style import can_plot
     from zerotuning.tasks.task import Task, builtin_examples
     from zerotuning.version import __version__
 

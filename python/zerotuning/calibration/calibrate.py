@@ -41,7 +41,8 @@ from zerotuning.output import PICTURE_FILE, REPORT_FILE, REPORT_PAGE_FILE, resul
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.patch import check_model_type, head_parameters, is_patched, patch, patched_shape, unpatch
 from zerotuning.plots.calibration_page import plot_report
-from zerotuning.plots.head_map import can_plot, plot_head_map
+from zerotuning.plots.head_map import plot_head_map
+from zerotuning.plots.style import can_plot
 from zerotuning.tasks.few_shot import without_shots
 from zerotuning.tasks.hub import read_data
 from zerotuning.tasks.task import Record, Task, as_records

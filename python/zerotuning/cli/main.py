@@ -652,7 +652,8 @@ def _report_evaluation(arguments: argparse.Namespace, found: Any, output: Path |
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from zerotuning.plots.head_map import PICTURE_SUFFIXES, head_table, plot_head_map
+    from zerotuning.plots.head_map import head_table, plot_head_map
+    from zerotuning.plots.style import PICTURE_SUFFIXES
 
     if arguments.plot is not None:
         check_result_file(arguments.plot, suffixes=PICTURE_SUFFIXES)

@@ -9,12 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from zerotuning.errors import ZeroTuningError
-from zerotuning.plots.head_map import ScalesOfHeads, can_plot, save_figure
+from zerotuning.plots.head_map import ScalesOfHeads
+from zerotuning.plots.panels import map_of_heads
+from zerotuning.plots.style import (
+    BLUE,
+    GREY,
+    INK,
+    QUIET,
+    SKY_BLUE,
+    SMALL_SIZE,
+    VERMILION,
+    add_legend,
+    check_picture_path,
+    label_axes,
+    new_figure,
+    save_figure,
+)
 
-INK, QUIET = "#22262b", "#6b7480"
-# From the palette of Okabe and Ito, which eyes of all kinds tell apart; line styles say the same once more.
-_FIT, _HELD_OUT, _BEFORE, _AFTER = "#56b4e9", "#0072b2", "#999999", "#d55e00"
+_FIT, _HELD_OUT, _BEFORE, _AFTER = SKY_BLUE, BLUE, GREY, VERMILION
 #: Labels up to this many are named beside the confusions; more would not be readable.
 _NAMED_LABELS = 12
 
@@ -25,13 +37,7 @@ def plot_report(scales: ScalesOfHeads, report: Mapping[str, Any], path: str | os
     path    the picture, 110 dpi: .png, .svg or .pdf; written whole or not at all
     Errors: ZeroTuningError without matplotlib, for a place that cannot be written.
     """
-    if not can_plot():
-        raise ZeroTuningError('plots need matplotlib: pip install "zerotuning[plot]"')
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 10.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13.5, 10.5)
     grid = figure.add_gridspec(3, 6)
     _draw_loss(figure.add_subplot(grid[0, :3]), report)
     if report.get("profile"):
@@ -45,11 +51,7 @@ def plot_report(scales: ScalesOfHeads, report: Mapping[str, Any], path: str | os
     _draw_confusion(figure.add_subplot(grid[2, 2:4]), task, "baseline", "before (γ = 1)")
     _draw_confusion(figure.add_subplot(grid[2, 4:]), task, "tuned", "after")
     figure.suptitle(_title(report), fontsize=13, fontweight="bold", color=INK, x=0.01, ha="left", parse_math=False)
-    return save_figure(figure, Path(path), dpi=110, metadata=_without_date(path))
-
-
-def _without_date(path: str | os.PathLike[str]) -> dict[str, Any]:
-    return {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(Path(path).suffix.lower(), {})
+    return save_figure(figure, check_picture_path(path), dpi=110)
 
 
 def _title(report: Mapping[str, Any]) -> str:
@@ -67,21 +69,21 @@ def _draw_loss(axes: Any, report: Mapping[str, Any]) -> None:
     baseline = report["baseline"]["loss"]
     axes.axhline(baseline, color=_BEFORE, linewidth=1, linestyle=":", label="held out, γ = 1")
     _mark_chosen(axes, report)
-    label(axes, "loss by step", "step", f"{report['objective']} (nats)")
-    axes.legend(fontsize=8, frameon=False)
+    label_axes(axes, "loss by step", "step", f"{report['objective']} (nats)")
+    add_legend(axes)
 
 
 def _draw_accuracy(axes: Any, report: Mapping[str, Any]) -> None:
     for points in _curves(report["history"], "held_out_accuracy"):
         axes.plot(points[0], 100 * np.array(points[1]), "-", color=_HELD_OUT, linewidth=1.6)
-    label(axes, "held-out accuracy by step", "step", "accuracy (%)")
+    label_axes(axes, "held-out accuracy by step", "step", "accuracy (%)")
     baseline = report["baseline"].get("accuracy")
     if baseline is None:
-        _say(axes, "no labels")
+        _write_note(axes, "no labels")
         return
     axes.axhline(100 * baseline, color=_BEFORE, linewidth=1, linestyle=":", label="γ = 1")
     _mark_chosen(axes, report)
-    axes.legend(fontsize=8, frameon=False)
+    add_legend(axes)
 
 
 def _curves(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[float], list[float]]]:
@@ -106,18 +108,12 @@ def _draw_profile(axes: Any, profile: Mapping[str, Any]) -> None:
     for name, which, colour in (("tuned group", chosen, _AFTER), ("other heads", ~chosen, _BEFORE)):
         axes.vlines(np.flatnonzero(which), 0, effects[which], color=colour, linewidth=1, label=name)
     axes.axhline(0, color=INK, linewidth=0.6)
-    label(axes, "profile: fall of the loss when a head is scaled up", "head (layer by layer)", "effect")
-    axes.legend(fontsize=8, frameon=False)
+    label_axes(axes, "profile: fall of the loss when a head is scaled up", "head (layer by layer)", "effect")
+    add_legend(axes)
 
 
 def _draw_heads(axes: Any, scales: ScalesOfHeads) -> None:
-    log2_gamma = np.log2(scales.gamma.double().numpy())
-    end = max(float(np.quantile(np.abs(log2_gamma), 0.99)), 0.1)
-    mesh = axes.pcolormesh(log2_gamma.T, cmap="RdBu_r", vmin=-end, vmax=end)
-    axes.invert_yaxis()
-    bar = axes.figure.colorbar(mesh, ax=axes, pad=0.02)
-    bar.set_label("log₂ γ", fontsize=9)
-    label(axes, "γ of every head", "layer", "head")
+    map_of_heads(axes, np.log2(scales.gamma.double().numpy()), "γ of every head", "log₂ γ", least_end=0.1)
 
 
 def _draw_layers(axes: Any, scales: ScalesOfHeads) -> None:
@@ -127,29 +123,29 @@ def _draw_layers(axes: Any, scales: ScalesOfHeads) -> None:
     axes.plot(spread, log2_gamma.reshape(-1), ".", color=_HELD_OUT, alpha=0.5, markersize=4, label="head")
     axes.plot(layers, log2_gamma.mean(axis=1), "-", color=_AFTER, linewidth=1.8, label="mean of the layer")
     axes.axhline(0, color=_BEFORE, linewidth=1, linestyle=":", label="γ = 1")
-    label(axes, "γ by layer", "layer", "log₂ γ")
-    axes.legend(fontsize=8, frameon=False, loc="upper left", ncols=3)
+    label_axes(axes, "γ by layer", "layer", "log₂ γ")
+    add_legend(axes, loc="upper left", ncols=3)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.15 * (high - low))
 
 
 def _draw_entropy(axes: Any, task: Mapping[str, Any]) -> None:
-    label(axes, "entropy of the held-out predictions", "entropy (nats)", "examples")
+    label_axes(axes, "entropy of the held-out predictions", "entropy (nats)", "examples")
     if "tuned_entropies" not in task:
-        _say(axes, "no labels to choose among")
+        _write_note(axes, "no labels to choose among")
         return
     before, after = task["baseline_entropies"], task["tuned_entropies"]
     bins = np.linspace(0, max([*before, *after, 0.1]), 21)
     axes.hist(before, bins, color=_BEFORE, alpha=0.55, label="before")
     axes.hist(after, bins, histtype="step", color=_AFTER, linewidth=1.8, label="after")
-    axes.legend(fontsize=8, frameon=False)
+    add_legend(axes)
 
 
 def _draw_confusion(axes: Any, task: Mapping[str, Any], which: str, title: str) -> None:
-    label(axes, f"{task.get('task', '')}, {title}".lstrip(", "), "predicted", "gold")
+    label_axes(axes, f"{task.get('task', '')}, {title}".lstrip(", "), "predicted", "gold")
     table = task.get(f"{which}_confusion")
     if table is None:
-        _say(axes, "no labels")
+        _write_note(axes, "no labels")
         return
     counts = np.array(table)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -161,21 +157,17 @@ def _draw_confusion(axes: Any, task: Mapping[str, Any], which: str, title: str) 
     for row, column in np.ndindex(*counts.shape) if named else ():
         dark = shares[row, column] > 0.5
         axes.text(
-            column, row, counts[row, column], ha="center", va="center", fontsize=8, color="white" if dark else INK
+            column,
+            row,
+            counts[row, column],
+            ha="center",
+            va="center",
+            fontsize=SMALL_SIZE,
+            color="white" if dark else INK,
         )
 
 
-def _say(axes: Any, text: str) -> None:
+def _write_note(axes: Any, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])
-
-
-def label(axes: Any, title: str, across: str, up: str) -> None:
-    """Titles a panel and names its axes, units included."""
-    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
-    axes.set_xlabel(across, fontsize=9, color=INK)
-    axes.set_ylabel(up, fontsize=9, color=INK)
-    axes.tick_params(labelsize=8, colors=QUIET)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
-from zerotuning.errors import ZeroTuningError
-from zerotuning.files import write_bytes_atomically
+from zerotuning.plots.style import DIVERGING, INK, QUIET, check_picture_path, new_figure, save_figure
 
 
 class ScalesOfHeads(Protocol):
@@ -24,8 +20,6 @@ class ScalesOfHeads(Protocol):
     metadata: dict[str, Any]
 
 
-PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-
 # Inches. The map's cells are squares; the figure grows with them within these bounds.
 _LARGEST_CELL = 0.34
 _LARGEST_MAP = (11.0, 8.0)
@@ -34,7 +28,7 @@ _LEFT, _RIGHT, _BOTTOM, _TOP = 0.86, 1.0, 0.58, 0.74
 _LABELS = 0.44  # from the map's left edge to the labels beside it
 _BARS, _GAP = 0.72, 0.10
 
-_INK, _QUIET, _BAR = "#22262b", "#6b7480", "#8a94a0"
+_BAR_COLOUR, _LINE_COLOUR = "#8a94a0", "#c9ced4"
 #: γ at the end of the colours: the γ that the colour bar names, beside 1 and their inverses. The first end is
 #: taken that holds all but the most extreme hundredth of the heads.
 _COLOUR_ENDS = {
@@ -48,11 +42,6 @@ _COLOUR_ENDS = {
 }
 
 
-def can_plot() -> bool:
-    """Whether matplotlib is installed (the package's extra "plot")."""
-    return importlib.util.find_spec("matplotlib") is not None
-
-
 def plot_head_map(scales: ScalesOfHeads, path: str | os.PathLike[str], title: str | None = None) -> Path:
     """Draw γ by layer and head, coloured by log2 γ around γ = 1, with mean |log γ| of each layer above it.
 
@@ -60,22 +49,9 @@ def plot_head_map(scales: ScalesOfHeads, path: str | os.PathLike[str], title: st
     title    by default task, method and model as the scales' metadata name them
     Errors: ZeroTuningError without matplotlib, for another suffix, for a place that cannot be written.
     """
-    path = Path(path)
-    if path.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ZeroTuningError(f"path must end in {' or '.join(PICTURE_SUFFIXES)}, got {path}")
-    if not can_plot():
-        raise ZeroTuningError('drawing the head map needs matplotlib: pip install "zerotuning[plot]"')
+    path = check_picture_path(path)
     figure = _draw(np.log2(scales.gamma.double().numpy()), title or title_of(scales))
-    return save_figure(figure, path, dpi=150, facecolor="white")
-
-
-def save_figure(figure: Any, path: Path, **options: Any) -> Path:
-    """matplotlib's `savefig`, whole or not at all, without warnings of letters that the font does not have."""
-    picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(picture, format=path.suffix[1:].lower(), **options)
-    return write_bytes_atomically(path, picture.getvalue())
+    return save_figure(figure, path)
 
 
 def title_of(scales: ScalesOfHeads) -> str:
@@ -88,16 +64,12 @@ def title_of(scales: ScalesOfHeads) -> str:
 
 def _draw(log2_gamma: np.ndarray, title: str) -> Any:
     """The figure, on a canvas of its own, without pyplot and its global state. log2_gamma [layers, heads]."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     layers, heads = log2_gamma.shape
     cell = min(_LARGEST_CELL, _LARGEST_MAP[0] / layers, _LARGEST_MAP[1] / heads)
     map_width, map_height = layers * cell, heads * cell
     width = _LEFT + max(map_width, _SMALLEST_WIDTH - _LEFT - _RIGHT) + _RIGHT
     height = _BOTTOM + map_height + _GAP + _BARS + _TOP
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height, layout=None)
 
     def axes(left: float, bottom: float, across: float, up: float, **sharing: Any) -> Any:
         place = (left / width, bottom / height, across / width, up / height)
@@ -119,7 +91,7 @@ def _draw(log2_gamma: np.ndarray, title: str) -> Any:
         _shortened(title, width / 0.105),
         fontsize=11.5,
         fontweight="bold",
-        color=_INK,
+        color=INK,
         va="top",
         parse_math=False,
     )
@@ -128,7 +100,7 @@ def _draw(log2_gamma: np.ndarray, title: str) -> Any:
         1 - 0.47 / height,
         f"γ of {layers} layers × {heads} heads" if width < 6 else _legend(layers, heads),
         fontsize=8.5,
-        color=_QUIET,
+        color=QUIET,
         va="top",
     )
     return figure
@@ -146,7 +118,7 @@ def _draw_map(axes: Any, log2_gamma: np.ndarray, cell: float) -> tuple[Any, floa
         np.arange(layers + 1) - 0.5,
         np.arange(heads + 1) - 0.5,
         log2_gamma.T,
-        cmap="RdBu_r",
+        cmap=DIVERGING,
         vmin=-math.log2(end),
         vmax=math.log2(end),
         edgecolors="white",
@@ -156,22 +128,22 @@ def _draw_map(axes: Any, log2_gamma: np.ndarray, cell: float) -> tuple[Any, floa
     axes.set_ylim(heads - 0.5, -0.5)
     axes.set_xticks(_every(layers, cell))
     axes.set_yticks(_every(heads, cell))
-    axes.set_xlabel("layer", fontsize=9.5, color=_INK, labelpad=5)
-    axes.set_ylabel("head", fontsize=9.5, color=_INK, labelpad=5)
+    axes.set_xlabel("layer", fontsize=9.5, color=INK, labelpad=5)
+    axes.set_ylabel("head", fontsize=9.5, color=INK, labelpad=5)
     _plain(axes)
     return mesh, end
 
 
 def _draw_bars(axes: Any, mean_change: np.ndarray) -> None:
     """mean_change: mean |log γ| of each layer, [layers]."""
-    axes.bar(np.arange(len(mean_change)), mean_change, width=0.76, color=_BAR, linewidth=0)
+    axes.bar(np.arange(len(mean_change)), mean_change, width=0.76, color=_BAR_COLOUR, linewidth=0)
     top = float(mean_change.max()) or 1.0
     axes.set_ylim(0, top * 1.12)
     axes.set_yticks([0, top], ["0", f"{top:.2g}" if mean_change.any() else ""])
-    axes.set_ylabel("mean\n|log γ|", fontsize=8, color=_QUIET, labelpad=5)
+    axes.set_ylabel("mean\n|log γ|", fontsize=8, color=QUIET, labelpad=5)
     _plain(axes)
     axes.tick_params(axis="x", labelbottom=False)
-    axes.spines["bottom"].set(visible=True, color="#c9ced4", linewidth=0.8)
+    axes.spines["bottom"].set(visible=True, color=_LINE_COLOUR, linewidth=0.8)
 
 
 def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float) -> None:
@@ -182,8 +154,8 @@ def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float)
     ticks |= {0.0: "1", **{math.log2(gamma): f"{gamma:g}" for gamma in named}}
     bar.set_ticks(list(ticks), labels=list(ticks.values()))
     bar.outline.set_visible(False)
-    axes.tick_params(labelsize=8.5, colors=_INK, length=0, pad=5)
-    axes.set_title("γ", fontsize=11, color=_INK, pad=7)
+    axes.tick_params(labelsize=8.5, colors=INK, length=0, pad=5)
+    axes.set_title("γ", fontsize=11, color=INK, pad=7)
 
 
 def _every(count: int, cell: float) -> list[int]:
@@ -197,7 +169,7 @@ def _every(count: int, cell: float) -> list[int]:
 def _plain(axes: Any) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.tick_params(length=0, labelsize=8, colors=_QUIET)
+    axes.tick_params(length=0, labelsize=8, colors=QUIET)
 
 
 def _shortened(text: str, characters: float) -> str:

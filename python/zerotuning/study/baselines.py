@@ -22,10 +22,12 @@ from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.label_bias import fit_label_bias
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import scores_behind_prefix, supports_prefix_cache
+from zerotuning.plots.panels import bars_with_intervals
+from zerotuning.plots.style import label_axes
 from zerotuning.statistics import bootstrap_interval, wilson_interval
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
 from zerotuning.study.key_clauses import key_clauses
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, Spans, batch_spans, figures_of
 from zerotuning.study.spans import find_spans, has_position
 from zerotuning.study.steering import CalibratedSinks, Intervention, MarkedSpan, Temperature, steered
@@ -351,21 +353,21 @@ METHODS = {
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """A panel a task: accuracy of each method with its 95 % interval."""
-    tasks = pictures.distinct(row["key"]["task"] for row in rows)
-    figure, panels = pictures.new_figure(columns=len(tasks))
+    tasks = distinct(row["key"]["task"] for row in rows)
+    figure, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         chosen = [method for method in METHODS if _of(rows, task, method)]
         found = [_accuracy(_of(rows, task, method)) for method in chosen]
         means, lows, highs = zip(*found, strict=True)
-        pictures.bars_with_intervals(axes, [METHODS[method].title for method in chosen], means, lows, highs)
-        pictures.label(axes, task, "accuracy (%)", "")
+        bars_with_intervals(axes, [METHODS[method].title for method in chosen], means, lows, highs)
+        label_axes(axes, task, "accuracy (%)", "")
     return {"": figure}
 
 
 def table(rows: Sequence[Row]) -> str:
     """A table a task, a line a method: accuracy with its 95 % interval, gain over untuned with its own, loss, effort."""
     parts = []
-    for task in pictures.distinct(row["key"]["task"] for row in rows):
+    for task in distinct(row["key"]["task"] for row in rows):
         lines = [f"**{task}**", ""]
         lines.append("| method | accuracy, % | gain, points | loss, nats | numbers tuned | s of tuning | chosen |")
         lines.append("| --- | --- | --- | --- | --- | --- | --- |")

@@ -10,9 +10,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from zerotuning.plots.panels import gamma_axis, line_with_band
+from zerotuning.plots.style import QUIET, add_legend, label_axes
 from zerotuning.statistics import mean_and_half_width
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, figures_of
 
 GAMMAS = (0.1, 0.3, 0.6, 1.0, 1.7, 3.0, 10.0)
@@ -36,17 +38,17 @@ def _measure(setting: Setting, name: str, seed: int, gamma: float) -> dict[str, 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Three panels, a curve a task: accuracy, loss, entropy against γ."""
-    figure, panels = pictures.new_figure(columns=3)
+    figure, panels = new_panels(columns=3)
     gammas = sorted({row["key"]["gamma"] for row in rows})
     for axes, (what, unit, factor) in zip(panels, _FIGURES, strict=True):
-        for place, task in enumerate(pictures.distinct(row["key"]["task"] for row in rows)):
+        for place, task in enumerate(distinct(row["key"]["task"] for row in rows)):
             found = [mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas]
             means, halves = zip(*found, strict=True)
-            pictures.line_with_band(axes, place, gammas, means, halves, task)
-        pictures.scale_of_gamma(axes, gammas)
-        axes.axvline(1, color=pictures.QUIET, linewidth=0.8)
-        pictures.label(axes, what, "γ of all heads", unit)
-    pictures.legend(panels[0])
+            line_with_band(axes, place, gammas, means, halves, task)
+        gamma_axis(axes, gammas)
+        axes.axvline(1, color=QUIET, linewidth=0.8)
+        label_axes(axes, what, "γ of all heads", unit)
+    add_legend(panels[0])
     return {"": figure}
 
 
@@ -57,7 +59,7 @@ def table(rows: Sequence[Row]) -> str:
     """A line a task: accuracy at γ = 1, the best γ by accuracy, and what the γ of least entropy would have given."""
     lines = ["| task | γ = 1 | best γ, accuracy | γ of least loss, accuracy | γ of least entropy, accuracy |"]
     lines.append("| --- | --- | --- | --- | --- |")
-    for task in pictures.distinct(row["key"]["task"] for row in rows):
+    for task in distinct(row["key"]["task"] for row in rows):
         by_gamma = {
             gamma: {what: mean_and_half_width(_values(rows, task, gamma, what))[0] for what, _, _ in _FIGURES}
             for gamma in sorted({row["key"]["gamma"] for row in rows})

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from zerotuning.plots.panels import bars_with_intervals, map_of_heads
+from zerotuning.plots.style import label_axes
 from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, figures_of
 from zerotuning.tasks.task import Task
 
@@ -158,31 +160,31 @@ def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """The map of mean slopes of each task; stability and gains of the groups."""
-    tasks = pictures.distinct(row["key"]["task"] for row in rows)
-    maps, panels = pictures.new_figure(columns=len(tasks))
+    tasks = distinct(row["key"]["task"] for row in rows)
+    maps, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
-        pictures.map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads want a larger γ", "dL / d log γ (nats)")
+        map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads want a larger γ", "dL / d log γ (nats)")
     return {"map": maps, "": _stability_and_groups(rows)}
 
 
 def _stability_and_groups(rows: Sequence[Row]) -> Any:
-    figure, panels = pictures.new_figure(columns=2)
+    figure, panels = new_panels(columns=2)
     found = [(f"other {across}", pairs(rows, across)) for across in ("seed", "wording", "task")]
     shown = [(name, mean_and_half_width([value for value, _ in of_pairs])) for name, of_pairs in found if of_pairs]
     if shown:
         _bars(panels[0], shown, 0)
-    pictures.label(panels[0], "stability of the heads' slopes", "rank correlation", "slopes of")
+    label_axes(panels[0], "stability of the heads' slopes", "rank correlation", "slopes of")
     gains = [(group, mean_and_interval(_gains(rows, group, "accuracy_gain", 100.0))) for group in GROUPS]
     means, lows, highs = zip(*(interval for _, interval in gains), strict=True)
-    pictures.bars_with_intervals(panels[1], [group for group, _ in gains], means, lows, highs, 1)
-    pictures.label(panels[1], "one γ shared by a group", "gain in accuracy (points)", "heads")
+    bars_with_intervals(panels[1], [group for group, _ in gains], means, lows, highs, 1)
+    label_axes(panels[1], "one γ shared by a group", "gain in accuracy (points)", "heads")
     return figure
 
 
 def _bars(axes: Any, shown: Sequence[tuple[str, tuple[float, float]]], place: int) -> None:
     names, intervals = zip(*shown, strict=True)
     means, halves = (np.array(values) for values in zip(*intervals, strict=True))
-    pictures.bars_with_intervals(axes, names, means, means - halves, means + halves, place)
+    bars_with_intervals(axes, names, means, means - halves, means + halves, place)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -195,7 +197,7 @@ def _shares(rows: Sequence[Row]) -> str:
         "| task | up heads | down heads | up in all seeds | down in all seeds | measured slopes: signs, correlation |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for task in pictures.distinct(row["key"]["task"] for row in rows):
+    for task in distinct(row["key"]["task"] for row in rows):
         maps = _maps(rows, task)
         mean = maps.mean(axis=0)
         shares = [mean < 0, mean > 0, (maps < 0).all(axis=0), (maps > 0).all(axis=0)]
@@ -276,7 +278,7 @@ def _mean_map(rows: Sequence[Row], task: str) -> np.ndarray:
 def _gains(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> list[list[float]]:
     """A group's gains, one list a task."""
     chosen = [row for row in rows if row["key"].get("group") == group]
-    tasks = pictures.distinct(row["key"]["task"] for row in chosen)
+    tasks = distinct(row["key"]["task"] for row in chosen)
     return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
 
 

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from zerotuning.evaluation.label_scorer import LabelScorer
+from zerotuning.plots.panels import gamma_axis, line_with_band
+from zerotuning.plots.style import QUIET, add_legend, label_axes
 from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, figures_of
 
 #: γ of all heads of one layer; γ of all heads of a third of the layers.
@@ -80,31 +82,31 @@ def _at(setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: f
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Three panels: slope by layer; change of loss by layer at each γ; accuracy against γ of each third."""
-    figure, panels = pictures.new_figure(columns=3)
+    figure, panels = new_panels(columns=3)
     slopes = np.array([row["slopes"] for row in _rows(rows, "slopes")])
     _band(panels[0], 0, range(slopes.shape[1]), slopes.T, "mean of tasks and seeds")
-    pictures.label(panels[0], "slope of the loss at γ = 1", "layer", "dL / d log γ (nats)")
+    label_axes(panels[0], "slope of the loss at γ = 1", "layer", "dL / d log γ (nats)")
     layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
     for place, gamma in enumerate(LAYER_GAMMAS):
         changes = [_all(_loss_changes(rows, layer, gamma)) for layer in layers]
         _band(panels[1], place, layers, changes, f"γ = {gamma:g}")
-    pictures.label(panels[1], "all heads of one layer", "layer", "change of loss (nats)")
+    label_axes(panels[1], "all heads of one layer", "layer", "change of loss (nats)")
     gammas = sorted({row["key"]["gamma"] for row in _rows(rows, "third")})
     for place, third in enumerate(THIRDS):
         values = [_all(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
         _band(panels[2], place, gammas, values, third)
-    pictures.scale_of_gamma(panels[2], gammas)
-    pictures.label(panels[2], "all heads of a third of the layers", "γ", "change of accuracy (points)")
+    gamma_axis(panels[2], gammas)
+    label_axes(panels[2], "all heads of a third of the layers", "γ", "change of accuracy (points)")
     for axes in panels:
-        axes.axhline(0, color=pictures.QUIET, linewidth=0.8)
+        axes.axhline(0, color=QUIET, linewidth=0.8)
     for axes in panels[1:]:
-        pictures.legend(axes)
+        add_legend(axes)
     return {"": figure}
 
 
 def _band(axes: Any, place: int, across: Sequence[float], values: Any, name: str) -> None:
     means, halves = zip(*(mean_and_half_width(list(one)) for one in values), strict=True)
-    pictures.line_with_band(axes, place, list(across), means, halves, name)
+    line_with_band(axes, place, list(across), means, halves, name)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -154,7 +156,7 @@ def _rows(rows: Sequence[Row], measure: str) -> list[Row]:
 
 
 def _per_task(rows: Sequence[Row]) -> list[list[Row]]:
-    tasks = pictures.distinct(row["key"]["task"] for row in rows)
+    tasks = distinct(row["key"]["task"] for row in rows)
     return [[row for row in rows if row["key"]["task"] == task] for task in tasks]
 
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from zerotuning.plots.panels import bars_with_intervals
+from zerotuning.plots.style import label_axes
 from zerotuning.statistics import mean_and_interval, with_interval
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, figures_of
 from zerotuning.study.spans import POSITIONS, find_spans, has_position
 
@@ -138,13 +140,13 @@ _FIGURES = (
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Four panels, a bar a position: gains in accuracy and loss, with one γ and with a γ a head."""
-    figure, panels = pictures.new_figure(columns=2, rows=2)
+    figure, panels = new_panels(columns=2, rows=2)
     positions = _positions(rows)
     for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):
         found = [mean_and_interval(_by_task(rows, position, what, factor)) for position in positions]
         means, lows, highs = zip(*found, strict=True)
-        pictures.bars_with_intervals(axes, positions, means, lows, highs, place // 2)
-        pictures.label(axes, title, unit, "scaled tokens")
+        bars_with_intervals(axes, positions, means, lows, highs, place // 2)
+        label_axes(axes, title, unit, "scaled tokens")
     return {"": figure}
 
 
@@ -204,13 +206,13 @@ def _verdict(rows: Sequence[Row], prefix: str) -> str:
 
 
 def _positions(rows: Sequence[Row]) -> list[str]:
-    return pictures.distinct(row["key"]["position"] for row in rows)
+    return distinct(row["key"]["position"] for row in rows)
 
 
 def _by_task(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
     """A position's figures, one list a task."""
     chosen = [row for row in rows if row["key"]["position"] == position]
-    tasks = pictures.distinct(row["key"]["task"] for row in chosen)
+    tasks = distinct(row["key"]["task"] for row in chosen)
     return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
 
 

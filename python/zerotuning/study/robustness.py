@@ -22,10 +22,12 @@ from zerotuning.evaluation.generation import answer_tokens, chosen_label
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import scores_behind_prefix, supports_prefix_cache
 from zerotuning.patching.patch import head_parameters
+from zerotuning.plots.panels import bars_with_intervals, line_with_band
+from zerotuning.plots.style import SERIES, add_legend, label_axes
 from zerotuning.statistics import bootstrap_interval, wilson_interval
-from zerotuning.study import pictures
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
 from zerotuning.study.heads import WORDINGS as HEADS_WORDINGS
+from zerotuning.study.pictures import new_panels
 from zerotuning.study.rounded_weights import ROUNDINGS, rounded_weights
 from zerotuning.study.setting import Setting, figures_of
 from zerotuning.tasks.few_shot import draw_shots, without_shots
@@ -340,36 +342,36 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _curves(part: str, rows: Sequence[Row]) -> Any:
-    tasks = pictures.distinct(row["key"]["task"] for row in rows)
-    figure, panels = pictures.new_figure(columns=len(tasks))
+    tasks = distinct(row["key"]["task"] for row in rows)
+    figure, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         own = [row for row in rows if row["key"]["task"] == task]
         curves = [("untuned", "untuned", own)]
-        for tuned_on in pictures.distinct(row["key"]["tuned_on"] for row in own):
+        for tuned_on in distinct(row["key"]["tuned_on"] for row in own):
             curves.append(("tuned", f"tuned in {tuned_on}", [row for row in own if row["key"]["tuned_on"] == tuned_on]))
         conditions = sorted({row["key"]["condition"] for row in own})
         for place, (which, title, part_rows) in enumerate(curves):
             across = [spot for spot, condition in enumerate(conditions) if _at(part_rows, condition)]
             found = [_accuracy(_at(part_rows, conditions[spot]), which) for spot in across]
             means, lows, highs = zip(*found, strict=True)
-            pictures.line_with_band(axes, place, across, means, [0.0] * len(means), title)
-            axes.fill_between(across, lows, highs, color=pictures.COLOURS[place], alpha=0.15, linewidth=0)
+            line_with_band(axes, place, across, means, [0.0] * len(means), title)
+            axes.fill_between(across, lows, highs, color=SERIES[place], alpha=0.15, linewidth=0)
         axes.set_xticks(range(len(conditions)), [f"{condition:,}" for condition in conditions])
-        pictures.label(axes, task, PARTS[part], "accuracy (%)")
-    pictures.legend(panels[0])
+        label_axes(axes, task, PARTS[part], "accuracy (%)")
+    add_legend(panels[0])
     return figure
 
 
 def _gains(part: str, rows: Sequence[Row]) -> Any:
-    tasks = pictures.distinct(row["key"]["task"] for row in rows)
-    figure, panels = pictures.new_figure(columns=len(tasks))
+    tasks = distinct(row["key"]["task"] for row in rows)
+    figure, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         own = [row for row in rows if row["key"]["task"] == task]
-        conditions = pictures.distinct(row["key"]["condition"] for row in own)
+        conditions = distinct(row["key"]["condition"] for row in own)
         found = [_gain(_at(own, condition)) for condition in conditions]
         means, lows, highs = zip(*found, strict=True)
-        pictures.bars_with_intervals(axes, [str(condition) for condition in conditions], means, lows, highs)
-        pictures.label(axes, task, "gain in accuracy by tuning (points)", PARTS[part])
+        bars_with_intervals(axes, [str(condition) for condition in conditions], means, lows, highs)
+        label_axes(axes, task, "gain in accuracy by tuning (points)", PARTS[part])
     return figure
 
 
@@ -382,7 +384,7 @@ def table(rows: Sequence[Row]) -> str:
             continue
         lines = [f"**{part}**", "", f"| task | {what} | tuned in | untuned, % | tuned, % | gain, points | loss, nats |"]
         lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-        for task, condition, tuned_on in pictures.distinct(
+        for task, condition, tuned_on in distinct(
             (row["key"]["task"], row["key"]["condition"], row["key"]["tuned_on"]) for row in own
         ):
             chosen = [

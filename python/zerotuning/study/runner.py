@@ -18,10 +18,10 @@ from zerotuning.calibration.fingerprint import weights_digest
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_text_atomically
 from zerotuning.output import made_folder
-from zerotuning.plots.head_map import can_plot
-from zerotuning.study import pictures
+from zerotuning.plots.style import can_plot
 from zerotuning.study.experiment import Cell, Experiment, Row
 from zerotuning.study.names import STUDIES
+from zerotuning.study.pictures import save_pictures
 from zerotuning.study.rows_file import RowsFile
 from zerotuning.study.setting import Setting
 
@@ -128,5 +128,5 @@ def _written(experiment: Experiment, rows: list[Row], folder: Path | None) -> St
         files.append(folder / f"{experiment.name}.json")
         files.append(write_text_atomically(folder / f"{experiment.name}.md", table + "\n"))
         for part, figure in figures.items():
-            files.extend(pictures.save(figure, folder, f"{experiment.name}{'_' * bool(part)}{part}"))
+            files.extend(save_pictures(figure, folder, f"{experiment.name}{'_' * bool(part)}{part}"))
     return StudyResult(rows, table, figures, files)

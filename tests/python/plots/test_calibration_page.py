@@ -91,7 +91,7 @@ def test_a_page_that_cannot_be_drawn_leaves_a_finished_result(
 def test_without_matplotlib_there_is_a_result_and_no_picture(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    for module in ("calibration.calibrate", "plots.calibration_page"):
+    for module in ("calibration.calibrate", "plots.style"):
         monkeypatch.setattr(importlib.import_module(f"zerotuning.{module}"), "can_plot", lambda: False)
     found = zt.calibrate(tiny_model, tiny_tokenizer, FILMS, records=RECORDS, steps=2, output=tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

@@ -12,7 +12,7 @@ import pytest
 import torch
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.head_scales import HeadScales
-from zerotuning.plots import head_map
+from zerotuning.plots import head_map, style
 from zerotuning.plots.head_map import head_table, plot_head_map, title_of
 
 METADATA = {"task": "sst2", "method": "gradient", "model_name": "models/tiny.gguf"}
@@ -84,7 +84,7 @@ def test_pyplot_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(head_map, "can_plot", lambda: False)
+    monkeypatch.setattr(style, "can_plot", lambda: False)
     with pytest.raises(ZeroTuningError, match=r'pip install "zerotuning\[plot\]"'):
         plot_head_map(spread_scales(3, 2), tmp_path / "map.png")
     assert not list(tmp_path.iterdir())
