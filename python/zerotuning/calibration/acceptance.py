@@ -19,18 +19,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning.calibration.objective import Measurement, Places
-from zerotuning.calibration.parameterization import FreeScales
+from zerotuning.calibration.folds import Places, Split, pooled_places
+from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.evaluation import objectives
-
-if TYPE_CHECKING:
-    from zerotuning.calibration.gradient_search import Split
 
 # Measured with SmolLM2-135M on 96 validation examples, searches on 64 others each, two disjoint ones a task:
 #
@@ -61,10 +59,16 @@ class AcceptanceTest:
     Without labels `evidence` is the least of the tasks' (see above); None with labels.
     """
 
-    def __init__(self, measurement: Measurement, free: FreeScales, everything: Places, splits: Sequence[Split]) -> None:
+    def __init__(
+        self,
+        measurement: Measurement,
+        parameterization: ScaleParameterization,
+        all_examples: Places,
+        splits: Sequence[Split],
+    ) -> None:
         self.measurement = measurement
-        self.everything = everything
-        self.untuned = measurement.scores(free.expanded(np.zeros(free.count)), everything)
+        self.all_examples = all_examples
+        self.untuned = measurement.scores(parameterization.log_scale(parameterization.untuned), all_examples)
         self._places = pooled_places(splits)
         self.baseline = self._verdict_at_one(self._places)
         self.label_free = measurement.options.objective != "task-loss"
@@ -79,7 +83,7 @@ class AcceptanceTest:
         """For each task the scores [n, C] at γ = 1."""
         return [scores[list(chosen)] for scores, chosen in zip(self.untuned, places, strict=True)]
 
-    def verdict(self, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> Decision:
+    def decide(self, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> Decision:
         """Of the scores of each split's held-out examples; without labels, of each split on all examples."""
         if not self.label_free:
             pooled = [torch.cat(parts) for parts in zip(*results, strict=True)]
@@ -98,11 +102,11 @@ class AcceptanceTest:
             verdict, admissible=verdict.admissible and not disagree, details={**verdict.details, "agreement": found}
         )
 
-    def approves(self, point: np.ndarray) -> bool:
+    def accepts(self, point: np.ndarray) -> bool:
         """Whether the final scales beat γ = 1 on all examples, those they were fitted to included."""
-        scores = self.measurement.scores(point, self.everything)
-        baseline = self._verdict_at_one(self.everything)
-        verdict = self._verdict(scores, self.everything, baseline)
+        scores = self.measurement.scores(point, self.all_examples)
+        baseline = self._verdict_at_one(self.all_examples)
+        verdict = self._verdict(scores, self.all_examples, baseline)
         return verdict.admissible and verdict.loss < baseline.loss
 
     def _verdict_at_one(self, places: Places) -> Decision:
@@ -126,12 +130,6 @@ class AcceptanceTest:
         least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
         admissible = not self.measurement.options.guard or least >= LEAST_RESEMBLANCE
         return Decision(loss, accuracy, admissible, {"resemblance": least})
-
-
-def pooled_places(splits: Sequence[Split]) -> list[list[int]]:
-    """For each task the held-out places of all splits, one after another."""
-    tasks = zip(*(split.held_out for split in splits), strict=True)
-    return [[place for part in parts for place in part] for parts in tasks]
 
 
 def fold_agreement(splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> float | None:

@@ -22,14 +22,15 @@ from torch import nn
 from tqdm import tqdm
 
 from zerotuning.calibration.acceptance import AcceptanceTest
-from zerotuning.calibration.folds import draw_examples, make_folds
-from zerotuning.calibration.gradient_search import FoldedSearch, Found, Split
-from zerotuning.calibration.holdout_search import SingleSearch
+from zerotuning.calibration.folds import draw_examples, make_splits
+from zerotuning.calibration.gradient_search import GradientSearch
+from zerotuning.calibration.holdout_search import HoldoutSearch
 from zerotuning.calibration.objective import Measurement, Metric, TaskExamples
 from zerotuning.calibration.options import METHODS, CalibrationOptions, checked_options
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
-from zerotuning.calibration.parameterization import FreeScales
+from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.report import METADATA_FIELDS, held_out_figures, versions
+from zerotuning.calibration.search_result import SearchResult
 from zerotuning.calibration.state import CalibrationState, identity
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
@@ -127,7 +128,7 @@ def calibrate(
                 _prepared(model, tokenizer, one, part, chosen, metric)
                 for one, part in zip(named, examples, strict=True)
             ]
-            free = _free_scales(model, chosen, start)
+            parameterization = _parameterization(model, chosen, start)
             setbacks = OutOfMemoryRetry()
             measurement = Measurement(model, tokenizer, tasks, parameters, chosen, setbacks, processes, metric)
             tokens = [one.scorer.examples for one in tasks]
@@ -135,7 +136,7 @@ def calibrate(
             state = CalibrationState(folder, what, processes)
             if overwrite:
                 state.clear()
-            run = _Run(measurement, free, chosen, state)
+            run = _Run(measurement, parameterization, chosen, state)
             run.until_finished(progress and processes.is_main_process)
             log_scale, report = run.result()
         layers, heads = patched_shape(model)
@@ -223,11 +224,11 @@ def _prepared(
     return TaskExamples(task, records, scorer, prior)
 
 
-def _free_scales(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> FreeScales:
+def _parameterization(model: nn.Module, options: CalibrationOptions, start: HeadScales | None) -> ScaleParameterization:
     layers, heads = patched_shape(model)
     if start is not None:
         check_model_type(model, start, "start was")
-    return FreeScales(
+    return ScaleParameterization(
         layers,
         heads,
         only_layers=options.layers,
@@ -269,32 +270,45 @@ class _Run:
     """A search under way: its state on disk after every round, the seconds it took over all its starts."""
 
     def __init__(
-        self, measurement: Measurement, free: FreeScales, options: CalibrationOptions, state: CalibrationState
+        self,
+        measurement: Measurement,
+        parameterization: ScaleParameterization,
+        options: CalibrationOptions,
+        state: CalibrationState,
     ) -> None:
-        self.measurement, self.free, self.options, self.state = measurement, free, options, state
+        self.measurement, self.parameterization, self.options, self.state = (
+            measurement,
+            parameterization,
+            options,
+            state,
+        )
         self.seconds = 0.0
-        self.everything = [list(range(len(task.records))) for task in measurement.tasks]
-        self.splits = _splits(measurement.tasks, options)
-        self.judge: AcceptanceTest | None = None
+        self.all_examples = [list(range(len(task.records))) for task in measurement.tasks]
+        self.splits = make_splits([task.records for task in measurement.tasks], options)
+        self.acceptance: AcceptanceTest | None = None
         if not measurement.reads_text:
-            self._begin_judging()
+            self._begin_acceptance()
         self.search = self._new_search()
         self._restore()
 
-    def _begin_judging(self) -> None:
+    def _begin_acceptance(self) -> None:
         if self.options.prior == "estimate":
-            unjudged = self.measurement.scores(self.free.expanded(np.zeros(self.free.count)), self.everything)
+            unjudged = self.measurement.scores(
+                self.parameterization.log_scale(self.parameterization.untuned), self.all_examples
+            )
             for task, scores in zip(self.measurement.tasks, unjudged, strict=True):
                 task.prior = estimated_prior(scores)
-        self.judge = AcceptanceTest(self.measurement, self.free, self.everything, self.splits)
-        if not np.isfinite(self.judge.baseline.loss):
+        self.acceptance = AcceptanceTest(self.measurement, self.parameterization, self.all_examples, self.splits)
+        if not np.isfinite(self.acceptance.baseline.loss):
             raise ZeroTuningError("the model's scores are not finite at γ = 1")
 
-    def _new_search(self) -> FoldedSearch | SingleSearch:
+    def _new_search(self) -> GradientSearch | HoldoutSearch:
         if self.options.method != "gradient":
-            return SingleSearch(self.measurement, self.free, self.options, self.splits)
-        assert self.judge is not None
-        return FoldedSearch(self.measurement, self.free, self.options, self.splits, self.everything, self.judge)
+            return HoldoutSearch(self.measurement, self.parameterization, self.options, self.splits)
+        assert self.acceptance is not None
+        return GradientSearch(
+            self.measurement, self.parameterization, self.options, self.splits, self.all_examples, self.acceptance
+        )
 
     def _restore(self) -> None:
         saved = self.state.read()
@@ -314,7 +328,7 @@ class _Run:
 
     def until_finished(self, progress: bool) -> None:
         hidden = not (progress and sys.stderr.isatty())
-        if self.judge is not None and not self.judge.has_evidence:
+        if self.acceptance is not None and not self.acceptance.has_evidence:
             return
         with tqdm(
             total=self.search.steps_total, initial=self.search.steps_done, desc="calibrate", disable=hidden
@@ -353,20 +367,20 @@ class _Run:
         found = self.search.found()
         point = found.point
         reason = None
-        if self.judge is not None and not self.judge.has_evidence:
+        if self.acceptance is not None and not self.acceptance.has_evidence:
             reason = "the untuned predictions say too little about the input for a search without labels"
         elif point is None:
             reason = "nothing beat γ = 1 on the held-out examples"
-        elif self.judge is not None and not self.judge.approves(self.free.expanded(point)):
+        elif self.acceptance is not None and not self.acceptance.accepts(self.parameterization.log_scale(point)):
             reason = "the scales chosen on the held-out examples were no better than γ = 1 on all"
         if reason is not None:
             point = None
-            zero = np.zeros(self.free.count)
-            found = replace(found, point=None, judged=[(split, zero) for split in self.splits])
-        log_scale = self.free.expanded(np.zeros(self.free.count) if point is None else point)
+            zero = self.parameterization.untuned
+            found = replace(found, point=None, held_out_points=[(split, zero) for split in self.splits])
+        log_scale = self.parameterization.log_scale(self.parameterization.untuned if point is None else point)
         return log_scale, self._report(found, reason)
 
-    def _report(self, found: Found, reason: str | None) -> dict[str, Any]:
+    def _report(self, found: SearchResult, reason: str | None) -> dict[str, Any]:
         options, tasks = self.options, self.measurement.tasks
         report: dict[str, Any] = {
             "task": " + ".join(task.task.name for task in tasks),
@@ -379,27 +393,27 @@ class _Run:
             "steps": self.search.steps_done,
             "seed": options.seed,
             "seeds": options.seed_count,
-            "free_heads": self.free.free_heads,
-            "numbers_searched": self.free.count,
+            "free_heads": self.parameterization.free_heads,
+            "numbers_searched": self.parameterization.count,
             "seconds": round(self.seconds, 3),
             "improved": reason is None,
             "reason": reason,
             "chosen": found.chosen,
             **self._held_out(found),
-            "evidence": None if self.judge is None else self.judge.evidence,
+            "evidence": None if self.acceptance is None else self.acceptance.evidence,
             "setbacks": self.measurement.setbacks.notes,
             "options": options.to_json(),
             "history": self.search.history,
             "versions": versions(),
         }
-        if isinstance(self.search, SingleSearch) and self.search.profile is not None:
+        if isinstance(self.search, HoldoutSearch) and self.search.profile is not None:
             report["profile"] = self.search.profile
         return report
 
-    def _held_out(self, found: Found) -> dict[str, Any]:
-        if self.judge is not None:
-            return held_out_figures(self.measurement, self.free, found, self.judge)
-        assert isinstance(self.search, SingleSearch)
+    def _held_out(self, found: SearchResult) -> dict[str, Any]:
+        if self.acceptance is not None:
+            return held_out_figures(self.measurement, self.parameterization, found, self.acceptance)
+        assert isinstance(self.search, HoldoutSearch)
         optimizer = self.search.optimizers[0]
         return {
             "held_out_examples": sum(len(places) for places in self.splits[0].held_out),
@@ -411,17 +425,6 @@ class _Run:
 def _prompt_settings(task: Task) -> dict[str, Any]:
     shots = {"shots": len(task.shots)} | ({} if task.shot_seed is None else {"shot_seed": task.shot_seed})
     return {"task": task.name, **shots, "chat": task.chat, "scoring": task.scoring}
-
-
-def _splits(tasks: Sequence[TaskExamples], options: CalibrationOptions) -> list[Split]:
-    """Every fold of every seed, all tasks' folds beside each other."""
-    splits = []
-    for seed in range(options.seed, options.seed + options.seed_count):
-        folds = [make_folds(task.records, options.fold_count, seed) for task in tasks]
-        for index in range(max(map(len, folds))):
-            parts = [one[index % len(one)] for one in folds]
-            splits.append(Split(seed, [part.fit for part in parts], [part.held_out for part in parts]))
-    return splits
 
 
 # The result's files.

@@ -1,4 +1,4 @@
-"""Which examples a search fits and which judge it."""
+"""Which examples drive each search, which of them one gradient step sees, and which are held out to judge the search."""
 
 from __future__ import annotations
 
@@ -12,20 +12,36 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.task import Record
 
 LEAST_EXAMPLES = 4
-#: One part of so many is held out where there is one fold only.
+#: With a single fold, one of so many parts of the examples is held out.
 SINGLE_FOLD_PARTS = 5
+
+#: For each task, positions in the list of its examples.
+Places = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Fold:
-    """Places in the list of examples: those that drive a search, and those kept aside to judge it."""
+    """Positions of one task's examples: those that drive a search, and those held out."""
 
     fit: list[int]
     held_out: list[int]
 
 
+@dataclass(frozen=True)
+class Split:
+    """One fold of one seed, over all tasks: positions of the examples that drive one search and of those held out."""
+
+    seed: int
+    fit: Places
+    held_out: Places
+
+
 def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> list[Record]:
-    """`options.examples` of the records, or all, in an order drawn by the seed."""
+    """Draw `options.examples` of the records, or all of them, in an order that `options.seed` decides.
+
+    Raises:
+        ZeroTuningError: there are fewer records than `options.examples` or than LEAST_EXAMPLES.
+    """
     if options.examples is not None and len(records) < options.examples:
         raise ZeroTuningError(f"examples must be at most {len(records)}, all there are, got {options.examples}")
     if len(records) < LEAST_EXAMPLES:
@@ -35,9 +51,10 @@ def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> lis
 
 
 def make_folds(examples: Sequence[Record], count: int, seed: int) -> list[Fold]:
-    """`count` folds (fewer when there are fewer examples than twice that): each example is held out once.
+    """Cut the examples into `count` folds, each of which holds out another part; every part has each label's share.
 
-    The labels keep their shares in every part. One fold holds out one fifth. Different seeds give different parts.
+    There are fewer folds where there are fewer examples than twice `count`. A single fold holds out one fifth.
+    Different seeds give different parts.
     """
     parts = SINGLE_FOLD_PARTS if count == 1 else max(2, min(count, len(examples) // 2))
     order = np.random.default_rng((seed, 1)).permutation(len(examples))
@@ -46,5 +63,35 @@ def make_folds(examples: Sequence[Record], count: int, seed: int) -> list[Fold]:
     held_out = [by_label[part::parts] for part in range(parts)]
     if count == 1:
         held_out = [by_label[parts // 2 :: parts]]
-    everything = range(len(examples))
-    return [Fold([i for i in everything if i not in set(one)], sorted(one)) for one in held_out]
+    return [Fold([i for i in range(len(examples)) if i not in set(part)], sorted(part)) for part in held_out]
+
+
+def make_splits(examples: Sequence[Sequence[Record]], options: CalibrationOptions) -> list[Split]:
+    """Make a Split of every fold of every seed; `examples` are each task's. Tasks with fewer folds repeat theirs."""
+    splits = []
+    for seed in range(options.seed, options.seed + options.seed_count):
+        folds = [make_folds(records, options.fold_count, seed) for records in examples]
+        for index in range(max(map(len, folds))):
+            parts = [folds_of_task[index % len(folds_of_task)] for folds_of_task in folds]
+            splits.append(Split(seed, [part.fit for part in parts], [part.held_out for part in parts]))
+    return splits
+
+
+def pooled_places(splits: Sequence[Split]) -> Places:
+    """Return the held-out examples of all splits, task by task, in the splits' order."""
+    return [[place for split in splits for place in split.held_out[task]] for task in range(len(splits[0].held_out))]
+
+
+def examples_of_step(places: Sequence[int], count: int, order_seed: tuple[int, ...], step: int) -> list[int]:
+    """Return the `count` examples, or all of them, that gradient step `step` sees.
+
+    Steps walk through all examples, epoch after epoch; `order_seed` decides each epoch's order.
+    """
+    if count >= len(places):
+        return list(places)
+    chosen = range(step * count, (step + 1) * count)
+    orders = {
+        epoch: np.random.default_rng((*order_seed, epoch)).permutation(len(places))
+        for epoch in {index // len(places) for index in chosen}
+    }
+    return list(dict.fromkeys(places[orders[index // len(places)][index % len(places)]] for index in chosen))

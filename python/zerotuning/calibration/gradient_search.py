@@ -21,9 +21,11 @@ from torch import Tensor
 
 from zerotuning import _search
 from zerotuning.calibration.acceptance import AcceptanceTest
-from zerotuning.calibration.objective import Measurement, Places
+from zerotuning.calibration.folds import Places, Split, examples_of_step
+from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.options import CalibrationOptions
-from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, FreeScales
+from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
+from zerotuning.calibration.search_result import SearchResult
 from zerotuning.errors import ZeroTuningError
 
 #: Judged so many times on the way to the last step, and at least every so many steps: a budget of seconds may end
@@ -32,29 +34,6 @@ JUDGEMENTS = 20
 LONGEST_UNJUDGED = 5
 #: Told to an optimiser, which takes finite numbers only, for a held-out loss that is none.
 FAILED = 1e30
-
-
-@dataclass(frozen=True)
-class Split:
-    """One fold of one seed, over all tasks: places of the examples that drive its search and of those held out."""
-
-    seed: int
-    fit: Places
-    held_out: Places
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found.
-
-    point       x, the free numbers [P]; None where nothing beat γ = 1
-    judged      for each split, the x that its held-out examples judged (γ = 1 where nothing was found)
-    chosen      what was chosen among, for the report: step, penalty, kind of point …
-    """
-
-    point: np.ndarray | None
-    judged: list[tuple[Split, np.ndarray]]
-    chosen: dict[str, Any]
 
 
 @dataclass
@@ -80,20 +59,20 @@ class _Group:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-class FoldedSearch:
+class GradientSearch:
     """One round of `advance` is one step of every search that goes on; `state` after it is all there is to know."""
 
     def __init__(
         self,
         measurement: Measurement,
-        free: FreeScales,
+        parameterization: ScaleParameterization,
         options: CalibrationOptions,
         splits: Sequence[Split],
-        everything: Places,
-        judge: AcceptanceTest,
+        all_examples: Places,
+        acceptance: AcceptanceTest,
     ) -> None:
-        self.measurement, self.free, self.options = measurement, free, options
-        self.splits, self.everything, self.judge = list(splits), everything, judge
+        self.measurement, self.parameterization, self.options = measurement, parameterization, options
+        self.splits, self.all_examples, self.acceptance = list(splits), all_examples, acceptance
         self.steps = options.total_steps
         self.groups = [
             _Group(penalty, [self._optimizer(penalty) for _ in self.splits]) for penalty in options.penalties
@@ -124,7 +103,7 @@ class FoldedSearch:
 
     @property
     def least_loss(self) -> float:
-        return self.judge.baseline.loss if self.best is None else self.best.loss
+        return self.acceptance.baseline.loss if self.best is None else self.best.loss
 
     @property
     def share_of_time(self) -> float:
@@ -160,7 +139,7 @@ class FoldedSearch:
                     fit_losses.append(answers[-1][0])
                 else:
                     # Without labels the folds' predictions are compared, so that each needs those of all examples.
-                    places = self.everything if self.judge.label_free else split.held_out
+                    places = self.all_examples if self.acceptance.label_free else split.held_out
                     scores = self._scores(evaluation.point, places)
                     loss = self.measurement.loss_of(scores, places)
                     answers.append((loss if math.isfinite(loss) else FAILED, None))
@@ -184,13 +163,13 @@ class FoldedSearch:
             entry["fit_loss"] = math.fsum(fit_losses) / len(fit_losses)
         least = math.inf
         for kind, results in judged.items():
-            verdict = self.judge.verdict(self.splits, [scores for _, scores in results])
+            verdict = self.acceptance.decide(self.splits, [scores for _, scores in results])
             name = "held_out" if kind == "point" else f"{kind}_held_out"
             entry |= {f"{name}_loss": _finite(verdict.loss), f"{name}_accuracy": verdict.accuracy} | verdict.details
             if not verdict.admissible:
                 continue
             least = min(least, verdict.loss)
-            if verdict.loss < (self.judge.baseline.loss if self.best is None else self.best.loss):
+            if verdict.loss < (self.acceptance.baseline.loss if self.best is None else self.best.loss):
                 points = [point for point, _ in results]
                 self.best = _Candidate(verdict.loss, self.round, group.penalty, kind, points)
         group.curve.append(entry)
@@ -219,7 +198,7 @@ class FoldedSearch:
                     seed = self.options.seed + index
                     answers.append(
                         self._loss_and_gradient(
-                            evaluation.point, seed, len(self.splits), self.everything, self.refit_round
+                            evaluation.point, seed, len(self.splits), self.all_examples, self.refit_round
                         )
                     )
                 else:  # asked to choose among points; which one it is, is known
@@ -239,11 +218,11 @@ class FoldedSearch:
 
     # The result.
 
-    def found(self) -> Found:
-        """What was chosen. `point` is not judged yet as a whole: see AcceptanceTest.approves."""
+    def found(self) -> SearchResult:
+        """What was chosen. `point` is not judged yet as a whole: see AcceptanceTest.accepts."""
         if self.best is None:
-            zero = np.zeros(self.free.count)
-            return Found(None, [(split, zero) for split in self.splits], {"step": 0})
+            zero = self.parameterization.untuned
+            return SearchResult(None, [(split, zero) for split in self.splits], {"step": 0})
         best = self.best
         refitted = self.options.combine == "refit" and self.refit_round == best.step
         point = self._refitted(best) if refitted else np.mean(best.points, axis=0)
@@ -253,7 +232,7 @@ class FoldedSearch:
             "kind": best.kind,
             "combine": "refit" if refitted else "average",
         }
-        return Found(point, list(zip(self.splits, best.points, strict=True)), chosen)
+        return SearchResult(point, list(zip(self.splits, best.points, strict=True)), chosen)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -312,21 +291,21 @@ class FoldedSearch:
             "evaluate_every": min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED),
             "patience": 0,  # judged here, over all folds
             "average": self.options.average,
-            "start": self.free.start,
+            "start": self.parameterization.start,
         }
-        return _search.GradientOptimizer(self.free.count, **(settings | changes))
+        return _search.GradientOptimizer(self.parameterization.count, **(settings | changes))
 
     def _loss_and_gradient(
         self, point: np.ndarray, seed: int, fold: int, places: Places, step: int
     ) -> tuple[float, np.ndarray]:
         chosen = [examples_of_step(part, self.options.examples_per_step, (seed, fold), step) for part in places]
-        loss, gradient = self.measurement.loss_and_gradient(self.free.expanded(point), chosen)
-        return loss, self.free.reduced(gradient)
+        loss, gradient = self.measurement.loss_and_gradient(self.parameterization.log_scale(point), chosen)
+        return loss, self.parameterization.point_gradient(gradient)
 
     def _scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
         if not point.any():
-            return self.judge.baseline_scores(places)
-        return self.measurement.scores(self.free.expanded(point), places)
+            return self.acceptance.baseline_scores(places)
+        return self.measurement.scores(self.parameterization.log_scale(point), places)
 
     @staticmethod
     def _tell(optimizer: _search.Optimizer, answers: Sequence[tuple[float, np.ndarray | None]]) -> None:
@@ -334,18 +313,6 @@ class FoldedSearch:
             optimizer.tell(answers)
         except ValueError as error:
             raise ZeroTuningError(f"the model's loss cannot be used: {error}") from error
-
-
-def examples_of_step(places: Sequence[int], count: int, order: tuple[int, ...], step: int) -> list[int]:
-    """`count` of the places, or all; epoch after epoch goes through all of them in an order of its own."""
-    if count >= len(places):
-        return list(places)
-    chosen = range(step * count, (step + 1) * count)
-    orders = {
-        epoch: np.random.default_rng((*order, epoch)).permutation(len(places))
-        for epoch in {index // len(places) for index in chosen}
-    }
-    return list(dict.fromkeys(places[orders[index // len(places)][index % len(places)]] for index in chosen))
 
 
 def _finite(value: float) -> float | None:

@@ -9,24 +9,30 @@ from typing import Any
 import numpy as np
 
 from zerotuning import _search
-from zerotuning.calibration.gradient_search import FAILED, Found, Split
+from zerotuning.calibration.folds import Split
+from zerotuning.calibration.gradient_search import FAILED
 from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.options import CalibrationOptions
-from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, FreeScales
+from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
+from zerotuning.calibration.search_result import SearchResult
 from zerotuning.errors import ZeroTuningError
 
 
-class SingleSearch:
+class HoldoutSearch:
     """One round of `advance` answers what one search asks for at once; the searches run one after another."""
 
     share_of_time = 1.0
 
     def __init__(
-        self, measurement: Measurement, free: FreeScales, options: CalibrationOptions, splits: Sequence[Split]
+        self,
+        measurement: Measurement,
+        parameterization: ScaleParameterization,
+        options: CalibrationOptions,
+        splits: Sequence[Split],
     ) -> None:
-        self.measurement, self.free, self.options = measurement, free, options
+        self.measurement, self.parameterization, self.options = measurement, parameterization, options
         self.splits = list(splits)
-        self.optimizers = [new_optimizer(free, options, split.seed) for split in self.splits]
+        self.optimizers = [new_optimizer(parameterization, options, split.seed) for split in self.splits]
         self.history: list[dict[str, Any]] = []
         self.stopped = False
 
@@ -60,7 +66,7 @@ class SingleSearch:
             chosen = [i for i, wanted in enumerate(asked) if wanted.part == part]
             if not chosen:
                 continue
-            losses = self.measurement.losses([self.free.expanded(asked[i].point) for i in chosen], places)
+            losses = self.measurement.losses([self.parameterization.log_scale(asked[i].point) for i in chosen], places)
             for i, loss in zip(chosen, losses, strict=True):
                 answers[i] = (loss if math.isfinite(loss) else FAILED, None)
             entry[f"{part}_loss"] = min(answers[i][0] for i in chosen)
@@ -70,16 +76,16 @@ class SingleSearch:
             raise ZeroTuningError(f"the model's loss cannot be used: {error}") from error
         self.history.append(entry)
 
-    def found(self) -> Found:
+    def found(self) -> SearchResult:
         """The search whose held-out loss fell most, if one's did."""
-        zero = np.zeros(self.free.count)
+        zero = self.parameterization.untuned
         points = [optimizer.best() for optimizer in self.optimizers]
         falls = [optimizer.baseline_loss() - optimizer.best_loss() for optimizer in self.optimizers]
         best = int(np.argmax([0.0 if math.isnan(fall) else fall for fall in falls]))
         judged = [(split, point if len(point) else zero) for split, point in zip(self.splits, points, strict=True)]
         if not points[best].any():
-            return Found(None, judged, {"step": self.steps_done})
-        return Found(points[best], judged, {"step": self.steps_done, "seed": self.splits[best].seed})
+            return SearchResult(None, judged, {"step": self.steps_done})
+        return SearchResult(points[best], judged, {"step": self.steps_done, "seed": self.splits[best].seed})
 
     @property
     def profile(self) -> dict[str, Any] | None:
@@ -107,18 +113,22 @@ class SingleSearch:
         self.history, self.stopped = list(state["history"]), bool(state["stopped"])
 
 
-def new_optimizer(free: FreeScales, options: CalibrationOptions, seed: int) -> _search.Optimizer:
+def new_optimizer(parameterization: ScaleParameterization, options: CalibrationOptions, seed: int) -> _search.Optimizer:
     """The C++ search that the options ask for."""
     if options.method == "paper":
-        if free.start.any():
+        if parameterization.start.any():
             raise ZeroTuningError(
                 "start: the paper's method begins at γ = 1; exclude the heads that are to keep theirs"
             )
-        return _search.PaperOptimizer(free.count)
+        return _search.PaperOptimizer(parameterization.count)
     steps = options.total_steps
     try:
         return _search.CmaEsOptimizer(
-            free.count, seed=seed, evaluations=steps, max_abs_log_scale=MAX_ABS_LOG_SCALE, start=free.start
+            parameterization.count,
+            seed=seed,
+            evaluations=steps,
+            max_abs_log_scale=MAX_ABS_LOG_SCALE,
+            start=parameterization.start,
         )
     except ValueError as error:  # too few evaluations for a generation
         raise ZeroTuningError(f"method {options.method} with steps = {steps}: {error}") from error

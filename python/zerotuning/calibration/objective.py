@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.folds import Places
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.errors import ZeroTuningError
@@ -28,8 +29,6 @@ from zerotuning.tasks.task import Record, Task
 
 #: Texts that the model wrote and the examples they answer -> a number, the higher the better.
 Metric = Callable[[list[str], list[Record]], float]
-#: For each task, places in the list of its examples.
-Places = Sequence[Sequence[int]]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Which heads a search may change: the linear map from its free numbers to the log γ of all heads."""
+"""Which heads a search may change: the linear map from the numbers that it searches to the log γ of all heads."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import numpy as np
 
 from zerotuning.errors import ZeroTuningError
 
-#: As the optimisers in csrc/search have it: |log γ| of a free head stays within this.
+#: Bound of |log γ| of every free head, the same as the default of the optimisers in csrc/search.
 MAX_ABS_LOG_SCALE = 4.0
 
 
-class FreeScales:
-    """log γ = fixed + M x, with x [P] the free numbers and M [layers * heads, P] of zeros and ones.
+class ScaleParameterization:
+    """log γ = fixed + M x, with x [P] the numbers that are searched and M [layers * heads, P] of zeros and ones.
 
-    Each free head follows one number, each number moves one head, the free heads of a layer or all of them. The other
-    heads stay at `start` (γ = 1 without it). x = 0 is γ = 1 in all free heads.
+    Every free head follows one number of x; a number moves one head, the free heads of a layer, or all free heads. The
+    other heads stay at `start` (γ = 1 without it). x = 0 is γ = 1 in all free heads.
 
     Args:
-        layers, heads: the model's.
-        only_layers, only_heads: free are heads of these layers, these (layer, head) pairs; None: any.
+        layers: number of the model's layers.
+        heads: number of heads in each layer.
+        only_layers: heads of these layers are free; None: of all.
+        only_heads: these (layer, head) pairs are free; None: all.
         exclude_heads: (layer, head) pairs that are not free.
-        tie: `none`, `layer` or `all`: which free heads share one number.
+        tie: which free heads share a number: `none`, those of a `layer`, or `all`.
         start: log γ [layers, heads] to begin with; None: 0.
+
+    Attributes:
+        start: x [P] to begin with, within ±MAX_ABS_LOG_SCALE; of tied heads the mean of their log γ.
 
     Raises:
         ZeroTuningError: a layer or head that the model lacks, no free head at all, a start of another shape.
@@ -56,14 +61,14 @@ class FreeScales:
         self._group = self._groups(free, tie)
         self._free = free.reshape(-1)
         self._members = np.bincount(self._group[self._free])
-        begin = np.zeros(self.shape) if start is None else np.asarray(start, dtype=np.float64)
-        if begin.shape != self.shape:
+        start = np.zeros(self.shape) if start is None else np.asarray(start, dtype=np.float64)
+        if start.shape != self.shape:
             raise ZeroTuningError(
-                f"start must be {layers} layers x {heads} heads as the model has, got {list(begin.shape)}"
+                f"start must be {layers} layers x {heads} heads as the model has, got {list(start.shape)}"
             )
-        self._fixed = np.where(self._free, 0.0, begin.reshape(-1))
-        #: x to begin with: of tied heads the mean of their log γ.
-        self.start = np.clip(self.reduced(begin.reshape(-1)) / self._members, -MAX_ABS_LOG_SCALE, MAX_ABS_LOG_SCALE)
+        self._fixed = np.where(self._free, 0.0, start.reshape(-1))
+        mean = self.point_gradient(start.reshape(-1)) / self._members
+        self.start = np.clip(mean, -MAX_ABS_LOG_SCALE, MAX_ABS_LOG_SCALE)
 
     @property
     def count(self) -> int:
@@ -72,20 +77,26 @@ class FreeScales:
 
     @property
     def free_heads(self) -> int:
+        """How many heads are free."""
         return int(self._free.sum())
 
-    def expanded(self, point: np.ndarray) -> np.ndarray:
-        """x [P] -> log γ, float64 [layers * heads]."""
+    @property
+    def untuned(self) -> np.ndarray:
+        """x = 0 [P], which is γ = 1 in all free heads."""
+        return np.zeros(self.count)
+
+    def log_scale(self, point: np.ndarray) -> np.ndarray:
+        """Map x [P] to log γ, float64 [layers * heads]."""
         log_scale = self._fixed.copy()
         log_scale[self._free] = np.asarray(point)[self._group[self._free]]
         return log_scale
 
-    def reduced(self, gradient: np.ndarray) -> np.ndarray:
-        """dL/d log γ [layers * heads] -> dL/dx = Mᵀ dL/d log γ, float64 [P]."""
+    def point_gradient(self, gradient: np.ndarray) -> np.ndarray:
+        """Map dL/d log γ [layers * heads] to dL/dx = Mᵀ dL/d log γ, float64 [P]."""
         return np.bincount(self._group[self._free], weights=gradient[self._free], minlength=self.count)
 
     def _groups(self, free: np.ndarray, tie: str) -> np.ndarray:
-        """The index into x of each head, [layers * heads]; of no meaning where a head is not free."""
+        """Return each head's index into x, [layers * heads]; meaningless where a head is not free."""
         layers, heads = self.shape
         if tie == "all":
             return np.zeros(layers * heads, dtype=np.int64)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerotuning.calibration.acceptance import AcceptanceTest, pooled_places
-from zerotuning.calibration.gradient_search import Found, Split
-from zerotuning.calibration.objective import Measurement, Places
-from zerotuning.calibration.parameterization import FreeScales
+from zerotuning.calibration.acceptance import AcceptanceTest
+from zerotuning.calibration.folds import Places, Split, pooled_places
+from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.parameterization import ScaleParameterization
+from zerotuning.calibration.search_result import SearchResult
 from zerotuning.evaluation import objectives
 from zerotuning.version import __version__
 
@@ -33,14 +34,18 @@ METADATA_FIELDS = (
 )
 
 
-def held_out_figures(measurement: Measurement, free: FreeScales, found: Found, judge: AcceptanceTest) -> dict[str, Any]:
+def held_out_figures(
+    measurement: Measurement, parameterization: ScaleParameterization, found: SearchResult, acceptance: AcceptanceTest
+) -> dict[str, Any]:
     """`baseline` and `tuned` (loss, accuracy, entropy) of the held-out examples of all splits, by the scales that
     never saw them; `tasks`, the same for each task with its confusion; `by_seed` and its `spread`."""
     before, after, by_seed = [], [], []
-    for split, point in found.judged:
-        before.append(judge.baseline_scores(split.held_out))
-        after.append(measurement.scores(free.expanded(point), split.held_out) if point.any() else before[-1])
-    splits = [split for split, _ in found.judged]
+    for split, point in found.held_out_points:
+        before.append(acceptance.baseline_scores(split.held_out))
+        after.append(
+            measurement.scores(parameterization.log_scale(point), split.held_out) if point.any() else before[-1]
+        )
+    splits = [split for split, _ in found.held_out_points]
     for seed in dict.fromkeys(split.seed for split in splits):
         of_seed = [index for index, split in enumerate(splits) if split.seed == seed]
         figures = _figures(measurement, [splits[i] for i in of_seed], [after[i] for i in of_seed])

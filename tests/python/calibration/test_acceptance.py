@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from zerotuning.calibration.acceptance import evidence, fold_agreement, kappa, resemblance
-from zerotuning.calibration.gradient_search import Split
+from zerotuning.calibration.folds import Split
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:

@@ -15,7 +15,7 @@ import torch
 import zerotuning as zt
 from limited_memory import memory_for
 from zerotuning.calibration.batched_candidates import CPU_TOKENS
-from zerotuning.calibration.holdout_search import SingleSearch
+from zerotuning.calibration.holdout_search import HoldoutSearch
 from zerotuning.calibration.objective import Measurement, TaskExamples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
@@ -163,16 +163,16 @@ def test_a_search_that_was_interrupted_ends_with_the_same_bytes(
         zt.calibrate(tiny_model, tiny_tokenizer, FILMS, method=method, output=tmp_path / name, **settings)
 
     run("whole")
-    advance, left = SingleSearch.advance, [1]
+    advance, left = HoldoutSearch.advance, [1]
 
-    def interrupted(self: SingleSearch) -> None:
+    def interrupted(self: HoldoutSearch) -> None:
         if left[0] == 0:
             left[0] = 1
             raise KeyboardInterrupt
         left[0] -= 1
         advance(self)
 
-    monkeypatch.setattr(SingleSearch, "advance", interrupted)
+    monkeypatch.setattr(HoldoutSearch, "advance", interrupted)
     starts = 1
     while True:
         try:

@@ -21,7 +21,7 @@ import zerotuning as zt
 from several_processes import torchrun
 from torch import nn
 from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
-from zerotuning.calibration.gradient_search import FoldedSearch
+from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.tasks.task import Task, as_records
@@ -130,15 +130,15 @@ class Interruption(Exception):
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every search is interrupted before its fourth round."""
-    advance, left = FoldedSearch.advance, [3]
+    advance, left = GradientSearch.advance, [3]
 
-    def advance_or_stop(self: FoldedSearch) -> None:
+    def advance_or_stop(self: GradientSearch) -> None:
         left[0] -= 1
         if left[0] < 0:
             raise Interruption
         advance(self)
 
-    monkeypatch.setattr(FoldedSearch, "advance", advance_or_stop)
+    monkeypatch.setattr(GradientSearch, "advance", advance_or_stop)
 
 
 def calibrate_films(model: Any, tokenizer: Any, output: Path, task: Task = FILMS) -> None:

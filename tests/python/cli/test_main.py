@@ -218,7 +218,7 @@ def test_the_embedded_model_is_called_demo(tmp_path: Path, capsys: Any) -> None:
 
 def interrupt_after(monkeypatch: Any, answers: int) -> Callable[[], None]:
     """Ctrl-C in the n-th round of the search; the function returned lets later ones pass."""
-    search = importlib.import_module("zerotuning.calibration.gradient_search").FoldedSearch
+    search = importlib.import_module("zerotuning.calibration.gradient_search").GradientSearch
     advance = search.advance
     left = [answers]
 

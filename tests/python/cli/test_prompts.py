@@ -162,7 +162,7 @@ def test_prompts_are_cut_where_the_user_asks(place: Path, capsys: Any) -> None:
 
 def interrupt(monkeypatch: Any, command: list[str], rounds_before: int = 1) -> None:
     """Runs the command and interrupts it after so many rounds of its searches."""
-    search = importlib.import_module("zerotuning.calibration.gradient_search").FoldedSearch
+    search = importlib.import_module("zerotuning.calibration.gradient_search").GradientSearch
     advance = search.advance
     rounds: list[int] = []
 

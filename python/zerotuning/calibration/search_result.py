@@ -1,0 +1,25 @@
+"""What a search of head scales hands to the report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zerotuning.calibration.folds import Split
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The point that a search chose.
+
+    Attributes:
+        point: x [P], the numbers of a ScaleParameterization; None where nothing beat γ = 1.
+        held_out_points: for each split, the x whose loss its held-out examples measured (x = 0 where nothing beat it).
+        chosen: how `point` was found, for the report: step, penalty, kind of point …
+    """
+
+    point: np.ndarray | None
+    held_out_points: list[tuple[Split, np.ndarray]]
+    chosen: dict[str, Any]
