@@ -21,7 +21,7 @@ from zerotuning.evaluation import objectives
 from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings, supports_recording
 from zerotuning.evaluation.forward import PlainForward
-from zerotuning.evaluation.generation import answer_tokens, share_right, written_texts
+from zerotuning.evaluation.generation import generate_answers, generated_accuracy, max_answer_tokens
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.models.process_group import Processes
@@ -255,7 +255,9 @@ class Measurement:
         for task, chosen in zip(self.tasks, places, strict=True):
             records = [task.records[place] for place in chosen]
             texts = self._written(task, chosen)
-            value = share_right(task.task, texts, records) if self.metric is None else self.metric(texts, records)
+            value = (
+                generated_accuracy(task.task, texts, records) if self.metric is None else self.metric(texts, records)
+            )
             values.append(-float(self.processes.broadcast_from_main(repr(_finite(value)))))
         return math.fsum(values) / len(values)
 
@@ -272,10 +274,10 @@ class Measurement:
         return [texts[place] for place in places]
 
     def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
-        return written_texts(self.model, self.tokenizer, task.scorer, batch, self._tokens_to_write(task))
+        return generate_answers(task.scorer, self.tokenizer, batch, self._tokens_to_write(task))
 
     def _tokens_to_write(self, task: TaskExamples) -> int:
-        return self.options.max_new_tokens if self.metric is not None else answer_tokens(task.scorer)
+        return self.options.max_new_tokens if self.metric is not None else max_answer_tokens(task.scorer)
 
 
 def _finite(value: Any) -> float:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
 from zerotuning.evaluation.batches import Batch
-from zerotuning.evaluation.generation import answer_tokens, share_right, written_texts
+from zerotuning.evaluation.generation import generate_answers, generated_accuracy, max_answer_tokens
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.files import write_json_atomically
@@ -152,9 +152,9 @@ def _generation_figures(
 ) -> dict[str, Any]:
     right = 0.0
     for batch in _with_bar(scorer, progress):
-        texts = written_texts(scorer.model, tokenizer, scorer, batch, answer_tokens(scorer))
+        texts = generate_answers(scorer, tokenizer, batch, max_answer_tokens(scorer))
         chosen = [records[place] for place in batch.indices.tolist()]
-        right += share_right(scorer.task, texts, chosen) * len(chosen)
+        right += generated_accuracy(scorer.task, texts, chosen) * len(chosen)
     return {"accuracy": round(right) / len(records), "loss": None, "entropy": None}
 
 

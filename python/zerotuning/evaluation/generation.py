@@ -1,4 +1,4 @@
-"""Answers as the model writes them: greedy text after the prompt, and the label that it begins with."""
+"""Texts that a model generates after prompts, greedily or sampled, and the labels that they begin with."""
 
 from __future__ import annotations
 
@@ -6,51 +6,88 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from zerotuning.evaluation.batches import Batch
+from zerotuning.evaluation.batches import Batch, left_padded
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import input_device
 from zerotuning.tasks.task import Record, Task
 from zerotuning.tasks.tokenization import SPARE_TOKENS
 
-
-def answer_tokens(scorer: LabelScorer) -> int:
-    """How many tokens the model may write so that every label can be recognised."""
-    return max(len(tokens) for example in scorer.examples for tokens in example.labels) + SPARE_TOKENS
+#: Arguments of transformers' `generate` for greedy decoding, whatever the model's own generation settings are.
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
 @torch.no_grad()
-def written_texts(
-    model: nn.Module, tokenizer: Any, scorer: LabelScorer, batch: Batch, max_new_tokens: int
-) -> list[str]:
-    """What the model writes after each prompt of a batch of the scorer's, greedily, without special tokens."""
-    prompts = scorer.prompt_batch(batch.indices.tolist())
+def generate_tokens(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **decoding: Any
+) -> Tensor:
+    """Generate after several prompts together, which are padded on the left.
+
+    Args:
+        model: A transformers causal language model as it stands: patched or not, scaled or not.
+        tokenizer: Its tokenizer, for the padding token (0 where it has none).
+        prompts: n prompts as token ids.
+        max_new_tokens: The most tokens after each prompt.
+        **decoding: Further arguments of transformers' `generate`, such as GREEDY. What they leave out comes from the
+            model's own generation settings.
+
+    Returns:
+        int64 [n, at most max_new_tokens]; a row that ends early is filled with the padding token.
+    """
+    padding = getattr(tokenizer, "pad_token_id", None) or 0
+    input_ids, attention_mask = left_padded(prompts, padding)
     device = input_device(model)
-    ids = model.generate(  # type: ignore[operator]
-        input_ids=prompts.input_ids.to(device),
-        attention_mask=prompts.attention_mask.to(device),
+    output: Tensor = model.generate(
+        input_ids=input_ids.to(device),
+        attention_mask=attention_mask.to(device),
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,  # greedy whatever the model's own generation settings say
-        pad_token_id=getattr(tokenizer, "pad_token_id", None) or 0,
+        pad_token_id=padding,
+        **decoding,
     )
-    return list(tokenizer.batch_decode(ids[:, prompts.input_ids.shape[1] :], skip_special_tokens=True))
+    return output[:, input_ids.shape[1] :]
+
+
+def generate_texts(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **decoding: Any
+) -> list[str]:
+    """The texts of `generate_tokens`, without special tokens, one for each prompt."""
+    tokens = generate_tokens(model, tokenizer, prompts, max_new_tokens, **decoding)
+    return list(tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+
+def generate_answers(
+    scorer: LabelScorer, tokenizer: Any, batch: Batch, max_new_tokens: int, **decoding: Any
+) -> list[str]:
+    """The texts that the scorer's model generates after each prompt of one of its batches.
+
+    Args:
+        scorer: Its model generates.
+        tokenizer: The model's tokenizer.
+        batch: A batch of the scorer.
+        max_new_tokens: The most tokens of an answer; `max_answer_tokens` allows every label.
+        **decoding: Arguments of transformers' `generate` that replace those of GREEDY.
+    """
+    prompts = [example.prompt for example in batch.examples]
+    return generate_texts(scorer.model, tokenizer, prompts, max_new_tokens, **(GREEDY | decoding))
+
+
+def max_answer_tokens(scorer: LabelScorer) -> int:
+    """How many tokens an answer may have so that each label of the scorer's examples can be recognized in it."""
+    return max(len(tokens) for example in scorer.examples for tokens in example.labels) + SPARE_TOKENS
 
 
 def chosen_label(text: str, labels: Sequence[str]) -> int | None:
-    """The index of the label that a text begins with, case and surrounding space aside; of several the longest.
-    None where it begins with none."""
+    """The index of the longest label that a text begins with, up to case and surrounding space; None for no label."""
     text = text.strip().casefold()
-    found = [index for index, label in enumerate(labels) if text.startswith(label.strip().casefold())]
-    return max(found, key=lambda index: len(labels[index].strip()), default=None)
+    beginning = [index for index, label in enumerate(labels) if text.startswith(label.strip().casefold())]
+    return max(beginning, key=lambda index: len(labels[index].strip()), default=None)
 
 
-def share_right(task: Task, texts: Sequence[str], records: Sequence[Record]) -> float:
-    """Fraction, in [0, 1], of the texts that begin with their example's right label (or continuation)."""
-    right = 0
+def generated_accuracy(task: Task, texts: Sequence[str], records: Sequence[Record]) -> float:
+    """The fraction, in [0, 1], of the texts that begin with their example's gold label (or continuation)."""
+    correct = 0
     for text, record in zip(texts, records, strict=True):
         prompt = task.render(record, require_label=True)
-        right += chosen_label(text, prompt.labels) == prompt.label
-    return right / len(records)
+        correct += chosen_label(text, prompt.labels) == prompt.label
+    return correct / len(records)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from zerotuning.calibration.calibrate import calibrate
-from zerotuning.evaluation.generation import answer_tokens, chosen_label
+from zerotuning.evaluation.generation import chosen_label, max_answer_tokens
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import scores_behind_prefix, supports_prefix_cache
 from zerotuning.patching.patch import head_parameters
@@ -286,7 +286,7 @@ def _written(
     ids = model.generate(
         input_ids=prompts.input_ids.to(model.device),
         attention_mask=prompts.attention_mask.to(model.device),
-        max_new_tokens=answer_tokens(scorer),
+        max_new_tokens=max_answer_tokens(scorer),
         num_beams=1,
         repetition_penalty=1.0,  # whatever the model's own generation settings say
         pad_token_id=tokenizer.pad_token_id or 0,

@@ -10,7 +10,7 @@ import torch
 from zerotuning.calibration.calibrate import calibrate
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.evaluate import evaluate
-from zerotuning.evaluation.generation import chosen_label, share_right
+from zerotuning.evaluation.generation import GREEDY, chosen_label, generate_texts, generated_accuracy
 from zerotuning.tasks.task import Record, Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"), scoring="generate")
@@ -37,7 +37,7 @@ def test_an_answer_is_the_longest_label_that_the_text_begins_with(
 
 def test_a_text_without_a_label_is_wrong() -> None:
     records = [Record({"text": "x", "label": label}, "here") for label in (0, 1, 1, 0)]
-    assert share_right(FILMS, ["negative", "Positive.", "none", "positive"], records) == 0.5
+    assert generated_accuracy(FILMS, ["negative", "Positive.", "none", "positive"], records) == 0.5
 
 
 @torch.no_grad()
@@ -49,6 +49,13 @@ def greedy_text(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
         if ids[-1] == tokenizer.eos_token_id:
             break
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+def test_prompts_of_different_lengths_are_continued_as_each_by_itself(tiny_model: Any, tiny_tokenizer: Any) -> None:
+    texts = ["good", "a bad story", "far too long, not well told, is it"]
+    prompts = tiny_tokenizer(texts)["input_ids"]
+    generated = generate_texts(tiny_model, tiny_tokenizer, prompts, 5, **GREEDY)
+    assert generated == [greedy_text(tiny_model, tiny_tokenizer, text, 5) for text in texts]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
