@@ -2,16 +2,31 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/number_types.h"
 
 namespace zerotuning::attention {
 
-// A [batch, heads, rows, columns] array; the stride of the last dimension is 1. Strides count
-// elements.
-struct Array4 {
-  const void* data;
+// A [batch, heads, rows, columns] array: Strided4<const void> is read, Strided4<void> is written.
+// Strides count elements; the stride of the last dimension is 1.
+template <typename T>
+struct Strided4 {
+  T* data;
   int64_t batch_stride, head_stride, row_stride;
+
+  // The first element of a row: const Number* in an array that is read.
+  template <typename Number>
+  ZEROTUNING_INLINE auto* row(int64_t batch, int64_t head, int64_t row) const {
+    using Element = std::conditional_t<std::is_const_v<T>, const Number, Number>;
+    return static_cast<Element*>(data) + batch * batch_stride + head * head_stride +
+           row * row_stride;
+  }
+
+  template <typename U = T, typename = std::enable_if_t<!std::is_const_v<U>>>
+  operator Strided4<const U>() const {
+    return {data, batch_stride, head_stride, row_stride};
+  }
 };
 
 // Merges two partial attentions over disjoint keys, in place, by their log-sum-exp:
@@ -22,21 +37,17 @@ struct Array4 {
 struct MergeArguments {
   DType dtype;  // of both outputs; lse is float64 for float64, else float32
   int64_t batch, heads, rows, columns;
-  void* output;  // [batch, heads, rows, columns], changed in place
-  int64_t output_batch_stride, output_head_stride, output_row_stride;
-  void* logsumexp;  // [batch, heads, rows], changed in place
-  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
-  Array4 part_output;
-  Array4 part_logsumexp;  // columns = 1
+  Strided4<void> output;     // [batch, heads, rows, columns], updated in place
+  Strided4<void> logsumexp;  // [batch, heads, rows, 1], updated in place
+  Strided4<const void> part_output, part_logsumexp;
 };
 
 // Adds one array to another, in place: the gradients of a piece to those of the whole.
 struct AddArguments {
   DType dtype;
   int64_t batch, heads, rows, columns;
-  void* total;  // [batch, heads, rows, columns], changed in place
-  int64_t total_batch_stride, total_head_stride, total_row_stride;
-  Array4 part;
+  Strided4<void> sum;  // [batch, heads, rows, columns], updated in place
+  Strided4<const void> part;
 };
 
 // Gradient of the loss with respect to log_scale (design.md section 1): for each query that sees a
@@ -47,9 +58,8 @@ struct LogScaleGradientArguments {
   int64_t batch, heads, heads_per_key_head, query_rows, head_size, value_head_size;
   int64_t window;  // 0 = every earlier key
   double scale;
-  Array4 query, key, value, output, grad_output;
-  const void* logsumexp;  // [batch, heads, rows]; float64 for float64, else float32
-  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
+  Strided4<const void> query, key, value, output, grad_output;
+  Strided4<const void> logsumexp;  // [batch, heads, rows, 1]; float64 for float64, else float32
   const void* log_scale;  // [batch, heads], log_scale_batch_stride 0 for one [heads] vector; dtype
                           // as logsumexp
   int64_t log_scale_batch_stride;

@@ -58,30 +58,33 @@ struct CudaAttention {
   int32_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
   double scale;
   CudaGeometry geometry;
-  Array4 query, key, value;
+  Strided4<const void> query, key, value;
   const void* log_scale;  // [batch, heads]; float64 for float64, else float32
   int64_t log_scale_batch_stride, log_scale_head_stride;  // batch stride 0: one vector [heads]
-  // [batch, heads, queries, value_head_size]: written by forward, read by backward.
-  Array4 output;
-  // [batch, heads, queries], natural logarithm, dtype of log_scale; row_stride is the stride of
-  // queries. Written by forward unless data is null, read by backward.
-  Array4 logsumexp;
+  // Forward's results; CudaAttentionGradients has them for backward.
+  Strided4<void> output;  // [batch, heads, queries, value_head_size]
+  // [batch, heads, queries, 1], natural logarithm, dtype of log_scale; data may be null.
+  Strided4<void> logsumexp;
   // output - v of the first scaled key, like output; data may be null. Where that key has nearly
   // all of the weight, this difference is lost in the rounding of a 16-bit output. Rows that attend
   // to no key hold unspecified numbers.
-  Array4 output_minus_initial_value;
+  Strided4<void> output_minus_initial_value;
 };
 
 struct CudaAttentionGradients {
-  Array4 grad_output;                       // read
-  Array4 grad_query, grad_key, grad_value;  // written
+  // Forward's results; output_minus_initial_value.data is null if it was not kept.
+  Strided4<const void> output, logsumexp, output_minus_initial_value;
+  Strided4<const void> grad_output;
+  Strided4<void> grad_query, grad_key, grad_value;
   void* grad_log_scale;  // [heads], or [batch, heads] if log_scale is; contiguous
   void* scratch;         // as many bytes as the launcher's *_scratch function returns
 };
 
-// Whether rows of query, key, value and output can be read and written 16 bytes at a time.
+// Whether rows of query, key and value can be read 16 bytes at a time. Those of results can be
+// then: csrc/ops allocates results with rows that begin at multiples of 16 bytes.
 inline bool has_16_byte_rows(const CudaAttention& c) {
-  const auto fits = [](const Array4& array, int64_t batch, int64_t heads, int64_t rows) {
+  const auto fits = [](const Strided4<const void>& array, int64_t batch, int64_t heads,
+                       int64_t rows) {
     const auto stride_fits = [](int64_t stride, int64_t size) {
       return size == 1 || (stride > 0 && stride % 8 == 0);
     };
@@ -91,8 +94,7 @@ inline bool has_16_byte_rows(const CudaAttention& c) {
   };
   return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && c.head_size % 8 == 0 &&
          c.value_head_size % 8 == 0 && fits(c.query, c.batch, c.heads, c.queries) &&
-         fits(c.key, c.batch, c.key_heads, c.keys) && fits(c.value, c.batch, c.key_heads, c.keys) &&
-         fits(c.output, c.batch, c.heads, c.queries);
+         fits(c.key, c.batch, c.key_heads, c.keys) && fits(c.value, c.batch, c.key_heads, c.keys);
 }
 
 }  // namespace zerotuning::attention

@@ -11,21 +11,21 @@ namespace zerotuning::attention {
 //   o = (e^{s-m} v_0 + e^{lse-m} o_1) / (e^{s-m} + e^{lse-m})
 // `partial` (o_1) and `partial_logsumexp` (lse) hold rows first_row, first_row + 1, ... of the
 // result; rows before them attend to the initial token only. 16-bit dtypes.
-cudaError_t initial_token_merge(const CudaAttention& arguments, const Array4& partial,
-                                const Array4& partial_logsumexp, int32_t first_row,
+cudaError_t initial_token_merge(const CudaAttention& arguments, const Strided4<const void>& partial,
+                                const Strided4<const void>& partial_logsumexp, int32_t first_row,
                                 const CudaDevice& device, cudaStream_t stream);
 
 // Copies key and value for torch's backward kernel, with row 0 replaced by row 1. So the kernel
 // reads whole tiles from the beginning of the arrays, and no weight is larger than 1 (row 0 of the
 // weights is not used). The gradient of query then holds key 1's contribution twice;
 // initial_token_backward subtracts the duplicate.
-cudaError_t replace_initial_key(const CudaAttention& arguments, const Array4& key,
-                                const Array4& value, cudaStream_t stream);
+cudaError_t replace_initial_key(const CudaAttention& arguments, const Strided4<void>& key,
+                                const Strided4<void>& value, cudaStream_t stream);
 
 // The gradient of query by a torch kernel that ran without the initial token's key, or with that
 // key replaced by key 1 (replace_initial_key).
 struct TorchKernelGradients {
-  Array4 query;  // may be grad_query itself
+  Strided4<const void> query;  // may be grad_query itself
   bool initial_key_replaced;
 };
 

@@ -17,9 +17,9 @@ struct FlashArguments {
   int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
   int64_t window;  // keys that a query sees, its own included; 0 = all
   double scale;    // > 0 (DecodeKernel: any)
-  Array4 query, key, value;
-  Array4 output;     // written
-  Array4 logsumexp;  // float [batch, heads, queries], row_stride = stride of queries; written
+  Strided4<const void> query, key, value;
+  Strided4<void> output;
+  Strided4<void> logsumexp;  // float [batch, heads, queries, 1]
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
   const bool* key_mask;        // [batch, keys] contiguous, or null

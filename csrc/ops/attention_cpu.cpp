@@ -100,40 +100,44 @@ std::tuple<Tensor, Tensor> forward_piece(const Problem& p, const Geometry& geome
   return {output, logsumexp};
 }
 
-// Rows [row, row + count) of a [batch, heads, rows(, columns)] tensor as the kernels take them;
-// reversed: last row first.
-attention::Array4 array_of(const Tensor& t, int64_t batch, int64_t row, int64_t count,
-                           bool reversed) {
-  const int64_t first = reversed ? row + count - 1 : row;
-  const int64_t offset = batch * t.stride(0) + first * t.stride(2);
-  return {static_cast<const char*>(t.const_data_ptr()) +
-              offset * static_cast<int64_t>(t.element_size()),
-          t.stride(0), t.stride(1), reversed ? -t.stride(2) : t.stride(2)};
+using attention::Strided4;
+
+// A [batch, heads, rows(, columns)] tensor as the kernels read it.
+Strided4<const void> const_array(const Tensor& t) {
+  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-attention::Array4 whole_array(const Tensor& t) { return array_of(t, 0, 0, t.size(2), false); }
+Strided4<const void> const_array(const Tensor& t, bool reversed) {
+  Strided4<const void> array = const_array(t);
+  if (!reversed) return array;
+  const int64_t last = t.size(2) - 1, size = static_cast<int64_t>(t.element_size());
+  array.data = static_cast<const char*>(array.data) + last * array.row_stride * size;
+  array.row_stride = -array.row_stride;
+  return array;
+}
+
+// The tensor from sample `batch` and row `row` on, as the kernels write it.
+Strided4<void> mutable_array(const Tensor& t, int64_t batch = 0, int64_t row = 0) {
+  const int64_t offset = batch * t.stride(0) + row * t.stride(2);
+  return {
+      static_cast<char*>(t.mutable_data_ptr()) + offset * static_cast<int64_t>(t.element_size()),
+      t.stride(0), t.stride(1), t.stride(2)};
+}
 
 // Merges one piece's part into the rows of the whole output that it belongs to.
 void merge_piece(const Problem& p, const Group& group, const Piece& piece, const Tensor& output,
                  const Tensor& logsumexp, const Tensor& part, const Tensor& part_logsumexp) {
-  const auto rows = array_of(output, group.begin, piece.query_begin, part.size(2), false);
-  const auto sums = array_of(logsumexp, group.begin, piece.query_begin, part.size(2), false);
   const attention::MergeArguments arguments{
-      p.dtype,
-      group.end - group.begin,
-      p.heads,
-      piece.query_end - piece.query_begin,
-      p.value_head_size,
-      const_cast<void*>(rows.data),
-      rows.batch_stride,
-      rows.head_stride,
-      rows.row_stride,
-      const_cast<void*>(sums.data),
-      sums.batch_stride,
-      sums.head_stride,
-      sums.row_stride,
-      array_of(part, 0, 0, part.size(2), piece.reversed),
-      array_of(part_logsumexp, 0, 0, part.size(2), piece.reversed)};
+      .dtype = p.dtype,
+      .batch = group.end - group.begin,
+      .heads = p.heads,
+      .rows = piece.query_end - piece.query_begin,
+      .columns = p.value_head_size,
+      .output = mutable_array(output, group.begin, piece.query_begin),
+      .logsumexp = mutable_array(logsumexp, group.begin, piece.query_begin),
+      .part_output = const_array(part, piece.reversed),
+      .part_logsumexp = const_array(part_logsumexp, piece.reversed),
+  };
   const auto& kernel = attention::cpu_kernels().merge;
   torch::stable::parallel_for(0, arguments.batch * arguments.heads * arguments.rows, 64,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -184,34 +188,32 @@ Tensor log_scale_gradient(const Problem& p, const Geometry& geometry, const Tens
                           const Tensor& output, const Tensor& logsumexp) {
   const Tensor query = to_kernel(p.query, p.head_size), key = to_kernel(p.key, p.head_size),
                value = to_kernel(p.value, p.value_head_size), log_scale = aten::dense(p.log_scale);
-  const auto lse = whole_array(logsumexp);
   const int64_t chunks = attention::log_scale_gradient_chunks(p.queries);
   std::vector<double> partial(static_cast<size_t>(p.batch * p.heads * chunks));
-  const attention::LogScaleGradientArguments arguments{p.dtype,
-                                                       p.batch,
-                                                       p.heads,
-                                                       p.heads / p.key_heads,
-                                                       p.queries,
-                                                       p.head_size,
-                                                       p.value_head_size,
-                                                       p.window,
-                                                       p.scale,
-                                                       whole_array(query),
-                                                       whole_array(key),
-                                                       whole_array(value),
-                                                       whole_array(output),
-                                                       whole_array(grad_output),
-                                                       lse.data,
-                                                       lse.batch_stride,
-                                                       lse.head_stride,
-                                                       lse.row_stride,
-                                                       log_scale.const_data_ptr(),
-                                                       p.log_scale_per_sample() ? p.heads : 0,
-                                                       geometry.key_mask,
-                                                       p.keys,
-                                                       geometry.span.data(),
-                                                       geometry.query_start.data(),
-                                                       partial.data()};
+  const attention::LogScaleGradientArguments arguments{
+      .dtype = p.dtype,
+      .batch = p.batch,
+      .heads = p.heads,
+      .heads_per_key_head = p.heads / p.key_heads,
+      .query_rows = p.queries,
+      .head_size = p.head_size,
+      .value_head_size = p.value_head_size,
+      .window = p.window,
+      .scale = p.scale,
+      .query = const_array(query),
+      .key = const_array(key),
+      .value = const_array(value),
+      .output = const_array(output),
+      .grad_output = const_array(grad_output),
+      .logsumexp = const_array(logsumexp),
+      .log_scale = log_scale.const_data_ptr(),
+      .log_scale_batch_stride = p.log_scale_per_sample() ? p.heads : 0,
+      .key_mask = geometry.key_mask,
+      .key_mask_batch_stride = p.keys,
+      .span = geometry.span.data(),
+      .query_start = geometry.query_start.data(),
+      .partial = partial.data(),
+  };
   const auto& kernel = attention::cpu_kernels().log_scale_gradient;
   torch::stable::parallel_for(0, static_cast<int64_t>(partial.size()), 1,
                               [&](int64_t begin, int64_t end) { kernel(arguments, begin, end); });
@@ -252,13 +254,15 @@ Gradients backward_piece(const Problem& p, const Group& group, const Piece& piec
 // Adds a piece's gradient, rows reversed or not, to rows [begin, ...) of the whole gradient.
 void add_rows(const Problem& p, const Group& group, const Tensor& total, int64_t begin,
               const Tensor& part, bool reversed) {
-  const auto rows = array_of(total, group.begin, begin, part.size(2), false);
   const attention::AddArguments arguments{
-      p.dtype,           part.size(0),
-      part.size(1),      part.size(2),
-      part.size(3),      const_cast<void*>(rows.data),
-      rows.batch_stride, rows.head_stride,
-      rows.row_stride,   array_of(part, 0, 0, part.size(2), reversed)};
+      .dtype = p.dtype,
+      .batch = part.size(0),
+      .heads = part.size(1),
+      .rows = part.size(2),
+      .columns = part.size(3),
+      .sum = mutable_array(total, group.begin, begin),
+      .part = const_array(part, reversed),
+  };
   const auto& kernel = attention::cpu_kernels().add;
   torch::stable::parallel_for(0, part.size(0) * part.size(1) * part.size(2), 64,
                               [&](int64_t first, int64_t last) { kernel(arguments, first, last); });
@@ -293,18 +297,15 @@ Tensor converted(const Tensor& tensor, ScalarType type) {
   return copy;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> float32_backward(const Problem& p,
-                                                            const Tensor& grad_output,
-                                                            const Tensor& output,
-                                                            const Tensor& logsumexp) {
+FourTensors float32_backward(const Problem& p, const BackwardArguments& backward) {
   Problem wide = p;
   wide.query = converted(p.query, ScalarType::Float);
   wide.key = converted(p.key, ScalarType::Float);
   wide.value = converted(p.value, ScalarType::Float);
   wide.dtype = attention::DType::float32;
-  auto [query, key, value, log_scale] =
-      attention_backward_cpu(wide, converted(grad_output, ScalarType::Float),
-                             converted(output, ScalarType::Float), logsumexp);
+  auto [query, key, value, log_scale] = attention_backward_cpu(
+      wide, {converted(backward.grad_output, ScalarType::Float),
+             converted(backward.output, ScalarType::Float), backward.logsumexp, std::nullopt});
   const ScalarType type = p.query.scalar_type();
   return {converted(query, type), converted(key, type), converted(value, type), log_scale};
 }
@@ -322,27 +323,29 @@ bool tiles_take(const Problem& p) {
 attention::FlashArguments flash_arguments(const Problem& p, const Geometry& geometry,
                                           const Tensor& query, const Tensor& key,
                                           const Tensor& value, const Tensor& output) {
-  return {p.batch,
-          p.heads,
-          p.key_heads,
-          p.queries,
-          p.keys,
-          p.head_size,
-          p.value_head_size,
-          p.window,
-          p.scale,
-          whole_array(query),
-          whole_array(key),
-          whole_array(value),
-          whole_array(output),
-          {},
-          p.log_scale.const_data_ptr<float>(),
-          p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
-          p.log_scale.stride(p.log_scale.dim() - 1),
-          geometry.key_mask,
-          geometry.span.data(),
-          geometry.query_start.data(),
-          nullptr};
+  return {
+      .batch = p.batch,
+      .heads = p.heads,
+      .key_heads = p.key_heads,
+      .queries = p.queries,
+      .keys = p.keys,
+      .head_size = p.head_size,
+      .value_head_size = p.value_head_size,
+      .window = p.window,
+      .scale = p.scale,
+      .query = const_array(query),
+      .key = const_array(key),
+      .value = const_array(value),
+      .output = mutable_array(output),
+      .logsumexp = {},  // set by the callers that need it, and `packed` too
+      .log_scale = p.log_scale.const_data_ptr<float>(),
+      .log_scale_batch_stride = p.log_scale_per_sample() ? p.log_scale.stride(0) : 0,
+      .log_scale_head_stride = p.log_scale.stride(p.log_scale.dim() - 1),
+      .key_mask = geometry.key_mask,
+      .span = geometry.span.data(),
+      .query_start = geometry.query_start.data(),
+      .packed = nullptr,
+  };
 }
 
 std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& geometry) {
@@ -350,7 +353,7 @@ std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& 
   const Tensor output = new_output(p), logsumexp = new_logsumexp(p);
   const Tensor query = unit_stride(p.query), key = unit_stride(p.key), value = unit_stride(p.value);
   attention::FlashArguments a = flash_arguments(p, geometry, query, key, value, output);
-  a.logsumexp = whole_array(logsumexp);
+  a.logsumexp = mutable_array(logsumexp);
   const Tensor packed = aten::empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
   a.packed = packed.mutable_data_ptr();
   // As many items a thread as outweigh its being woken.
@@ -393,11 +396,9 @@ std::tuple<Tensor, Tensor> attention_cpu(const Problem& p, CpuRoute route) {
   return {*output, *logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& p,
-                                                                  const Tensor& grad_output,
-                                                                  const Tensor& output,
-                                                                  const Tensor& logsumexp) {
-  if (prefers_float32_backward(p)) return float32_backward(p, grad_output, output, logsumexp);
+FourTensors attention_backward_cpu(const Problem& p, const BackwardArguments& backward) {
+  if (prefers_float32_backward(p)) return float32_backward(p, backward);
+  const auto& [grad_output, output, logsumexp, output_minus_initial_value] = backward;
   const int64_t columns = std::max(p.head_size, p.value_head_size);
   const Tensor query = to_kernel(p.query, columns), key = to_kernel(p.key, columns),
                value = to_kernel(p.value, columns);

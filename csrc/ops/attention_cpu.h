@@ -18,10 +18,7 @@ std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem,
                                          CpuRoute route = CpuRoute::automatic);
 
 // Gradients of query, key, value and log_scale.
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward_cpu(const Problem& problem,
-                                                                  const Tensor& grad_output,
-                                                                  const Tensor& output,
-                                                                  const Tensor& logsumexp);
+FourTensors attention_backward_cpu(const Problem& problem, const BackwardArguments& backward);
 
 // output [B, H, Tq, Dv]; one query reads each key and value once for all query heads that share it.
 Tensor decode_attention_cpu(const Problem& problem);

@@ -21,9 +21,9 @@
 namespace zerotuning::ops {
 namespace {
 
-using attention::Array4;
 using attention::CudaAttention;
 using attention::CudaDevice;
+using attention::Strided4;
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -61,8 +61,11 @@ const CudaDevice& device_at(int index) {
   return devices[index];
 }
 
-Array4 array_of(const Tensor& t) {
+Strided4<const void> const_array(const Tensor& t) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
+}
+Strided4<void> mutable_array(const Tensor& t) {
+  return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
 // A call's arguments for the kernels, and the tensors that they point into.
@@ -111,9 +114,9 @@ Call begin(const Problem& p) {
   a.head_size = static_cast<int32_t>(p.head_size);
   a.value_head_size = static_cast<int32_t>(p.value_head_size);
   a.scale = p.scale;
-  a.query = array_of(call.query);
-  a.key = array_of(call.key);
-  a.value = array_of(call.value);
+  a.query = const_array(call.query);
+  a.key = const_array(call.key);
+  a.value = const_array(call.value);
   a.log_scale = call.log_scale.const_data_ptr();
   a.log_scale_batch_stride = p.log_scale_per_sample() ? p.heads : 0;
   a.log_scale_head_stride = 1;
@@ -341,9 +344,9 @@ Gradients stock_backward(const Problem& p, const Call& call, Route stock, const 
   } else {
     key = gradient_like(p.key);
     value = gradient_like(p.value);
-    check(
-        attention::replace_initial_key(call.arguments, array_of(key), array_of(value), call.stream),
-        "keys");
+    check(attention::replace_initial_key(call.arguments, mutable_array(key), mutable_array(value),
+                                         call.stream),
+          "keys");
   }
   const auto stack = [&] {
     if (stock == Route::flash) {
@@ -396,9 +399,9 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minu
       aten::empty(p.query, Sizes{p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
   if (empty(p)) return {output, logsumexp, output_minus_initial_value};
   CudaAttention& a = call.arguments;
-  a.output = array_of(output);
-  a.logsumexp = array_of(logsumexp);
-  if (wanted) a.output_minus_initial_value = array_of(output_minus_initial_value);
+  a.output = mutable_array(output);
+  a.logsumexp = mutable_array(logsumexp);
+  if (wanted) a.output_minus_initial_value = mutable_array(output_minus_initial_value);
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_forward(p, call);
   switch (route) {
@@ -411,7 +414,7 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minu
     case Route::flash: {
       require(stock_takes(p, call, route), "torch's kernel does not take this call");
       const auto [part, part_logsumexp] = stock_forward(p, call, route);
-      check(attention::initial_token_merge(a, array_of(part), array_of(part_logsumexp), 1,
+      check(attention::initial_token_merge(a, const_array(part), const_array(part_logsumexp), 1,
                                            call.device, call.stream),
             "attention");
       break;
@@ -422,10 +425,9 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minu
   return {output, logsumexp, output_minus_initial_value};
 }
 
-FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
-                                    const Tensor& output, const Tensor& logsumexp,
-                                    const std::optional<Tensor>& output_minus_initial_value,
+FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& backward,
                                     Route route) {
+  const auto& [grad_output, output, logsumexp, output_minus_initial_value] = backward;
   Call call = begin(p);
   const Tensor grad_log_scale = torch::stable::empty_like(call.log_scale);
   if (empty(p)) {
@@ -440,30 +442,33 @@ FourTensors attention_backward_cuda(const Problem& p, const Tensor& grad_output,
                sums = aten::dense(logsumexp);
   std::optional<Tensor> departure_rows;
   CudaAttention& a = call.arguments;
-  a.output = array_of(output_rows);
-  a.logsumexp = array_of(sums);
   read_key_mask(p, call);
   if (route == Route::automatic) route = choose_backward(p, call);
   Tensor memory;
   attention::CudaAttentionGradients gradients{};
   const auto write_to = [&](const Gradients& g, int64_t scratch_bytes) {
     memory = scratch(p.query, scratch_bytes);
-    gradients = {array_of(grad_rows),
-                 array_of(g.query),
-                 array_of(g.key),
-                 array_of(g.value),
-                 grad_log_scale.mutable_data_ptr(),
-                 memory.mutable_data_ptr()};
+    gradients = {
+        .output = const_array(output_rows),
+        .logsumexp = const_array(sums),
+        .output_minus_initial_value =
+            departure_rows ? const_array(*departure_rows) : Strided4<const void>{},
+        .grad_output = const_array(grad_rows),
+        .grad_query = mutable_array(g.query),
+        .grad_key = mutable_array(g.key),
+        .grad_value = mutable_array(g.value),
+        .grad_log_scale = grad_log_scale.mutable_data_ptr(),
+        .scratch = memory.mutable_data_ptr(),
+    };
   };
   if (route == Route::cudnn || route == Route::flash) {
     require(stock_takes_backward(p, call, route), "torch's kernel does not take this call");
     if (output_minus_initial_value && output_minus_initial_value->numel() > 0) {
       departure_rows = aligned_rows(*output_minus_initial_value);
-      a.output_minus_initial_value = array_of(*departure_rows);
     }
     Gradients g =
         stock_backward(p, call, route, grad_rows, output_rows, backward_logsumexp(p, call, sums));
-    const attention::TorchKernelGradients stock{array_of(g.query), !p.key_mask};
+    const attention::TorchKernelGradients stock{const_array(g.query), !p.key_mask};
     const Tensor part_query = g.query;  // lives until the launch, also where it is not the result
     if (!has_row_layout(g.query)) g.query = gradient_like(p.query);
     write_to(g, attention::initial_token_backward_scratch(a));
@@ -494,7 +499,7 @@ Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, boo
                             ? aten::empty(p.query, {p.batch, p.queries, p.heads, p.value_head_size},
                                           p.query.scalar_type())
                             : new_output(p);
-  a.output = array_of(output);
+  a.output = mutable_array(output);
   if (transpose) std::swap(a.output.head_stride, a.output.row_stride);
   if (empty(p) || p.queries > most_queries || call.device.capability < 80 ||
       !attention::supports_decode(a)) {

@@ -25,9 +25,7 @@ ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automat
                             bool with_output_minus_initial_value = false);
 
 // Gradients of query, key, value and log_scale.
-FourTensors attention_backward_cuda(const Problem& problem, const Tensor& grad_output,
-                                    const Tensor& output, const Tensor& logsumexp,
-                                    const std::optional<Tensor>& output_minus_initial_value = {},
+FourTensors attention_backward_cuda(const Problem& problem, const BackwardArguments& backward,
                                     Route route = Route::automatic);
 
 // output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]; up to 16 queries read a key and value once

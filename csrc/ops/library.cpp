@@ -5,70 +5,31 @@
 #include "ops/attention_cpu.h"
 #include "ops/geometry_cpu.h"
 #include "ops/layout.h"
+#include "ops/registration.h"
 
+namespace zerotuning::ops {
 namespace {
 
-using zerotuning::ops::check_problem;
-using zerotuning::ops::FourTensors;
-using zerotuning::ops::Problem;
-using zerotuning::ops::Tensor;
-using zerotuning::ops::ThreeTensors;
-using OptionalTensor = std::optional<Tensor>;
+std::tuple<Tensor, Tensor> attention(const Problem& problem) { return attention_cpu(problem); }
 
-std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                                     OptionalTensor key_mask, OptionalTensor span,
-                                     OptionalTensor query_start, int64_t window, double scale) {
-  return zerotuning::ops::attention_cpu(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+// On the CPU backward does not need output_minus_initial_value (attention_cuda.h).
+ThreeTensors attention_by_route(const Problem& problem, bool /*output_minus_initial_value*/,
+                                int64_t route) {
+  const Tensor none = aten::empty(problem.query, {0}, problem.query.scalar_type());
+  auto [output, logsumexp] = attention_cpu(problem, static_cast<CpuRoute>(route));
+  return {output, logsumexp, none};
 }
 
-// No output_minus_initial_value is kept here (attention_cuda.h).
-ThreeTensors attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                                OptionalTensor key_mask, OptionalTensor span,
-                                OptionalTensor query_start, int64_t window, double scale,
-                                bool /*output_minus_initial_value*/, int64_t route) {
-  auto [output, logsumexp] = zerotuning::ops::attention_cpu(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale),
-      static_cast<zerotuning::ops::CpuRoute>(route));
-  return {output, logsumexp, zerotuning::ops::aten::empty(query, {0}, query.scalar_type())};
+ThreeTensors attention_with_output_minus_initial_value(const Problem& problem) {
+  return attention_by_route(problem, true, static_cast<int64_t>(CpuRoute::automatic));
 }
 
-ThreeTensors attention_with_output_minus_initial_value(Tensor query, Tensor key, Tensor value,
-                                                       Tensor log_scale, OptionalTensor key_mask,
-                                                       OptionalTensor span,
-                                                       OptionalTensor query_start, int64_t window,
-                                                       double scale) {
-  return attention_by_route(query, key, value, log_scale, key_mask, span, query_start, window,
-                            scale, true, 0);
-}
-
-FourTensors attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value,
-                               Tensor log_scale, Tensor output, Tensor logsumexp,
-                               OptionalTensor key_mask, OptionalTensor span,
-                               OptionalTensor query_start, int64_t window, double scale,
-                               OptionalTensor /*output_minus_initial_value*/) {
-  const Problem problem =
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale);
-  zerotuning::ops::check_backward(problem, grad_output, output, logsumexp);
-  return zerotuning::ops::attention_backward_cpu(problem, grad_output, output, logsumexp);
-}
-
-Tensor decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                        OptionalTensor key_mask, OptionalTensor span, OptionalTensor query_start,
-                        int64_t window, double scale) {
-  return zerotuning::ops::decode_attention_cpu(
-      check_problem(query, key, value, log_scale, key_mask, span, query_start, window, scale));
-}
-
-Tensor decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale,
-                                   OptionalTensor key_mask, OptionalTensor span,
-                                   OptionalTensor query_start, int64_t window, double scale) {
-  return zerotuning::ops::transposed(
-      decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale));
+Tensor decode_attention_transposed(const Problem& problem) {
+  return transposed(decode_attention_cpu(problem));
 }
 
 Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
-  return zerotuning::ops::step_geometry_cpu(key_mask, keys, query_start);
+  return step_geometry_cpu(key_mask, keys, query_start);
 }
 
 }  // namespace
@@ -121,12 +82,15 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
-  library.impl("attention", TORCH_BOX(&attention));
+  library.impl("attention", TORCH_BOX(&Forward<attention>::call));
   library.impl("_attention_with_output_minus_initial_value",
-               TORCH_BOX(&attention_with_output_minus_initial_value));
-  library.impl("attention_backward", TORCH_BOX(&attention_backward));
-  library.impl("decode_attention", TORCH_BOX(&decode_attention));
-  library.impl("_decode_attention_transposed", TORCH_BOX(&decode_attention_transposed));
-  library.impl("_attention_by_route", TORCH_BOX(&attention_by_route));
+               TORCH_BOX(&Forward<attention_with_output_minus_initial_value>::call));
+  library.impl("attention_backward", TORCH_BOX(&Backward<attention_backward_cpu>::call));
+  library.impl("decode_attention", TORCH_BOX(&Forward<decode_attention_cpu>::call));
+  library.impl("_decode_attention_transposed",
+               TORCH_BOX(&Forward<decode_attention_transposed>::call));
+  library.impl("_attention_by_route", TORCH_BOX(&Forward<attention_by_route>::call));
   library.impl("_step_geometry", TORCH_BOX(&step_geometry));
 }
+
+}  // namespace zerotuning::ops

@@ -125,16 +125,21 @@ std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
   return stream << "]";
 }
 
-Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value,
-                      const Tensor& log_scale, const std::optional<Tensor>& key_mask,
-                      const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
-                      int64_t window, double scale) {
+Problem check_problem(const AttentionArguments& arguments) {
+  const auto& [query, key, value, log_scale, key_mask, span, query_start, window, scale] =
+      arguments;
   require(query.dim() == 4, "query must be [B, H, Tq, D], got ", Shape{query});
   require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", Shape{key});
   require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", Shape{value});
-  Problem p{query,       key,           value,       log_scale,       key_mask,      span,
-            query_start, window,        scale,       dtype_of(query), query.size(0), query.size(1),
-            key.size(1), query.size(2), key.size(2), query.size(3),   value.size(3)};
+  Problem p{arguments};
+  p.dtype = dtype_of(query);
+  p.batch = query.size(0);
+  p.heads = query.size(1);
+  p.key_heads = key.size(1);
+  p.queries = query.size(2);
+  p.keys = key.size(2);
+  p.head_size = query.size(3);
+  p.value_head_size = value.size(3);
   check_shape("key", key, {p.batch, p.key_heads, p.keys, p.head_size}, "[B, Hkv, Tk, D]");
   check_shape("value", value, {p.batch, p.key_heads, p.keys, p.value_head_size},
               "[B, Hkv, Tk, Dv]");
@@ -165,9 +170,8 @@ attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
   return {(keys + word_keys - 1) / word_keys, query_start ? 3 : 2, query_start.value_or(0)};
 }
 
-void check_backward(const Problem& p, const Tensor& grad_output, const Tensor& output,
-                    const Tensor& logsumexp,
-                    const std::optional<Tensor>& output_minus_initial_value) {
+void check_backward(const Problem& p, const BackwardArguments& backward) {
+  const auto& [grad_output, output, logsumexp, output_minus_initial_value] = backward;
   const auto check_rows = [&](const char* name, const Tensor& tensor) {
     check_shape(name, tensor, {p.batch, p.heads, p.queries, p.value_head_size}, "[B, H, Tq, Dv]");
     check_dtype(name, tensor, p.query.scalar_type());

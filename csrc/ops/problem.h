@@ -28,16 +28,19 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch,
-// key_heads, keys, head_size], value [batch, key_heads, keys, value_head_size].
-struct Problem {
+// What every operator's schema has in common, in its order.
+struct AttentionArguments {
   Tensor query, key, value, log_scale;
   std::optional<Tensor> key_mask;     // bool or uint8 (0, 1) [batch, keys]
   std::optional<Tensor> span;         // int64 [batch, 2]
   std::optional<Tensor> query_start;  // int64 [batch]
   int64_t window;                     // 0 = none
   double scale;
+};
 
+// One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch,
+// key_heads, keys, head_size], value [batch, key_heads, keys, value_head_size].
+struct Problem : AttentionArguments {
   attention::DType dtype;
   int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
 
@@ -45,18 +48,19 @@ struct Problem {
 };
 
 // Throws std::invalid_argument that names the argument, what was expected and what came.
-Problem check_problem(const Tensor& query, const Tensor& key, const Tensor& value,
-                      const Tensor& log_scale, const std::optional<Tensor>& key_mask,
-                      const std::optional<Tensor>& span, const std::optional<Tensor>& query_start,
-                      int64_t window, double scale);
+Problem check_problem(const AttentionArguments& arguments);
 
 // The words of a step over `keys` keys, of which key_mask [batch, any number] says which are real.
 attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
                                 const std::optional<int64_t>& query_start);
 
-// The same for what a backward pass gets beside them.
-void check_backward(const Problem& problem, const Tensor& grad_output, const Tensor& output,
-                    const Tensor& logsumexp,
-                    const std::optional<Tensor>& output_minus_initial_value = {});
+// A call's gradient: what its forward pass returned, and the gradient of its output.
+struct BackwardArguments {
+  Tensor grad_output, output, logsumexp;
+  std::optional<Tensor> output_minus_initial_value;  // none or empty where it was not kept
+};
+
+// Throws like check_problem.
+void check_backward(const Problem& problem, const BackwardArguments& backward);
 
 }  // namespace zerotuning::ops

@@ -11,12 +11,6 @@
 
 namespace zerotuning::attention::ZEROTUNING_CPU_TARGET {
 
-template <typename T>
-const T* row_of(const Array4& array, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const T*>(array.data) + batch * array.batch_stride + head * array.head_stride +
-         row * array.row_stride;
-}
-
 // Σ_i a_i b_i in 16 independent lanes, which compilers turn into vector registers.
 template <typename T>
 typename Accumulator<T>::type dot(const T* a, const T* b, int64_t count) {
@@ -59,12 +53,9 @@ void merge(const MergeArguments& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item % a.rows, head = item / a.rows % a.heads,
                   batch = item / a.rows / a.heads;
-    T* output = static_cast<T*>(a.output) + batch * a.output_batch_stride +
-                head * a.output_head_stride + row * a.output_row_stride;
-    Real* lse = static_cast<Real*>(a.logsumexp) + batch * a.logsumexp_batch_stride +
-                head * a.logsumexp_head_stride + row * a.logsumexp_row_stride;
-    merge_row(output, row_of<T>(a.part_output, batch, head, row), a.columns, lse,
-              *row_of<Real>(a.part_logsumexp, batch, head, row));
+    merge_row(a.output.row<T>(batch, head, row), a.part_output.row<T>(batch, head, row), a.columns,
+              a.logsumexp.row<Real>(batch, head, row),
+              *a.part_logsumexp.row<Real>(batch, head, row));
   }
 }
 
@@ -73,11 +64,10 @@ void add(const AddArguments& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t row = item % a.rows, head = item / a.rows % a.heads,
                   batch = item / a.rows / a.heads;
-    T* total = static_cast<T*>(a.total) + batch * a.total_batch_stride +
-               head * a.total_head_stride + row * a.total_row_stride;
-    const T* part = row_of<T>(a.part, batch, head, row);
+    T* sum = a.sum.row<T>(batch, head, row);
+    const T* part = a.part.row<T>(batch, head, row);
 #pragma omp simd
-    for (int64_t i = 0; i < a.columns; ++i) total[i] = narrow<T>(widen(total[i]) + widen(part[i]));
+    for (int64_t i = 0; i < a.columns; ++i) sum[i] = narrow<T>(widen(sum[i]) + widen(part[i]));
   }
 }
 
@@ -87,21 +77,19 @@ double log_scale_gradient_of_key(const LogScaleGradientArguments& a, int64_t bat
                                  int64_t key, int64_t begin, int64_t end) {
   using Real = typename Accumulator<T>::type;
   const int64_t key_head = head / a.heads_per_key_head;
-  const T* k = row_of<T>(a.key, batch, key_head, key);
-  const T* v = row_of<T>(a.value, batch, key_head, key);
+  const T* k = a.key.row<T>(batch, key_head, key);
+  const T* v = a.value.row<T>(batch, key_head, key);
   const Real log_scale =
       static_cast<const Real*>(a.log_scale)[batch * a.log_scale_batch_stride + head];
   double sum = 0;
   for (int64_t row = begin; row < end; ++row) {
-    const Real lse = static_cast<const Real*>(
-        a.logsumexp)[batch * a.logsumexp_batch_stride + head * a.logsumexp_head_stride +
-                     row * a.logsumexp_row_stride];
-    const T* grad = row_of<T>(a.grad_output, batch, head, row);
+    const Real lse = *a.logsumexp.row<Real>(batch, head, row);
+    const T* grad = a.grad_output.row<T>(batch, head, row);
     const Real logit =
-        static_cast<Real>(a.scale) * dot(row_of<T>(a.query, batch, head, row), k, a.head_size);
+        static_cast<Real>(a.scale) * dot(a.query.row<T>(batch, head, row), k, a.head_size);
     const Real weight = std::exp(logit + log_scale - lse);
     const Real change = dot(grad, v, a.value_head_size) -
-                        dot(grad, row_of<T>(a.output, batch, head, row), a.value_head_size);
+                        dot(grad, a.output.row<T>(batch, head, row), a.value_head_size);
     sum += static_cast<double>(weight * change);
   }
   return sum;

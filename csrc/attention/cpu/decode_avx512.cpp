@@ -50,7 +50,7 @@ struct Keys {
 template <typename T>
 void take_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) {
   const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale * M_LOG2E));
-  const T* query = flash_row<T>(a.query, batch, head, 0);
+  const T* query = a.query.row<T>(batch, head, 0);
   for (int64_t c = 0; c < a.head_size; c += lanes) {
     _mm512_store_ps(to.query + c,
                     _mm512_mul_ps(load(query + c, first_lanes(a.head_size - c)), scale));
@@ -138,8 +138,8 @@ void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
   Head states[heads];
   for (int h = 0; h < heads; ++h) take_query<T>(a, batch, first_head + h, states[h]);
   const int64_t key_head = first_head / (a.heads / a.key_heads);
-  const T* key = flash_row<T>(a.key, batch, key_head, 0);
-  const T* value = flash_row<T>(a.value, batch, key_head, 0);
+  const T* key = a.key.row<T>(batch, key_head, 0);
+  const T* value = a.value.row<T>(batch, key_head, 0);
   const bool* mask = a.key_mask ? a.key_mask + batch * a.keys : nullptr;
   const int64_t end = a.query_start[batch] + 1;
   const int64_t begin = a.window > 0 ? std::max<int64_t>(0, end - a.window) : 0;
@@ -162,7 +162,7 @@ void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
   for (int h = 0; h < heads; ++h) {
     const Head& head = states[h];
     const __m512 factor = _mm512_set1_ps(head.total == 0 ? 0 : 1 / head.total);
-    T* output = const_cast<T*>(flash_row<T>(a.output, batch, first_head + h, 0));
+    T* output = a.output.row<T>(batch, first_head + h, 0);
     for (int64_t c = 0; c < a.value_head_size; c += lanes) {
       store(output + c, first_lanes(a.value_head_size - c),
             _mm512_mul_ps(_mm512_load_ps(head.sums + c), factor));

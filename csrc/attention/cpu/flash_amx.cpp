@@ -62,7 +62,7 @@ struct Matrix {
   static void pack_keys_of(const FlashArguments& a, int64_t batch, int64_t key_head, int64_t first,
                            int64_t columns, BFloat16* to) {
     for (int64_t key = first; key < pack_end(a, first, key_step); ++key) {
-      const BFloat16* from = flash_row<BFloat16>(a.key, batch, key_head, std::min(key, a.keys - 1));
+      const BFloat16* from = a.key.row<BFloat16>(batch, key_head, std::min(key, a.keys - 1));
       BFloat16* tile = to + key / lanes * lanes * columns + key % lanes * tile_depth;
       for (int64_t c = 0; c < columns; c += tile_depth) {
         _mm512_store_si512(tile + c * lanes, row_or_zeros(from + c, a.head_size - c, key < a.keys));
@@ -79,7 +79,7 @@ struct Matrix {
         for (int64_t i = 0; i < lanes; ++i) {
           const auto read = [&](int64_t row) {
             const BFloat16* from =
-                flash_row<BFloat16>(a.value, batch, key_head, std::min(row, a.keys - 1));
+                a.value.row<BFloat16>(batch, key_head, std::min(row, a.keys - 1));
             const __mmask16 mask = row < a.keys ? first_lanes(a.value_head_size - c) : 0;
             return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from + c));
           };
@@ -110,8 +110,8 @@ struct Matrix {
         __m512i rows[lanes];
         for (int64_t i = 0; i < lanes; ++i) {
           const int64_t row = std::min(t.row + v * lanes + i, a.queries - 1);
-          rows[i] = row_or_zeros(flash_row<BFloat16>(a.query, t.batch, t.head, row) + c,
-                                 a.head_size - c, v * lanes + i < t.rows);
+          rows[i] = row_or_zeros(a.query.row<BFloat16>(t.batch, t.head, row) + c, a.head_size - c,
+                                 v * lanes + i < t.rows);
         }
         transpose(rows);
         BFloat16* tile = queries + (v * head_columns + c) * lanes;
@@ -184,9 +184,8 @@ struct Matrix {
     }
   }
 
-  static void store(const BFloat16* to, int64_t count, __m512 x) {
-    _mm256_mask_storeu_epi16(const_cast<BFloat16*>(to), first_lanes(count),
-                             (__m256i)_mm512_cvtneps_pbh(x));
+  static void store(BFloat16* to, int64_t count, __m512 x) {
+    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(x));
   }
 };
 

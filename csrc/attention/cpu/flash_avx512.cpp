@@ -22,14 +22,14 @@ struct Vectors {
         head_columns(packed.head_columns),
         value_columns(packed.value_columns) {}
 
-  static void pack_rows(const FlashArguments& a, const Array4& from, int64_t batch,
+  static void pack_rows(const FlashArguments& a, const Strided4<const void>& from, int64_t batch,
                         int64_t key_head, int64_t first, int64_t size, int64_t columns, float* to) {
     for (int64_t key = first; key < pack_end(a, first, key_step); ++key) {
       float* row = to + key * columns;
       if (key >= a.keys) {
         std::fill(row, row + columns, 0.f);
       } else {
-        const float* numbers = flash_row<float>(from, batch, key_head, key);
+        const float* numbers = from.row<float>(batch, key_head, key);
         std::fill(std::copy(numbers, numbers + size, row), row + columns, 0.f);
       }
     }
@@ -53,8 +53,7 @@ struct Vectors {
         for (int64_t i = 0; i < lanes; ++i) {
           const int64_t row = std::min(t.row + v * lanes + i, a.queries - 1);
           const __mmask16 mask = v * lanes + i < t.rows ? first_lanes(a.head_size - c) : 0;
-          rows[i] =
-              _mm512_maskz_loadu_epi32(mask, flash_row<float>(a.query, t.batch, t.head, row) + c);
+          rows[i] = _mm512_maskz_loadu_epi32(mask, a.query.row<float>(t.batch, t.head, row) + c);
         }
         transpose(rows);
         for (int64_t i = 0; i < lanes; ++i)
@@ -114,8 +113,8 @@ struct Vectors {
     }
   }
 
-  static void store(const float* to, int64_t count, __m512 x) {
-    _mm512_mask_storeu_ps(const_cast<float*>(to), first_lanes(count), x);
+  static void store(float* to, int64_t count, __m512 x) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), x);
   }
 };
 

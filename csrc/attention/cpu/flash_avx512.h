@@ -22,12 +22,6 @@ constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-template <typename T>
-const T* flash_row(const Array4& a, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const T*>(a.data) + batch * a.batch_stride + head * a.head_stride +
-         row * a.row_stride;
-}
-
 // 16 x 16 numbers of 32 bits.
 inline void transpose(__m512i (&m)[lanes]) {
   __m512i t[lanes];
@@ -217,8 +211,7 @@ void finish(const FlashArguments& a, const Tile& t, const Softmax<vectors>& soft
     alignas(64) float logsumexp[lanes];
     const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale));
     _mm512_store_ps(logsumexp, _mm512_mask_fmadd_ps(softmax.top[v], sees, scale, log_of(total)));
-    float* to =
-        const_cast<float*>(flash_row<float>(a.logsumexp, t.batch, t.head, t.row + v * lanes));
+    float* to = a.logsumexp.row<float>(t.batch, t.head, t.row + v * lanes);
     for (int64_t i = 0; i < rows; ++i) to[i * a.logsumexp.row_stride] = logsumexp[i];
     for (int64_t column = 0; column < a.value_head_size; column += lanes) {
       __m512i m[lanes];
@@ -263,8 +256,7 @@ void attend(const FlashArguments& a, int64_t begin, int64_t end) {
       first = false;
     }
     finish<vectors>(a, t, softmax, sums, [&](int64_t row, int64_t column, int64_t count, __m512 x) {
-      Engine::store(flash_row<typename Engine::Number>(a.output, t.batch, t.head, row) + column,
-                    count, x);
+      Engine::store(a.output.row<typename Engine::Number>(t.batch, t.head, row) + column, count, x);
     });
   }
 }

@@ -271,11 +271,11 @@ Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch, ui
   a.log_scale = static_cast<const float*>(c.log_scale);
   a.log_scale_batch_stride = c.log_scale_batch_stride;
   a.log_scale_head_stride = c.log_scale_head_stride;
-  a.output = static_cast<uint16_t*>(const_cast<void*>(c.output.data));
+  a.output = static_cast<uint16_t*>(c.output.data);
   a.output_batch_stride = c.output.batch_stride;
   a.output_head_stride = c.output.head_stride;
   a.output_row_stride = c.output.row_stride;
-  a.logsumexp = static_cast<float*>(const_cast<void*>(c.logsumexp.data));
+  a.logsumexp = static_cast<float*>(c.logsumexp.data);
   a.logsumexp_batch_stride = c.logsumexp.batch_stride;
   a.logsumexp_head_stride = c.logsumexp.head_stride;
   a.logsumexp_row_stride = c.logsumexp.row_stride;
@@ -369,7 +369,7 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
 }
 
 // Rows that begin at multiples of 16 bytes.
-bool aligned(const Array4& array, int batch, int heads, int rows) {
+bool aligned(const Strided4<const void>& array, int batch, int heads, int rows) {
   const auto fits = [](int64_t stride, int size) { return size == 1 || stride % 8 == 0; };
   return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && fits(array.batch_stride, batch) &&
          fits(array.head_stride, heads) && fits(array.row_stride, rows);

@@ -179,19 +179,20 @@ __device__ __forceinline__ Sight sight_of(const CudaAttention& c, int sample) {
   return {sample_geometry(c.geometry, sample, c.queries, c.keys), c.geometry.window, c.keys};
 }
 
-__device__ __forceinline__ int64_t offset(const Array4& a, int64_t sample, int64_t head,
+template <typename A>
+__device__ __forceinline__ int64_t offset(const Strided4<A>& a, int64_t sample, int64_t head,
                                           int64_t row) {
   return sample * a.batch_stride + head * a.head_stride + row * a.row_stride;
 }
-template <typename T>
-__device__ __forceinline__ const T* row_of(const Array4& a, int64_t sample, int64_t head,
+template <typename T, typename A>
+__device__ __forceinline__ const T* row_of(const Strided4<A>& a, int64_t sample, int64_t head,
                                            int64_t row) {
   return static_cast<const T*>(a.data) + offset(a, sample, head, row);
 }
 template <typename T>
-__device__ __forceinline__ T* written_row_of(const Array4& a, int64_t sample, int64_t head,
+__device__ __forceinline__ T* written_row_of(const Strided4<void>& a, int64_t sample, int64_t head,
                                              int64_t row) {
-  return static_cast<T*>(const_cast<void*>(a.data)) + offset(a, sample, head, row);
+  return static_cast<T*>(a.data) + offset(a, sample, head, row);
 }
 
 }  // namespace zerotuning::attention::device

@@ -53,8 +53,9 @@ struct Work {
 
 template <typename T, int lanes>
 __global__ void __launch_bounds__(threads, blocks_at_once)
-    merge(const CudaAttention c, const Array4 part, const Array4 part_logsumexp, int first_row,
-          int row_blocks, int block_rows) {
+    merge(const CudaAttention c, const Strided4<const void> part,
+          const Strided4<const void> part_logsumexp, int first_row, int row_blocks,
+          int block_rows) {
   constexpr int row_step = threads / lanes, unrolled = 2;
   const Work w(c, row_blocks, block_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
   const Work w(c, parts.of_head, most_rows);
   const int lane = threadIdx.x % lanes, row_thread = threadIdx.x / lanes;
   const bool doubled = stock.initial_key_replaced,
-             kept = c.output_minus_initial_value.data != nullptr;
+             kept = g.output_minus_initial_value.data != nullptr;
   uint4 key{}, value{}, second_key{}, second_value{};
   Chunk grad_key{}, grad_value{};
   float grad_log_scale = 0;
@@ -150,9 +151,9 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
     if (row >= w.end) return r;
     r.query = read<T>(c.query, w.sample, w.head, row, lane, c.head_size);
     r.grad_output = read<T>(g.grad_output, w.sample, w.head, row, lane, c.value_head_size);
-    r.output = read<T>(kept ? c.output_minus_initial_value : c.output, w.sample, w.head, row, lane,
+    r.output = read<T>(kept ? g.output_minus_initial_value : g.output, w.sample, w.head, row, lane,
                        c.value_head_size);
-    r.logsumexp = *row_of<float>(c.logsumexp, w.sample, w.head, row);
+    r.logsumexp = *row_of<float>(g.logsumexp, w.sample, w.head, row);
     // Row 0 sees no second key; what a stock kernel says of it may be infinite.
     if (row > 0 || !doubled)
       r.part = read<T>(stock.query, w.sample, w.head, row, lane, c.head_size);
@@ -176,7 +177,7 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
       const float second_weight = real ? expf(logit - r.logsumexp) : 0;
       Chunk o = difference(unpack<T>(value), gap);
       if (kept && second_weight > largest_weight_without_output)
-        o = unpack<T>(read<T>(c.output, w.sample, w.head, row, lane, c.value_head_size));
+        o = unpack<T>(read<T>(g.output, w.sample, w.head, row, lane, c.value_head_size));
       second_gradient =
           second_weight * lane_sum<lanes>(dot(d, difference(unpack<T>(second_value), o)));
     }
@@ -217,8 +218,9 @@ __global__ void __launch_bounds__(threads, blocks_at_once)
 
 // Rows of keys with row 1 in the place of row 0 as well; 16 bytes a thread.
 template <typename T>
-__device__ __forceinline__ void copy_doubled(const Array4& from, const Array4& to, int keys,
-                                             int heads, int columns, int64_t i) {
+__device__ __forceinline__ void copy_doubled(const Strided4<const void>& from,
+                                             const Strided4<void>& to, int keys, int heads,
+                                             int columns, int64_t i) {
   const int chunks = columns / chunk;
   const int column = static_cast<int>(i % chunks) * chunk;
   i /= chunks;
@@ -230,7 +232,7 @@ __device__ __forceinline__ void copy_doubled(const Array4& from, const Array4& t
 
 template <typename T>
 __global__ void __launch_bounds__(threads)
-    double_rows(const CudaAttention c, const Array4 key, const Array4 value) {
+    double_rows(const CudaAttention c, const Strided4<void> key, const Strided4<void> value) {
   const int64_t rows = int64_t{c.batch} * c.keys * c.key_heads;
   const int64_t keys = rows * (c.head_size / chunk), values = rows * (c.value_head_size / chunk);
   const int64_t step = int64_t{gridDim.x} * threads;
@@ -267,8 +269,9 @@ int merge_rows_of(const CudaAttention& c, const CudaDevice& device) {
 }
 
 template <typename T>
-cudaError_t launch_merge(const CudaAttention& c, const Array4& part, const Array4& part_logsumexp,
-                         int first_row, const CudaDevice& device, cudaStream_t stream) {
+cudaError_t launch_merge(const CudaAttention& c, const Strided4<const void>& part,
+                         const Strided4<const void>& part_logsumexp, int first_row,
+                         const CudaDevice& device, cudaStream_t stream) {
   const int block_rows = merge_rows_of(c, device), row_blocks = row_blocks_of(c, block_rows);
   return with_lanes(c, [&](auto lanes) {
     merge<T, decltype(lanes)::value><<<row_blocks * c.heads * c.batch, threads, 0, stream>>>(
@@ -290,8 +293,8 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
 }
 
 template <typename T>
-cudaError_t launch_doubling(const CudaAttention& c, const Array4& key, const Array4& value,
-                            cudaStream_t stream) {
+cudaError_t launch_doubling(const CudaAttention& c, const Strided4<void>& key,
+                            const Strided4<void>& value, cudaStream_t stream) {
   constexpr int thread_chunks = 4, most_blocks = 4096;
   const int64_t chunks = int64_t{c.batch} * c.key_heads * c.keys * c.head_size / chunk;
   const int blocks =
@@ -303,8 +306,8 @@ cudaError_t launch_doubling(const CudaAttention& c, const Array4& key, const Arr
 }  // namespace
 }  // namespace initial_token
 
-cudaError_t initial_token_merge(const CudaAttention& c, const Array4& part,
-                                const Array4& part_logsumexp, int32_t first_row,
+cudaError_t initial_token_merge(const CudaAttention& c, const Strided4<const void>& part,
+                                const Strided4<const void>& part_logsumexp, int32_t first_row,
                                 const CudaDevice& device, cudaStream_t stream) {
   return c.dtype == DType::float16 ? initial_token::launch_merge<__half>(c, part, part_logsumexp,
                                                                          first_row, device, stream)
@@ -325,8 +328,8 @@ cudaError_t initial_token_backward(const CudaAttention& c, const CudaAttentionGr
              : initial_token::launch_backward<__nv_bfloat16>(c, g, stock, early, stream);
 }
 
-cudaError_t replace_initial_key(const CudaAttention& c, const Array4& key, const Array4& value,
-                                cudaStream_t stream) {
+cudaError_t replace_initial_key(const CudaAttention& c, const Strided4<void>& key,
+                                const Strided4<void>& value, cudaStream_t stream) {
   return c.dtype == DType::float16
              ? initial_token::launch_doubling<__half>(c, key, value, stream)
              : initial_token::launch_doubling<__nv_bfloat16>(c, key, value, stream);

@@ -32,8 +32,8 @@ __device__ __forceinline__ double logarithm(double x) { return log(x); }
 
 // Rows [first, first + count) of one head into shared memory; zeros beyond the end and the size.
 template <typename T, typename C, int size, int rows>
-__device__ void load(C* tile, const Array4& a, int sample, int head, int first, int end,
-                     int columns) {
+__device__ void load(C* tile, const Strided4<const void>& a, int sample, int head, int first,
+                     int end, int columns) {
   using Tile = Tiles<C, size>;
   for (int i = threadIdx.x; i < rows * size; i += threads) {
     const int row = i / size, column = i % size;
@@ -46,8 +46,9 @@ __device__ void load(C* tile, const Array4& a, int sample, int head, int first, 
 
 // The same rows of two arrays, of query's or key's head size and of value's.
 template <typename T, typename C, int size, int rows>
-__device__ void load_both(C* tile, const Array4& a, C* value_tile, const Array4& values,
-                          const CudaAttention& c, int sample, int head, int first, int end) {
+__device__ void load_both(C* tile, const Strided4<const void>& a, C* value_tile,
+                          const Strided4<const void>& values, const CudaAttention& c, int sample,
+                          int head, int first, int end) {
   load<T, C, size, rows>(tile, a, sample, head, first, end, c.head_size);
   load<T, C, size, rows>(value_tile, values, sample, head, first, end, c.value_head_size);
 }
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(threads)
   if (item >= static_cast<int64_t>(c.batch) * c.heads * c.queries) return;
   const int row = item % c.queries, head = item / c.queries % c.heads,
             sample = item / c.queries / c.heads;
-  const T* a = row_of<T>(c.output, sample, head, row);
+  const T* a = row_of<T>(g.output, sample, head, row);
   const T* b = row_of<T>(g.grad_output, sample, head, row);
   C sum = 0;
   for (int i = threadIdx.x % 32; i < c.value_head_size; i += 32)
@@ -194,11 +195,12 @@ struct HeadRows {
   C* first_change;
   int queries;
 
-  __device__ HeadRows(const CudaAttention& c, C* rows, int sample, int head)
+  __device__ HeadRows(const CudaAttention& c, const CudaAttentionGradients& g, C* rows, int sample,
+                      int head)
       : scale(static_cast<C>(c.scale)),
         bias(log_scale_of<C>(c, sample, head)),
-        logsumexp(row_of<C>(c.logsumexp, sample, head, 0)),
-        logsumexp_stride(c.logsumexp.row_stride),
+        logsumexp(row_of<C>(g.logsumexp, sample, head, 0)),
+        logsumexp_stride(g.logsumexp.row_stride),
         delta(rows + (static_cast<int64_t>(sample) * c.heads + head) * c.queries),
         first_change(rows + (static_cast<int64_t>(sample + c.batch) * c.heads + head) * c.queries),
         queries(c.queries) {}
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(threads)
   const int tile = blockIdx.x % row_tiles, head = blockIdx.x / row_tiles % c.heads;
   const int sample = blockIdx.x / row_tiles / c.heads, key_head = head / (c.heads / c.key_heads);
   const Sight s = sight_of(c, sample);
-  const HeadRows<C> head_rows(c, rows, sample, head);
+  const HeadRows<C> head_rows(c, g, rows, sample, head);
   const int first = tile * Tile::rows, end = min(first + Tile::rows, c.queries);
   const int row = threadIdx.x / Tile::row_threads, lane = threadIdx.x % Tile::row_threads;
 
@@ -337,7 +339,7 @@ __global__ void __launch_bounds__(threads)
   const int query_end =
       s.window ? min(c.queries, first + Tile::rows - 1 + s.window - s.start) : c.queries;
   for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
-    const HeadRows<C> head_rows(c, rows, sample, head);
+    const HeadRows<C> head_rows(c, g, rows, sample, head);
     for (int i0 = query_begin; i0 < query_end; i0 += Tile::columns) {
       __syncthreads();
       load_both<T, C, size, Tile::columns>(query, c.query, grad_output, g.grad_output, c, sample,

@@ -31,14 +31,14 @@ __device__ __forceinline__ uint4 packed(const Chunk& c) {
 
 // The lane's 16 bytes of a row; zeros beyond its end.
 template <typename T>
-__device__ __forceinline__ uint4 read(const Array4& a, int sample, int head, int row, int lane,
-                                      int columns) {
+__device__ __forceinline__ uint4 read(const Strided4<const void>& a, int sample, int head, int row,
+                                      int lane, int columns) {
   if (lane * chunk >= columns) return uint4{0, 0, 0, 0};
   return *reinterpret_cast<const uint4*>(row_of<T>(a, sample, head, row) + lane * chunk);
 }
 template <typename T>
-__device__ __forceinline__ void write(const Array4& a, int sample, int head, int row, int lane,
-                                      int columns, const Chunk& c) {
+__device__ __forceinline__ void write(const Strided4<void>& a, int sample, int head, int row,
+                                      int lane, int columns, const Chunk& c) {
   if (lane * chunk >= columns) return;
   *reinterpret_cast<uint4*>(written_row_of<T>(a, sample, head, row) + lane * chunk) = packed<T>(c);
 }

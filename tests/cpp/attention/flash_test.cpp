@@ -40,7 +40,7 @@ struct Call {
     for (T& number : x) number = narrow<T>(normal(random));
     return x;
   }
-  static Array4 rows(const std::vector<T>& x, int64_t count, int64_t heads, int64_t size) {
+  static Strided4<void> rows(std::vector<T>& x, int64_t count, int64_t heads, int64_t size) {
     return {x.data(), count * heads * size, size, heads * size};
   }
 
@@ -61,27 +61,29 @@ struct Call {
       span.insert(span.end(), {b ? first : 0, b ? std::min(first + 9, s.keys) : 1});
       start.push_back(static_cast<int64_t>(random() % (s.keys - s.queries + 1)));
     }
-    arguments = {s.batch,
-                 s.heads,
-                 s.key_heads,
-                 s.queries,
-                 s.keys,
-                 s.head_size,
-                 s.value_head_size,
-                 s.window,
-                 scale(),
-                 rows(query, s.queries, s.heads, s.head_size),
-                 rows(key, s.keys, s.key_heads, s.head_size),
-                 rows(value, s.keys, s.key_heads, s.value_head_size),
-                 rows(output, s.queries, s.heads, s.value_head_size),
-                 {logsumexp.data(), s.heads * s.queries, s.queries, 1},
-                 log_scale.data(),
-                 s.heads,
-                 1,
-                 masked ? mask.get() : nullptr,
-                 span.data(),
-                 start.data(),
-                 nullptr};
+    arguments = {
+        .batch = s.batch,
+        .heads = s.heads,
+        .key_heads = s.key_heads,
+        .queries = s.queries,
+        .keys = s.keys,
+        .head_size = s.head_size,
+        .value_head_size = s.value_head_size,
+        .window = s.window,
+        .scale = scale(),
+        .query = rows(query, s.queries, s.heads, s.head_size),
+        .key = rows(key, s.keys, s.key_heads, s.head_size),
+        .value = rows(value, s.keys, s.key_heads, s.value_head_size),
+        .output = rows(output, s.queries, s.heads, s.value_head_size),
+        .logsumexp = {logsumexp.data(), s.heads * s.queries, s.queries, 1},
+        .log_scale = log_scale.data(),
+        .log_scale_batch_stride = s.heads,
+        .log_scale_head_stride = 1,
+        .key_mask = masked ? mask.get() : nullptr,
+        .span = span.data(),
+        .query_start = start.data(),
+        .packed = nullptr,
+    };
     const int64_t bytes = kernel.packed_bytes(arguments);
     packed.reset(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
     std::fill_n(static_cast<float*>(packed.get()), bytes / 4, nan);

@@ -134,21 +134,17 @@ TYPED_TEST(CpuKernel, merge_weighs_two_parts_by_their_logsumexp_and_skips_a_part
   const Numbers<TypeParam> before = whole;
   std::vector<Real> lse = {0, 40, -40, none, 1}, part_lse = {1, -40, 40, 2, none};
   const std::vector<Real> lse_before = lse;
-  const MergeArguments arguments{dtype_of<TypeParam>,
-                                 1,
-                                 1,
-                                 rows,
-                                 columns,
-                                 whole.values.data(),
-                                 0,
-                                 0,
-                                 columns,
-                                 lse.data(),
-                                 0,
-                                 0,
-                                 1,
-                                 {part.values.data(), 0, 0, columns},
-                                 {part_lse.data(), 0, 0, 1}};
+  const MergeArguments arguments{
+      .dtype = dtype_of<TypeParam>,
+      .batch = 1,
+      .heads = 1,
+      .rows = rows,
+      .columns = columns,
+      .output = {whole.values.data(), 0, 0, columns},
+      .logsumexp = {lse.data(), 0, 0, 1},
+      .part_output = {part.values.data(), 0, 0, columns},
+      .part_logsumexp = {part_lse.data(), 0, 0, 1},
+  };
   cpu_kernels().merge(arguments, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
     const double a = std::exp(double(lse_before[r])), b = std::exp(double(part_lse[r]));
@@ -164,16 +160,15 @@ TYPED_TEST(CpuKernel, add_sums_rows_in_reverse_order_too) {
   const int64_t rows = 4, columns = 19;
   Numbers<TypeParam> total(rows * columns, random), part(rows * columns, random);
   const Numbers<TypeParam> before = total;
-  const AddArguments arguments{dtype_of<TypeParam>,
-                               1,
-                               1,
-                               rows,
-                               columns,
-                               total.values.data(),
-                               0,
-                               0,
-                               columns,
-                               {part.values.data() + (rows - 1) * columns, 0, 0, -columns}};
+  const AddArguments arguments{
+      .dtype = dtype_of<TypeParam>,
+      .batch = 1,
+      .heads = 1,
+      .rows = rows,
+      .columns = columns,
+      .sum = {total.values.data(), 0, 0, columns},
+      .part = {part.values.data() + (rows - 1) * columns, 0, 0, -columns},
+  };
   cpu_kernels().add(arguments, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
@@ -199,31 +194,29 @@ TYPED_TEST(CpuKernel, log_scale_gradient_equals_its_formula_with_windows_masks_a
   const int64_t span[2] = {4, 9}, start[1] = {10};
   std::vector<double> partial(heads * log_scale_gradient_chunks(queries), std::nan(""));
   const LogScaleGradientArguments arguments{
-      dtype_of<TypeParam>,
-      1,
-      heads,
-      heads / key_heads,
-      queries,
-      size,
-      value_size,
-      window,
-      0.2,
-      {q.values.data(), 0, queries * size, size},
-      {k.values.data(), 0, keys * size, size},
-      {v.values.data(), 0, keys * value_size, value_size},
-      {o.values.data(), 0, queries * value_size, value_size},
-      {grad.values.data(), 0, queries * value_size, value_size},
-      lse.data(),
-      0,
-      queries,
-      1,
-      log_scale.data(),
-      0,
-      reinterpret_cast<const bool*>(mask.data()),
-      keys,
-      span,
-      start,
-      partial.data()};
+      .dtype = dtype_of<TypeParam>,
+      .batch = 1,
+      .heads = heads,
+      .heads_per_key_head = heads / key_heads,
+      .query_rows = queries,
+      .head_size = size,
+      .value_head_size = value_size,
+      .window = window,
+      .scale = 0.2,
+      .query = {q.values.data(), 0, queries * size, size},
+      .key = {k.values.data(), 0, keys * size, size},
+      .value = {v.values.data(), 0, keys * value_size, value_size},
+      .output = {o.values.data(), 0, queries * value_size, value_size},
+      .grad_output = {grad.values.data(), 0, queries * value_size, value_size},
+      .logsumexp = {lse.data(), 0, queries, 1},
+      .log_scale = log_scale.data(),
+      .log_scale_batch_stride = 0,
+      .key_mask = reinterpret_cast<const bool*>(mask.data()),
+      .key_mask_batch_stride = keys,
+      .span = span,
+      .query_start = start,
+      .partial = partial.data(),
+  };
   cpu_kernels().log_scale_gradient(arguments, 0, static_cast<int64_t>(partial.size()));
 
   for (int64_t h = 0; h < heads; ++h) {

@@ -57,10 +57,10 @@ struct Arguments {
   CudaGeometry geometry;
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
-  Array4 key_rows;        // key's, where they lie
-  const RowTerms* terms;  // [batch, heads, tiles of 64 queries]
-  RowParts parts;         // one for 64 queries; no value columns
-  uint32_t* taken;        // items beyond the blocks' first ones
+  Strided4<const void> key_rows;  // key's, where they lie
+  const RowTerms* terms;          // [batch, heads, tiles of 64 queries]
+  RowParts parts;                 // one for 64 queries; no value columns
+  uint32_t* taken;                // items beyond the blocks' first ones
   Order key_order, query_order;
   int batch, heads, key_heads, group, queries, keys;
   float scale, scale_log2;
@@ -698,8 +698,8 @@ __global__ void __launch_bounds__(threads, 1) differentiate(const __grid_constan
 // A block for 64 query rows of a head, `lanes` neighbouring lanes for a row.
 template <typename T, int lanes>
 __global__ void __launch_bounds__(row_threads)
-    make_terms(const CudaAttention c, const Array4 grad_output, int row_tiles, RowTerms* terms,
-               uint32_t* taken) {
+    make_terms(const CudaAttention c, const CudaAttentionGradients g, int row_tiles,
+               RowTerms* terms, uint32_t* taken) {
   constexpr int row_step = row_threads / lanes, unrolled = tile_rows / row_step;
   const int head = blockIdx.x % c.heads, tile = blockIdx.x / c.heads % row_tiles;
   const int sample = blockIdx.x / c.heads / row_tiles, lane = threadIdx.x % lanes;
@@ -714,9 +714,9 @@ __global__ void __launch_bounds__(row_threads)
     output[u] = gradient[u] = uint4{0, 0, 0, 0};
     logsumexp[u] = -INFINITY;
     if (row >= c.queries) continue;
-    output[u] = read<T>(c.output, sample, head, row, lane, c.value_head_size);
-    gradient[u] = read<T>(grad_output, sample, head, row, lane, c.value_head_size);
-    logsumexp[u] = *device::row_of<float>(c.logsumexp, sample, head, row);
+    output[u] = read<T>(g.output, sample, head, row, lane, c.value_head_size);
+    gradient[u] = read<T>(g.grad_output, sample, head, row, lane, c.value_head_size);
+    logsumexp[u] = *device::row_of<float>(g.logsumexp, sample, head, row);
   }
 #pragma unroll
   for (int u = 0; u < unrolled; ++u) {
@@ -762,7 +762,7 @@ int section_of(const CudaAttention& c, int64_t rows, int64_t sequences, int mult
 cudaError_t make_maps(const CudaAttention& c, const CudaAttentionGradients& g, Arguments& a) {
   struct Tensor {
     CUtensorMap* map;
-    const Array4& array;
+    Strided4<const void> array;
     int heads, rows, columns;
   };
   const Tensor tensors[] = {{&a.query, c.query, c.heads, c.queries, c.head_size},
@@ -812,8 +812,7 @@ cudaError_t launch_terms(const CudaAttention& c, const CudaAttentionGradients& g
   const unsigned blocks = static_cast<unsigned>(sequences_of(c) * row_tiles);
   const Scratch scratch(c, g.scratch);
   const auto kernel = c.value_head_size <= 8 * chunk ? make_terms<T, 8> : make_terms<T, 16>;
-  kernel<<<blocks, row_threads, 0, stream>>>(c, g.grad_output, row_tiles, scratch.terms,
-                                             scratch.taken);
+  kernel<<<blocks, row_threads, 0, stream>>>(c, g, row_tiles, scratch.terms, scratch.taken);
   return cudaGetLastError();
 }
 

@@ -45,8 +45,8 @@ struct SharedMemory {
 };
 
 // [batch, heads, rows, columns] in boxes of all columns of `box_rows` rows.
-cudaError_t make_row_map(CUtensorMap* map, DType dtype, const Array4& array, int batch, int heads,
-                         int rows, int columns, int box_rows) {
+cudaError_t make_row_map(CUtensorMap* map, DType dtype, const Strided4<const void>& array,
+                         int batch, int heads, int rows, int columns, int box_rows) {
   const int blocks = columns / hopper::block_columns;
   const cuuint64_t sizes[5] = {hopper::block_columns, static_cast<cuuint64_t>(blocks),
                                static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(heads),

@@ -27,7 +27,8 @@ struct Arguments {
   int64_t log_scale_batch_stride, log_scale_head_stride;
   float* logsumexp;  // or null
   int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
-  Array4 value_rows;  // value's, where they lie; null: no output_minus_initial_value is wanted
+  Strided4<const void>
+      value_rows;  // value's, where they lie; null: no output_minus_initial_value is wanted
   int heads, group, queries, keys;
   int value_columns, row_tiles, tiles, section;
   float scale;
@@ -441,7 +442,7 @@ cudaError_t launch(const CudaAttention& c, int multiprocessors, cudaStream_t str
   a.log_scale = static_cast<const float*>(c.log_scale);
   a.log_scale_batch_stride = c.log_scale_batch_stride;
   a.log_scale_head_stride = c.log_scale_head_stride;
-  a.logsumexp = static_cast<float*>(const_cast<void*>(c.logsumexp.data));
+  a.logsumexp = static_cast<float*>(c.logsumexp.data);
   a.logsumexp_batch_stride = c.logsumexp.batch_stride;
   a.logsumexp_head_stride = c.logsumexp.head_stride;
   a.logsumexp_row_stride = c.logsumexp.row_stride;

@@ -153,8 +153,8 @@ cudaError_t encode_map(CUtensorMap* map, DType dtype, const void* data,
 }
 
 // [batch, heads, rows, columns] in boxes of `box_rows` rows and 64 columns.
-inline cudaError_t make_map(CUtensorMap* map, DType dtype, const Array4& array, int batch,
-                            int heads, int rows, int columns, int box_rows) {
+inline cudaError_t make_map(CUtensorMap* map, DType dtype, const Strided4<const void>& array,
+                            int batch, int heads, int rows, int columns, int box_rows) {
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows),
                                static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(batch)};
   const cuuint64_t strides[3] = {map_stride(array.row_stride, rows),

@@ -1,0 +1,45 @@
+// Operators as functions of a checked call. The arguments that all schemas share are listed here
+// once, in the schemas' order (library.cpp):
+//   library.impl("decode_attention", TORCH_BOX(&Forward<decode_attention>::call));
+#pragma once
+
+#include "ops/problem.h"
+
+namespace zerotuning::ops {
+
+template <auto function>
+struct Forward;
+
+// more: arguments of the schema after the shared ones.
+template <typename Result, typename... More, Result (*function)(const Problem&, More...)>
+struct Forward<function> {
+  static Result call(Tensor query, Tensor key, Tensor value, Tensor log_scale,
+                     std::optional<Tensor> key_mask, std::optional<Tensor> span,
+                     std::optional<Tensor> query_start, int64_t window, double scale,
+                     More... more) {
+    return function(
+        check_problem({query, key, value, log_scale, key_mask, span, query_start, window, scale}),
+        more...);
+  }
+};
+
+template <auto function>
+struct Backward;
+
+template <typename... More,
+          FourTensors (*function)(const Problem&, const BackwardArguments&, More...)>
+struct Backward<function> {
+  static FourTensors call(Tensor grad_output, Tensor query, Tensor key, Tensor value,
+                          Tensor log_scale, Tensor output, Tensor logsumexp,
+                          std::optional<Tensor> key_mask, std::optional<Tensor> span,
+                          std::optional<Tensor> query_start, int64_t window, double scale,
+                          std::optional<Tensor> output_minus_initial_value, More... more) {
+    const Problem problem =
+        check_problem({query, key, value, log_scale, key_mask, span, query_start, window, scale});
+    const BackwardArguments backward{grad_output, output, logsumexp, output_minus_initial_value};
+    check_backward(problem, backward);
+    return function(problem, backward, more...);
+  }
+};
+
+}  // namespace zerotuning::ops
