@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,15 @@ step_geometry = torch.ops.zerotuning._step_geometry.default
 # Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
 SHORTEST_STOCK, LARGEST_CUDNN_HEAD, LARGEST_HOPPER_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 128, 4096
 MOST_SEQUENCES = 65535
+
+
+class Geometry(NamedTuple):
+    """Which keys each query sees and which keys are scaled: arguments of :func:`attention`, in the schemas' order."""
+
+    key_mask: Tensor | None = None
+    span: Tensor | None = None
+    query_start: Tensor | None = None
+    window: int = 0
 
 
 def attention(
@@ -76,7 +86,8 @@ def attention(
             positions outside the keys and a log_scale that is not finite; on a GPU, where that would mean waiting for
             it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
     """
-    arguments = (query, key, value, log_scale, key_mask, span, query_start, window, softmax_scale(query, scale))
+    geometry = Geometry(key_mask, span, query_start, window)
+    arguments = (query, key, value, log_scale, *geometry, softmax_scale(query, scale))
     if torch.compiler.is_compiling():
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
         results = (_attention_with_output_minus_initial_value if needs_gradient else _attention)(*arguments)
@@ -109,8 +120,8 @@ def decode_attention(
     Returns:
         output (B, H, Tq, Dv).
     """
-    factor = softmax_scale(query, scale)
-    return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
+    geometry = Geometry(key_mask, span, query_start, window)
+    return _decode_attention(query, key, value, log_scale, *geometry, softmax_scale(query, scale))  # type: ignore[no-any-return]
 
 
 def decode_attention_transposed(
@@ -118,15 +129,11 @@ def decode_attention_transposed(
     key: Tensor,
     value: Tensor,
     log_scale: Tensor,
-    key_mask: Tensor | None,
-    span: Tensor | None,
-    query_start: Tensor | None,
-    window: int,
+    geometry: Geometry,
     scale: float | None,
 ) -> Tensor:
     """:func:`decode_attention`'s output as models go on with it, (B, Tq, H, Dv): a view of it costs a step time."""
-    factor = softmax_scale(query, scale)
-    return _decode_attention_transposed(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
+    return _decode_attention_transposed(query, key, value, log_scale, *geometry, softmax_scale(query, scale))  # type: ignore[no-any-return]
 
 
 def gradients(
@@ -144,11 +151,12 @@ def gradients(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and log_scale where :func:`attention`'s two results are all that was kept of it."""
-    inputs, geometry = (query, key, value, log_scale), (key_mask, span, None, window, softmax_scale(query, scale))
+    inputs, geometry = (query, key, value, log_scale), Geometry(key_mask, span, None, window)
+    options = (*geometry, softmax_scale(query, scale))
     output_minus_initial_value = None
-    if _needs_output_minus_initial_value(query, key, value, key_mask, span, None, window):
-        output_minus_initial_value = _attention_by_route(*inputs, *geometry, True, _AUTOMATIC)[2]
-    return _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, output_minus_initial_value)  # type: ignore[no-any-return]
+    if _needs_output_minus_initial_value(query, key, value, geometry):
+        output_minus_initial_value = _attention_by_route(*inputs, *options, True, _AUTOMATIC)[2]
+    return _attention_backward(grad_output, *inputs, output, logsumexp, *options, output_minus_initial_value)  # type: ignore[no-any-return]
 
 
 def runs_on(device_type: str) -> bool:
@@ -169,35 +177,14 @@ def empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) ->
 
 @torch.library.register_fake("zerotuning::_attention_with_output_minus_initial_value")
 @torch.library.register_fake("zerotuning::_attention_by_route")
-def _(  # type: ignore[no-untyped-def]
-    query,
-    key,
-    value,
-    log_scale,
-    key_mask,
-    span,
-    query_start,
-    window,
-    scale,
-    output_minus_initial_value=True,
-    route=_AUTOMATIC,
-):
-    results = _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale)
-    wanted = output_minus_initial_value and (
-        route != _AUTOMATIC or _needs_output_minus_initial_value(query, key, value, key_mask, span, query_start, window)
-    )
+def _(query, key, value, log_scale, *rest):  # type: ignore[no-untyped-def]
+    geometry, (_scale, asked, route) = Geometry(*rest[:4]), (*rest[4:], True, _AUTOMATIC)[:3]
+    results = _fake_attention(query, key, value, log_scale, *rest)
+    wanted = asked and (route != _AUTOMATIC or _needs_output_minus_initial_value(query, key, value, geometry))
     return *results, torch.empty_like(results[0]) if wanted and query.is_cuda else query.new_empty(0)
 
 
-def _needs_output_minus_initial_value(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_mask: Tensor | None,
-    span: Tensor | None,
-    query_start: Tensor | None,
-    window: int,
-) -> bool:
+def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> bool:
     """needs_output_minus_initial_value of csrc/ops/attention_cuda.cpp: a traced graph with gradients is of the card it was traced on.
 
     Sizes are asked last, and only where they matter: each question becomes a condition of a graph of symbolic sizes.
@@ -210,9 +197,9 @@ def _needs_output_minus_initial_value(
     keys = key.shape[2]
     hopper = capability == 90 and size <= LARGEST_HOPPER_HEAD
     stock_is_cudnn = 90 <= capability < 120 and size <= LARGEST_CUDNN_HEAD
-    if capability < 80 or span is not None or query_start is not None:
+    if capability < 80 or geometry.span is not None or geometry.query_start is not None:
         return False
-    if key_mask is not None and (not stock_is_cudnn or hopper):
+    if geometry.key_mask is not None and (not stock_is_cudnn or hopper):
         return False
     if size % 8 or size != value.shape[3] or size > 256:
         return False
@@ -226,11 +213,11 @@ def _needs_output_minus_initial_value(
         columns = 256 if size > 192 else (size + 31) // 32 * 32
         if batch * heads * ((rows + 127) // 128 * 128) * columns > torch.iinfo(torch.int32).max:
             return False
-    return rows == keys and not 0 < window < keys and (key_mask is None or keys % 128 != 64)
+    return rows == keys and not 0 < geometry.window < keys and (geometry.key_mask is None or keys % 128 != 64)
 
 
 @torch.library.register_fake("zerotuning::attention")
-def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+def _fake_attention(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     output = empty_rows(query, batch, heads, rows, value.shape[-1])
     if query.is_cuda:
@@ -239,13 +226,13 @@ def _fake_attention(query, key, value, log_scale, key_mask, span, query_start, w
 
 
 @torch.library.register_fake("zerotuning::decode_attention")
-def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     return empty_rows(query, batch, heads, rows, value.shape[-1])
 
 
 @torch.library.register_fake("zerotuning::_decode_attention_transposed")
-def _(query, key, value, log_scale, key_mask, span, query_start, window, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
@@ -257,21 +244,7 @@ def _(key_mask, keys, query_start):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("zerotuning::attention_backward")
-def _(  # type: ignore[no-untyped-def]
-    grad_output,
-    query,
-    key,
-    value,
-    log_scale,
-    output,
-    logsumexp,
-    key_mask,
-    span,
-    query_start,
-    window,
-    scale,
-    output_minus_initial_value=None,
-):
+def _(grad_output, query, key, value, log_scale, *_kept_and_geometry):  # type: ignore[no-untyped-def]
     gradients = (empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
@@ -281,8 +254,8 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    query, key, value, log_scale, key_mask, span, query_start, ctx.window, ctx.scale = inputs
-    ctx.save_for_backward(query, key, value, log_scale, key_mask, span, query_start, *output)
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -290,11 +263,10 @@ def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-
 def _backward(ctx, grad_output, *_others):  # type: ignore[no-untyped-def]
     if grad_output is None:
         return (None,) * 9
-    query, key, value, log_scale, key_mask, span, query_start, output, logsumexp, *output_minus_initial_value = (
-        ctx.saved_tensors
-    )
-    inputs, geometry = (query, key, value, log_scale), (key_mask, span, query_start, ctx.window, ctx.scale)
-    gradients = _attention_backward(grad_output, *inputs, output, logsumexp, *geometry, *output_minus_initial_value)
+    saved = ctx.saved_tensors  # read once: under checkpointing a second read is refused
+    inputs, geometry, (output, logsumexp, *output_minus_initial_value) = saved[:4], saved[4:7], saved[7:]
+    options = (*geometry, ctx.window, ctx.scale)
+    gradients = _attention_backward(grad_output, *inputs, output, logsumexp, *options, *output_minus_initial_value)
     return *gradients, None, None, None, None, None
 
 

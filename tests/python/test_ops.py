@@ -199,7 +199,7 @@ def test_one_query_against_a_cache_equals_the_formula(dtype, size, heads, device
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_decoding_step_s_output_as_models_go_on_with_it(rows, keys, dtype) -> None:
     inputs = random_inputs((2, 4, 2, rows, keys, 64, 64), dtype)
-    output = ops.decode_attention_transposed(*inputs, None, None, None, 0, None)
+    output = ops.decode_attention_transposed(*inputs, ops.Geometry(), None)
     assert output.is_contiguous()
     assert torch.equal(output, ops.decode_attention(*inputs).transpose(1, 2))
 
@@ -445,7 +445,7 @@ def test_which_gradients_want_the_departure_on_cards_that_are_not_here(monkeypat
         with FakeTensorMode():
             query, key = (torch.empty(batch, h, rows, size, dtype=torch.bfloat16, device="cuda") for h in (32, 8))
             key_mask = torch.empty(batch, rows, dtype=torch.bool, device="cuda") if masked else None
-            return ops._needs_output_minus_initial_value(query, key, key, key_mask, None, None, 0)
+            return ops._needs_output_minus_initial_value(query, key, key, ops.Geometry(key_mask))
 
     hopper, blackwell, ampere, ada = (9, 0), (10, 0), (8, 0), (8, 9)
     assert [wanted(hopper, *case) for case in ((4096, 128), (4097, 128), (300, 256))] == [False, True, True]

@@ -99,7 +99,8 @@ def _attend(
     rows = query.shape[2]
     few = key.shape[2] > rows and rows <= DECODE_QUERIES
     if few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))):
-        return ops.decode_attention_transposed(query, key, value, log_scale, key_mask, span, query_start, window, scale)
+        geometry = ops.Geometry(key_mask, span, query_start, window)
+        return ops.decode_attention_transposed(query, key, value, log_scale, geometry, scale)
     output, _ = ops.attention(
         query,
         key,
