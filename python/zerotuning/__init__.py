@@ -19,6 +19,8 @@ from zerotuning.version import __version__
 if TYPE_CHECKING:
     from zerotuning import ops
     from zerotuning.calibration.calibrate import calibrate
+    from zerotuning.calibration.few_shot_choice import choose_shots
+    from zerotuning.calibration.options import CalibrationOptions
     from zerotuning.evaluation.evaluate import evaluate
     from zerotuning.models.loading import load_model
     from zerotuning.patching.head_scales import HeadScales
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from zerotuning.tasks.task import Task
 
 __all__ = [
+    "CalibrationOptions",
     "HeadScales",
     "Task",
     "ZeroTuningError",
     "__version__",
     "apply_scales",
     "calibrate",
+    "choose_shots",
     "evaluate",
     "load_model",
     "ops",
@@ -45,10 +49,12 @@ __all__ = [
 
 #: The module of each lazily loaded name.
 _HOME = {
+    "CalibrationOptions": "calibration.options",
     "HeadScales": "patching.head_scales",
     "Task": "tasks.task",
     "apply_scales": "patching.patch",
     "calibrate": "calibration.calibrate",
+    "choose_shots": "calibration.few_shot_choice",
     "evaluate": "evaluation.evaluate",
     "load_model": "models.loading",
     "patch": "patching.patch",

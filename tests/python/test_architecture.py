@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
 ]
 LAYER_OF = {member: depth for depth, layer in enumerate(LAYERS) for member in layer}
 #: Modules that only name objects of other modules: the lazy public names, and paths kept for one version.
-EXEMPT = {"__init__"}
+EXEMPT = {"__init__", "shot_choice"}
 
 
 def imported_members(path: Path) -> Iterator[tuple[int, str]]:

@@ -93,7 +93,7 @@ def _label_bias(run: MethodRun) -> Outcome:
 
 
 def _shared(run: MethodRun) -> Outcome:
-    return run.calibrated(tie="all", seeds=1)
+    return run.calibrated(tie="all", num_searches=1)
 
 
 def _gradient(run: MethodRun) -> Outcome:

@@ -18,7 +18,7 @@ from typing import Any
 
 from zerotuning.bench.methods import METHODS, WITHOUT_LABELS, MethodRun
 from zerotuning.bench.rows import Row
-from zerotuning.calibration.few_shot_choice import LEAST_JUDGES, choose_shots, shot_candidates
+from zerotuning.calibration.few_shot_choice import MIN_COMPARISON_EXAMPLES, choose_shots, shot_candidates
 from zerotuning.calibration.folds import LEAST_EXAMPLES, draw_examples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
@@ -109,7 +109,7 @@ class SearchBench:
     def _draws_of(self, count: int, shots: int) -> int:
         """How many draws of shots a row chooses among: they show at most a quarter of its examples, and leave enough."""
         draws = min(self.shot_draws, count // (4 * shots)) if shots else 1
-        return draws if draws > 1 and count - draws * shots >= LEAST_JUDGES else 1
+        return draws if draws > 1 and count - draws * shots >= MIN_COMPARISON_EXAMPLES else 1
 
     def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")

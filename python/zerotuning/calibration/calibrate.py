@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from zerotuning.calibration.folds import draw_examples, make_splits
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.calibration.holdout_search import HoldoutSearch
 from zerotuning.calibration.objective import Measurement, Metric, TaskExamples
-from zerotuning.calibration.options import METHODS, CalibrationOptions, checked_options
+from zerotuning.calibration.options import METHODS, CalibrationOptions, options_from, shows_option_keywords
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.report import METADATA_FIELDS, held_out_figures, versions
@@ -47,6 +47,11 @@ from zerotuning.plots.style import can_plot
 from zerotuning.tasks.few_shot import without_shots
 from zerotuning.tasks.hub import read_data
 from zerotuning.tasks.task import Record, Task, as_records
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from zerotuning.calibration.options import CalibrationKeywords
 
 __all__ = ["METHODS", "Calibration", "calibrate"]
 
@@ -73,6 +78,7 @@ class Calibration:
         return bool(self.report["improved"])
 
 
+@shows_option_keywords
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
@@ -85,35 +91,43 @@ def calibrate(
     overwrite: bool = False,
     model_name: str | None = None,
     progress: bool = False,
-    **options: Any,
+    options: CalibrationOptions | None = None,
+    **keywords: Unpack[CalibrationKeywords],
 ) -> Calibration:
-    """Search head scales for a task. The model is left as it was: apply the result with `apply_scales`.
+    """Search head scales for one or several tasks. The model is left as it was: `apply_scales` applies the result.
+
+    Under torch.distributed all processes call it with the same arguments. They share the examples, or each reads all of
+    them where they share a tensor-parallel model; every process returns the same result, once the main process has
+    written it.
 
     Args:
-        model, tokenizer: a transformers causal language model and its tokenizer.
-        task: a Task, a built-in name or the path of a YAML file; or a list of such, tuned together: the objective is
-            their mean.
-        records: mappings, the path of a JSON lines file or a name of the hub (hub_data.py), one such for each task of a list; by default a built-in
-            task's validation sample. Examples that are shots of their task are left out.
-        start: scales to begin with. Heads that are not free (`layers`, `heads`, `exclude_heads`) keep theirs.
-        metric: with method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at
-            most `max_new_tokens`) and their records, that returns a number, the higher the better. It takes the
-            objective's place.
-        output: a folder. While the search runs it holds its state, and the same call resumes; at the end it holds the
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        task: A Task, a built-in name or the path of a YAML file; or a list of these, tuned together: the objective is
+            the mean of theirs.
+        records: Mappings, the path of a JSON lines file or a data set of the hub (tasks/hub.py); of a list of tasks, one
+            such for each. Default: the built-in task's validation sample. Examples that are few-shot examples of their
+            task are left out.
+        start: Scales to begin with. Heads that are not tuned (`layers`, `heads`, `exclude_heads`) keep theirs.
+        metric: With method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at most
+            `max_new_tokens`) and their records. It returns a number, the higher the better, and replaces the objective.
+        output: A folder. During the search it holds the state from which the same call resumes; at the end it holds the
             scales (HeadScales.from_pretrained), report.json and, with matplotlib, report.png and head_map.png.
-        overwrite: replace a finished result in `output`, or start an unfinished one anew.
-        model_name: what the result's metadata call the model; by default its config's name.
-        progress: draw a bar on stderr, if that is a terminal.
-        options: the fields of CalibrationOptions, by name: method, objective, examples, steps, seed …
+        overwrite: Replace a finished result in `output`, or restart an unfinished one.
+        model_name: The model's name in the result's metadata. Default: the name in its configuration.
+        progress: Draw a progress bar on stderr, if that is a terminal.
+        options: The options, whole; default CalibrationOptions().
+        keywords: Fields of CalibrationOptions, such as `method`, `objective`, `examples`, `steps` and `seed`; they
+            replace those of `options`.
+
+    Returns:
+        The scales and a report.
 
     Raises:
-        ZeroTuningError: bad input; an `output` that holds a result or the state of another calibration, or that another
-            process is writing.
-
-    Under torch.distributed all processes call it with the same arguments and get the same result, once the first has
-    written it. They share the examples; with a tensor-parallel model, which they share, each reads all of them.
+        ZeroTuningError: Wrong input; an `output` that holds a result or the state of another calibration, or that
+            another process is writing.
     """
-    chosen = checked_options(options)
+    chosen = options_from(options, keywords)
     if start is not None and not isinstance(start, HeadScales):
         raise ZeroTuningError(f"start must be HeadScales, got {type(start).__name__}")
     named = _task_list(task)
@@ -388,11 +402,12 @@ class _Run:
             "objective": "metric" if self.measurement.reads_text else options.objective,
             "prompts": [_prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
-            "folds": len(self.splits) // options.seed_count,
+            "folds": len(self.splits) // options.search_count,
             "fit_examples": sum(len(places) for places in self.splits[0].fit),
             "steps": self.search.steps_done,
             "seed": options.seed,
-            "seeds": options.seed_count,
+            "num_searches": options.search_count,
+            "seeds": options.search_count,  # the key's old name, for one version
             "free_heads": self.parameterization.free_heads,
             "numbers_searched": self.parameterization.count,
             "seconds": round(self.seconds, 3),

@@ -1,11 +1,11 @@
-"""Which of several draws of shots a search should stand behind: the one whose short search does best on held-out examples.
+"""Which few-shot examples a calibration uses: random sets are compared by the held-out loss of a short search.
 
-What the untuned model knows behind a draw is no guide. Labels that the shots favour cost nats that head scales win back;
-with label biases and a temperature fitted first, the best of eight draws was worth no more than the first. So each draw
-gets a search of its own, short, over two folds, on the examples that no draw shows. Measured with SmolLM2-135M, three
-draws of shots for each of three draws of 200 examples: the correlation of such a search's loss after 30 steps with the
-test loss of one of 120 steps, within the draws of the same examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and
-0.0 on mr, where draws hardly differ.
+The untuned model is no guide: labels that the few-shot examples favour cost nats that head scales win back. With label
+biases and a temperature fitted first, the best of eight sets was worth no more than the first. So each candidate set gets
+a short search of its own, over two folds, on the examples that no candidate shows. Measured with SmolLM2-135M, three sets
+for each of three draws of 200 examples: the correlation of such a search's loss after 30 steps with the test loss of a
+search of 120 steps, within the sets of the same examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and 0.0 on mr,
+where sets hardly differ.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from zerotuning.calibration.calibrate import calibrate
-from zerotuning.calibration.options import checked_options
+from zerotuning.calibration.folds import LEAST_EXAMPLES, draw_examples
+from zerotuning.calibration.options import CalibrationOptions, options_from, shows_option_keywords
 from zerotuning.calibration.state import identity
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
@@ -29,41 +30,48 @@ from zerotuning.models.process_group import Processes
 from zerotuning.models.tensor_parallel import is_tensor_parallel
 from zerotuning.output import TRIALS_FILE
 from zerotuning.patching.head_scales import HeadScales
-from zerotuning.tasks.few_shot import draw_shots, without_shots
+from zerotuning.tasks.few_shot import draw_shots, without_prompts_of, without_shots
+from zerotuning.tasks.hub import is_hub_name, read_data, without_split
 from zerotuning.tasks.task import Record, Task
 from zerotuning.tasks.tokenization import tokenize
 
-#: Fewer examples that no draw shows say nothing about one draw against another.
-LEAST_JUDGES = 32
-#: How a draw is tried, whatever the search itself is asked for: about a tenth of that on 200 examples.
-TRIAL: dict[str, Any] = {
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from zerotuning.calibration.options import CalibrationKeywords
+
+#: With fewer examples that no candidate shows, losses of candidates differ by chance.
+MIN_COMPARISON_EXAMPLES = 32
+#: The options of every short search, whatever the calibration's own: about a tenth of its work on 200 examples.
+TRIAL_OPTIONS: dict[str, Any] = {
     "method": "gradient",
     "objective": "task-loss",
     "prior": "unknown",
     "examples": None,
     "steps": 30,
     "seconds": None,
-    "seeds": 1,
+    "num_searches": 1,
     "folds": 2,
     "combine": "average",
     "average": 0.0,
     "step_examples": None,
     "patience": 0,
 }
-#: Of more candidates, so many with the least loss after HEAT_STEPS are tried. In the same searches that loss and the one
-#: after 30 steps correlated by 0.96 on trec, 0.85 on sst2, 0.80 on mr and 0.48 on sst5.
+#: Of more candidates, the FINALISTS of least loss after FIRST_ROUND_STEPS are searched to the end. In the searches above,
+#: the losses after 10 and after 30 steps correlated by 0.96 on trec, 0.85 on sst2, 0.80 on mr and 0.48 on sst5.
 FINALISTS = 5
-HEAT_STEPS = 10
+FIRST_ROUND_STEPS = 10
 
 
 @dataclass(frozen=True)
 class ShotChoice:
-    """What `choose_shots` found.
+    """The result of `choose_shots`.
 
-    task      the chosen task, with its shots
-    losses    of every candidate's short search, nats: mean loss of held-out examples
-    steps     of that search: HEAT_STEPS of a candidate that was no finalist
-    setbacks  what was survived on the way
+    Attributes:
+        task: The chosen task, with its few-shot examples.
+        losses: For each candidate, the mean loss of held-out examples after its short search, in nats.
+        steps: For each candidate, the steps of that search: FIRST_ROUND_STEPS for one that was no finalist.
+        setbacks: Warnings of the searches, such as a lack of memory.
     """
 
     task: Task
@@ -72,30 +80,111 @@ class ShotChoice:
     setbacks: list[str]
 
 
-def shot_candidates(task: Task, records: Sequence[Record], count: int, seed: int, draws: int) -> list[Task]:
-    """The task behind `count` shots, drawn (`draw_shots`) by the seeds seed, seed + 1, … of so many draws; of several
-    draws, without shots as well."""
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise ZeroTuningError(f"shot draws must be an integer of at least 1, got {draws!r}")
-    if draws > 1:
+# Candidates and the examples that compare them.
+
+
+def shot_candidates(task: Task, records: Sequence[Record], count: int, seed: int, num_candidates: int) -> list[Task]:
+    """Return the task with each of several random sets of few-shot examples.
+
+    Args:
+        task: The task.
+        records: The records that few-shot examples are drawn from.
+        count: The number of few-shot examples in a set, 0 to 16.
+        seed: The seed of the first set; the others have the seeds that follow.
+        num_candidates: The number of sets.
+
+    Returns:
+        `num_candidates` tasks and, where that is more than one, the task without few-shot examples.
+    """
+    if isinstance(num_candidates, bool) or not isinstance(num_candidates, int) or num_candidates < 1:
+        raise ZeroTuningError(f"num_shot_candidates must be an integer of at least 1, got {num_candidates!r}")
+    if num_candidates > 1:
         _check_scoring(task)
-    drawn = [task.with_shots(draw_shots(task, records, count, one), seed=one) for one in range(seed, seed + draws)]
-    return drawn if draws == 1 else [*drawn, task.with_shots(())]
+    seeds = range(seed, seed + num_candidates)
+    drawn = [task.with_shots(draw_shots(task, records, count, one), seed=one) for one in seeds]
+    return drawn if num_candidates == 1 else [*drawn, task.with_shots(())]
 
 
-def judging_examples(candidates: Sequence[Task], records: Sequence[Record]) -> list[Record]:
-    """The records that are a shot of none of the candidates. Errors: ZeroTuningError where they are too few."""
+def draw_for_candidates(
+    candidates: Sequence[Task], records: Sequence[Record], options: CalibrationOptions
+) -> list[Record]:
+    """Draw the examples that the candidates are compared on, and check that each can be calibrated with them.
+
+    Raises:
+        ZeroTuningError: Too few examples, because there are few or because the candidates show them.
+    """
+    draw_examples(min((_calibration_examples(task, records) for task in candidates), key=len), options)
+    drawn = draw_examples(records, options)
+    if len(candidates) > 1:
+        comparison_examples(candidates, drawn)
+    return drawn
+
+
+def comparison_examples(candidates: Sequence[Task], records: Sequence[Record]) -> list[Record]:
+    """Return the records that no candidate shows as a few-shot example.
+
+    Raises:
+        ZeroTuningError: Fewer than MIN_COMPARISON_EXAMPLES are left.
+    """
     left = list(records)
     for task in candidates:
         left = without_shots(task, left)
-    if len(left) < LEAST_JUDGES:
+    if len(left) < MIN_COMPARISON_EXAMPLES:
         raise ZeroTuningError(
-            f"the draws of shots leave {len(left)} of {len(records)} examples of task "
-            f"{candidates[0].name!r} that none of them shows, at least {LEAST_JUDGES} are needed to compare them"
+            f"to compare sets of few-shot examples, task {candidates[0].name!r} needs at least "
+            f"{MIN_COMPARISON_EXAMPLES} examples that no set shows, got {len(left)} of {len(records)}"
         )
     return left
 
 
+def with_shots_outside(
+    task: Task,
+    records: Sequence[Record],
+    count: int,
+    seed: int,
+    *,
+    data: str | None = None,
+    shot_data: str | None = None,
+) -> Task:
+    """Return the task with few-shot examples that are none of the records to be evaluated.
+
+    Args:
+        task: The task.
+        records: The records to be evaluated.
+        count: The number of few-shot examples.
+        seed: The seed of their draw.
+        data: Where `records` came from. A data set of the hub also gives the few-shot examples, from its validation
+            part.
+        shot_data: Where few-shot examples are drawn from. Default: `data` on the hub, else the task's own validation
+            sample.
+
+    Raises:
+        ZeroTuningError: Nothing to draw from, or fewer than `count` records.
+    """
+    source = shot_data
+    if source is None and is_hub_name(data):
+        source = without_split(str(data))
+    if source is None and not task.has_examples:
+        raise ZeroTuningError(f"shots of task {task.name!r} need examples to draw from: name a file with --shot-data")
+    pool = task.examples("validation") if source is None else read_data(task, source, "validation")
+    return task.with_shots(draw_shots(task, without_prompts_of(task, pool, records), count, seed))
+
+
+def _calibration_examples(task: Task, records: Sequence[Record]) -> list[Record]:
+    """The records that are no few-shot examples of the task."""
+    left = without_shots(task, records)
+    if task.shots and len(left) < LEAST_EXAMPLES:
+        raise ZeroTuningError(
+            f"shots {len(task.shots)} leave {len(left)} of {len(records)} examples of task {task.name!r}, "
+            f"calibration needs at least {LEAST_EXAMPLES}: fewer shots or --shot-data"
+        )
+    return left
+
+
+# The comparison.
+
+
+@shows_option_keywords
 def choose_shots(
     model: nn.Module,
     tokenizer: Any,
@@ -106,59 +195,76 @@ def choose_shots(
     output: Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
-    **options: Any,
+    options: CalibrationOptions | None = None,
+    **keywords: Unpack[CalibrationKeywords],
 ) -> ShotChoice:
-    """Of tasks that differ in their shots the one behind which a short search has the least held-out loss; of more than
-    FINALISTS tasks those alone are searched that do best after a third of it.
+    """Choose the few-shot examples with which a short search has the least held-out loss.
 
-    model, tokenizer, overwrite, progress   as of `calibrate`
-    candidates   such as `shot_candidates` gives
-    records      with labels; those that are a shot of no candidate drive and judge all of them
-    start, options   as of `calibrate`; what TRIAL names is the same for all, whatever is asked
-    output       a folder that exists: losses are kept there as they are found, and the same call goes on with those
-    Errors: ZeroTuningError for scoring `generate`, which gives texts no probabilities, for too few examples, and what
-    `calibrate` raises.
+    Of more than FINALISTS candidates, only those that do best after a third of the search are searched to the end.
+
+    Args:
+        model: A causal language model of transformers.
+        tokenizer: Its tokenizer.
+        candidates: Tasks that differ in their few-shot examples, such as `shot_candidates` returns.
+        records: Examples with labels. Those that no candidate shows drive and judge every search.
+        start: As in `calibrate`.
+        output: An existing folder. Losses are kept there as they are found, and the same call resumes.
+        overwrite: Discard losses that `output` holds.
+        progress: Draw a progress bar for each search.
+        options: As in `calibrate`; those in TRIAL_OPTIONS are replaced.
+        keywords: Fields of CalibrationOptions.
+
+    Returns:
+        The chosen task and every candidate's loss.
+
+    Raises:
+        ZeroTuningError: Scoring `generate`, which has no loss; too few examples; whatever `calibrate` raises.
     """
+    chosen = options_from(options, keywords)
     if not candidates:
         raise ZeroTuningError("candidates must be at least one task, got none")
     if len(candidates) == 1:
         return ShotChoice(candidates[0], [math.nan], [0], [])
     for task in candidates:
         _check_scoring(task)
-    judges = judging_examples(candidates, records)
-    kept = _KeptTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
+    examples = comparison_examples(candidates, records)
+    saved = _SavedTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
     setbacks: list[str] = []
-
     losses, steps = [math.nan] * len(candidates), [0] * len(candidates)
 
-    def search(place: int, count: int) -> None:
-        asked: dict[str, Any] = {**options, **TRIAL, "steps": count}
-        task = candidates[place]
-        tokens = [tokenize(tokenizer, task, judges)]
-        key = kept.key(identity(model, [task], [judges], tokens, checked_options(asked), start, ""))
-        if key not in kept.losses:
-            report = calibrate(model, tokenizer, task, records=judges, start=start, progress=progress, **asked).report
-            setbacks.extend(report["setbacks"])
-            kept.keep(key, report["tuned"]["loss"])
-        losses[place], steps[place] = kept.losses[key], count
+    def search(index: int, num_steps: int) -> None:
+        task = candidates[index]
+        trial = replace(chosen, **{**TRIAL_OPTIONS, "steps": num_steps})
+        tokens = [tokenize(tokenizer, task, examples)]
+        key = saved.key(identity(model, [task], [examples], tokens, trial, start, ""))
+        if key not in saved.losses:
+            result = calibrate(model, tokenizer, task, records=examples, start=start, progress=progress, options=trial)
+            setbacks.extend(result.report["setbacks"])
+            saved.add(key, result.report["tuned"]["loss"])
+        losses[index], steps[index] = saved.losses[key], num_steps
 
     left = list(range(len(candidates)))
     if len(left) > FINALISTS:
-        for place in left:
-            search(place, HEAT_STEPS)
+        for index in left:
+            search(index, FIRST_ROUND_STEPS)
         left = sorted(sorted(left, key=losses.__getitem__)[:FINALISTS])
-    for place in left:
-        search(place, TRIAL["steps"])
+    for index in left:
+        search(index, TRIAL_OPTIONS["steps"])
     return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, setbacks)
 
 
 def _check_scoring(task: Task) -> None:
     if task.scoring == "generate":
-        raise ZeroTuningError("draws of shots are compared by their loss, which scoring generate does not have")
+        raise ZeroTuningError(
+            "few-shot examples are compared by the loss of labels, which scoring generate does not have"
+        )
 
 
-class _KeptTrials:
-    """Losses of trials in a folder, by what makes a trial the same; only the first of several processes touches it."""
+class _SavedTrials:
+    """The losses of finished searches in a folder, by a digest of all that a search depends on.
+
+    The main process alone reads and writes the file; all processes hold its losses, so that all choose the same.
+    """
 
     def __init__(self, folder: Path | None, processes: Processes, overwrite: bool) -> None:
         self.path = None if folder is None else folder / TRIALS_FILE
@@ -179,12 +285,12 @@ class _KeptTrials:
             raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
 
     def key(self, trial: dict[str, Any]) -> str:
-        # The first process's, which wrote them: of a model that processes share each may count its own parameters.
+        """Return the main process's digest: ranks that share a model may each count their own parameters."""
         text = json.dumps(trial, sort_keys=True)
         return self.processes.broadcast_from_main(hashlib.sha256(text.encode()).hexdigest())
 
-    def keep(self, key: str, loss: float) -> None:
-        """Keeps the first process's loss, so that all choose the same."""
+    def add(self, key: str, loss: float) -> None:
+        """Save the main process's loss."""
         self.losses[key] = float(self.processes.broadcast_from_main(repr(loss)))
         if self.path is not None and self.processes.is_main_process:
             write_json_atomically(self.path, self.losses)

@@ -69,7 +69,7 @@ def make_folds(examples: Sequence[Record], count: int, seed: int) -> list[Fold]:
 def make_splits(examples: Sequence[Sequence[Record]], options: CalibrationOptions) -> list[Split]:
     """Make a Split of every fold of every seed; `examples` are each task's. Tasks with fewer folds repeat theirs."""
     splits = []
-    for seed in range(options.seed, options.seed + options.seed_count):
+    for seed in range(options.seed, options.seed + options.search_count):
         folds = [make_folds(records, options.fold_count, seed) for records in examples]
         for index in range(max(map(len, folds))):
             parts = [folds_of_task[index % len(folds_of_task)] for folds_of_task in folds]

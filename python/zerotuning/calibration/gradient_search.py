@@ -75,7 +75,7 @@ class GradientSearch:
         self.splits, self.all_examples, self.acceptance = list(splits), all_examples, acceptance
         self.steps = options.total_steps
         self.groups = [
-            _Group(penalty, [self._optimizer(penalty) for _ in self.splits]) for penalty in options.penalties
+            _Group(penalty, [self._optimizer(penalty) for _ in self.splits]) for penalty in options.l2_penalties
         ]
         self.round = 0
         self.best: _Candidate | None = None
@@ -109,7 +109,7 @@ class GradientSearch:
     def share_of_time(self) -> float:
         """How much of a budget of seconds this part of the search may have used."""
         folds_only = self.options.combine == "average" or self.folds_finished
-        return 1.0 if folds_only else len(self.splits) / (len(self.splits) + self.options.seed_count)
+        return 1.0 if folds_only else len(self.splits) / (len(self.splits) + self.options.search_count)
 
     def stop(self) -> None:
         """Ends this part of the search where it stands."""
@@ -208,7 +208,7 @@ class GradientSearch:
 
     def _new_refits(self, best: _Candidate) -> list[_search.GradientOptimizer]:
         options = {"held_out": False, "evaluate_every": best.step}
-        return [self._optimizer(best.penalty, **options) for _ in range(self.options.seed_count)]
+        return [self._optimizer(best.penalty, **options) for _ in range(self.options.search_count)]
 
     def _refitted(self, best: _Candidate) -> np.ndarray:
         """The points at the chosen step: what is asked for next, the moving average last."""

@@ -1,12 +1,14 @@
-"""The choices that make a calibration: what each means, its default, and what it must be."""
+"""The options of a calibration: what each means, its default and its range."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypedDict, TypeVar
 
 from zerotuning.errors import ZeroTuningError
 
@@ -17,58 +19,74 @@ TIES = ("none", "layer", "all")
 PRIORS = ("unknown", "estimate")
 
 DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
-#: With few examples one fifth held out is noise: the gradient method takes folds. With MANY_EXAMPLES it takes one fold,
-#: twice the steps, and averages the searches of three seeds. All were chosen on validation examples outside the search
-#: (README).
+#: With few examples, one held-out fifth is too noisy: the gradient method makes folds. From MANY_EXAMPLES on it makes one
+#: fold, twice the steps, and averages the searches of three seeds. All were chosen on validation examples outside the
+#: search (docs/results).
 DEFAULT_FOLDS = 4
 MANY_EXAMPLES = 128
 STEPS_OF_MANY = 120
-SEEDS_OF_MANY = 3
+SEARCHES_OF_MANY = 3
 LABEL_FREE_FOLDS = 2
-#: Chosen among by the held-out loss: gradients of a head's log γ are some 1e-3 to 1e-2 nats.
-DEFAULT_PENALTIES = (1e-3,)
+#: The gradient in a head's log γ is some 1e-3 to 1e-2 nats.
+DEFAULT_L2_PENALTIES = (1e-3,)
+#: Old names of options, accepted for one version -> new names.
+RENAMED_OPTIONS = {"seeds": "num_searches", "penalties": "l2_penalties"}
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What `calibrate` is asked to do; a resumed run must be asked the same.
+    """The options of `calibrate`. A calibration resumes only with the options it began with.
 
-    method          `gradient`, `paper` (arXiv 2505.11739) or `cma-es`
-    objective       `task-loss` (nats, needs labels), `entropy` (the paper's label-free one) or `information`. The
-                    paper's method with `task-loss` minimises 1 - accuracy, as the paper does.
-    examples        use only so many records of each task, drawn by `seed`; default all
-    steps           gradient steps (default 60, 120 with 128 examples or more) or CMA-ES evaluations (default 300); the
-                    paper's method has its own number
-    seconds         stop stepping after so many seconds of search, those before an interruption included
-    seed            of the draw, the folds, the order of batches and CMA-ES
-    seeds           searches to make, with seeds of their own, on the same examples: the gradient method averages
-                    their log γ, the others keep the one with the best held-out loss. Default 1, or 3 of one fold
-                    each where the gradient method has labels and 128 examples or more
-    folds           parts of the examples that are held out in turn, by the gradient method: 1 holds one fifth out,
-                    once. Default 4; without labels 2, whose searches share no example and so can confirm each other.
-                    The other methods always hold one fifth out.
-    combine         what the gradient method makes of its folds: `average` of the folds' log γ at the chosen step, or
-                    `refit`, a search on all examples that stops at that step
-    penalties       strengths p of the penalty p/2 · |log γ|² toward γ = 1; the held-out loss chooses one
-    average         in [0, 1): decay of a moving average of each search's points, judged beside them; 0: none
-    learning_rate   the first gradient step moves each log γ by about so much
-    epsilon         a head whose gradients are smaller than this (nats per unit of log γ) moves by less than
-                    learning_rate in a step
-    step_examples   fit examples that one gradient step sees; default 64, or 32 in each of several folds
-    patience        held-out evaluations without improvement after which the gradient method stops; 0: never
-    prior           for `information`, the classes' shares: `unknown` (as equal as they can be), `estimate`
-                    (objectives.estimated_prior of the untuned predictions) or one number a label
-    guard           without labels: refuse scales that are more likely chance than knowledge of the model's: three
-                    thresholds, in judgement.py
-    layers          tune heads of these layers only
-    heads           tune these (layer, head) pairs only
-    exclude_heads   leave these (layer, head) pairs as they are
-    tie             `none`, `layer`: one γ for the heads of a layer, `all`: one γ for all
-    batch_size      prompts that go through the model together
-    max_new_tokens  of generated text, where a metric of it is the objective
-    truncate        shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
-    Sequences may be lists, sets or arrays, and are kept as tuples.
-    Errors: ZeroTuningError that names the option.
+    Sequences may be lists, sets or arrays of any library; they are stored as tuples.
+
+    Attributes:
+        method: How scales are searched: `gradient`; `paper`, the profiling of heads of arXiv 2505.11739; or `cma-es`,
+            an evolution strategy that needs no gradient.
+        objective: What is minimised: `task-loss`, the cross-entropy of the right label in nats; `entropy` of the
+            predictions, the paper's label-free objective; or `information`, minus the mutual information between
+            example and predicted label, without labels too. The paper's method with `task-loss` minimises
+            1 - accuracy, as the paper does.
+        examples: Number of examples of each task that are used, drawn by `seed`; at least 4. Default: all.
+        steps: Number of gradient steps or of CMA-ES evaluations, at least 1. Default: 60 gradient steps, 120 from 128
+            examples on; 300 evaluations. The paper's method has a fixed number.
+        seconds: Seconds of search after which it ends, those before an interruption included; above 0. Default: no
+            limit.
+        seed: Seed of the choice of examples, the folds, the order of batches and CMA-ES; at least 0.
+        num_searches: Number of searches on the same examples, with the seeds from `seed` on; at least 1. The gradient
+            method averages their log γ, the others keep the search of the least held-out loss. Default: 1, or 3 where
+            the gradient method has labels, one fold and 128 examples or more.
+        folds: Number of cross-validation folds of the gradient method, at least 1; 1 is a single 80/20 split. Default:
+            4; 1 from 128 examples on; 2 without labels, whose searches share no example and so can confirm each other.
+            The other methods always make a single 80/20 split.
+        combine: What the gradient method makes of its folds: `average` of the folds' log γ at the chosen step, or
+            `refit`, one more search on all examples that ends at that step.
+        l2_penalties: Strengths p of the penalty p/2 · |log γ|² that is added to the objective, each at least 0. With
+            several, the held-out loss chooses one.
+        average: Decay of a moving average of each search's points, in [0, 1). Averaged points are candidates beside the
+            points themselves. 0: no average.
+        learning_rate: Length of the first gradient step in each log γ, about; above 0.
+        epsilon: Gradient, in nats per unit of log γ, below which a head's step is shorter than `learning_rate`; above 0.
+        step_examples: Number of examples that one gradient step reads, at least 1. Default: 64, or 32 in each of several
+            folds.
+        patience: Number of held-out evaluations without improvement after which the gradient method ends. 0: no early
+            end.
+        prior: For `information`, the share of each label: `unknown`, as equal as possible; `estimate`, from the untuned
+            predictions (evaluation/objectives.py); or one positive number a label, which add up to 1.
+        guard: Without labels, whether to refuse scales that chance explains better than the model's knowledge does. The
+            three thresholds are in calibration/acceptance.py.
+        layers: Layers whose heads are tuned, from 0. Default: all.
+        heads: (layer, head) pairs that are tuned, from 0. Default: all.
+        exclude_heads: (layer, head) pairs that keep their scale.
+        tie: `none`; `layer`, one γ for the heads of a layer; or `all`, one γ for all heads.
+        batch_size: Number of prompts in one forward pass, at least 1.
+        max_new_tokens: Longest generated text in tokens, at least 1, where a metric of generated text is the objective.
+        truncate: Whether prompts that exceed the model's context are shortened (tasks/tokenization.py) instead of being
+            an error.
+
+    Raises:
+        ZeroTuningError: A value outside its range; the message names the option.
     """
 
     method: str = "gradient"
@@ -77,10 +95,10 @@ class CalibrationOptions:
     steps: int | None = None
     seconds: float | None = None
     seed: int = 0
-    seeds: int | None = None
+    num_searches: int | None = None
     folds: int | None = None
     combine: str = "average"
-    penalties: Sequence[float] = DEFAULT_PENALTIES
+    l2_penalties: Sequence[float] = DEFAULT_L2_PENALTIES
     average: float = 0.0
     learning_rate: float = 0.1
     epsilon: float = 1e-3
@@ -119,7 +137,7 @@ class CalibrationOptions:
             ("examples", 4),
             ("steps", 1),
             ("seed", 0),
-            ("seeds", 1),
+            ("num_searches", 1),
             ("folds", 1),
             ("step_examples", 1),
             ("patience", 0),
@@ -127,7 +145,7 @@ class CalibrationOptions:
             ("max_new_tokens", 1),
         ):
             value = getattr(self, name)
-            if value is None and name in ("examples", "steps", "seeds", "folds", "step_examples"):
+            if value is None and name in ("examples", "steps", "num_searches", "folds", "step_examples"):
                 continue
             if not _is_whole(value) or value < least:
                 raise ZeroTuningError(f"{name} must be at least {least}, got {value!r}")
@@ -159,10 +177,10 @@ class CalibrationOptions:
         for name in ("learning_rate", "epsilon"):
             if not (_is_number(getattr(self, name)) and getattr(self, name) > 0):
                 raise ZeroTuningError(f"{name} must be positive, got {getattr(self, name)!r}")
-        penalties = _items(self.penalties)
+        penalties = _items(self.l2_penalties)
         if not penalties or not all(_is_number(penalty) and penalty >= 0 for penalty in penalties):
-            raise ZeroTuningError(f"penalties must be numbers of at least 0, got {self.penalties!r}")
-        self._set("penalties", tuple(map(float, penalties)))
+            raise ZeroTuningError(f"l2_penalties must be numbers of at least 0, got {self.l2_penalties!r}")
+        self._set("l2_penalties", tuple(map(float, penalties)))
         for name in ("seconds", "average", "learning_rate", "epsilon"):
             if getattr(self, name) is not None:
                 self._set(name, float(getattr(self, name)))
@@ -189,42 +207,102 @@ class CalibrationOptions:
             raise ZeroTuningError(f"folds are for the method gradient, got {self.folds} with {self.method}")
 
     def resolved(self, examples: int) -> CalibrationOptions:
-        """The same with the defaults that depend on the number of examples, the least of the tasks', filled in."""
+        """Fill in the defaults that depend on the number of examples, the smallest of the tasks'."""
         if self.method != "gradient" or self.objective != "task-loss" or examples < MANY_EXAMPLES:
             return self
-        seeds = self.seeds or (SEEDS_OF_MANY if self.folds in (None, 1) else 1)
-        return replace(self, folds=self.folds or 1, steps=self.steps or STEPS_OF_MANY, seeds=seeds)
+        searches = self.num_searches or (SEARCHES_OF_MANY if self.folds in (None, 1) else 1)
+        return replace(self, folds=self.folds or 1, steps=self.steps or STEPS_OF_MANY, num_searches=searches)
 
     @property
     def total_steps(self) -> int:
+        """`steps`, or its default."""
         return self.steps or DEFAULT_STEPS[self.method]
 
     @property
-    def seed_count(self) -> int:
-        return self.seeds or 1
+    def search_count(self) -> int:
+        """`num_searches`, or its default."""
+        return self.num_searches or 1
 
     @property
     def fold_count(self) -> int:
+        """`folds`, or its default."""
         if self.method != "gradient":
             return 1
         return self.folds or (DEFAULT_FOLDS if self.objective == "task-loss" else LABEL_FREE_FOLDS)
 
     @property
     def examples_per_step(self) -> int:
+        """`step_examples`, or its default."""
         return self.step_examples or (64 if self.fold_count == 1 else 32)
 
     def to_json(self) -> dict[str, Any]:
-        """The options as JSON holds them: tuples are lists."""
+        """Return the options as JSON values: tuples become lists."""
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
-def checked_options(options: Mapping[str, Any]) -> CalibrationOptions:
-    """CalibrationOptions of these names. Errors: ZeroTuningError for a name or a value that they do not take."""
-    known = CalibrationOptions.__dataclass_fields__
-    for name in options:
-        if name not in known:
+class CalibrationKeywords(TypedDict, total=False):
+    """The fields of CalibrationOptions as keywords, for editors and type checkers."""
+
+    method: str
+    objective: str
+    examples: int | None
+    steps: int | None
+    seconds: float | None
+    seed: int
+    num_searches: int | None
+    folds: int | None
+    combine: str
+    l2_penalties: Sequence[float]
+    average: float
+    learning_rate: float
+    epsilon: float
+    step_examples: int | None
+    patience: int
+    prior: str | Sequence[float]
+    guard: bool
+    layers: Sequence[int] | None
+    heads: Sequence[tuple[int, int]] | None
+    exclude_heads: Sequence[tuple[int, int]]
+    tie: str
+    batch_size: int
+    max_new_tokens: int
+    truncate: bool
+
+
+def shows_option_keywords(function: F) -> F:
+    """Replace `**keywords` in a function's signature, which help() prints, by the fields of CalibrationOptions."""
+    signature = inspect.signature(function)
+    parameters = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    for field in fields(CalibrationOptions):
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        )
+    function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return function
+
+
+def options_from(options: CalibrationOptions | None, keywords: Mapping[str, Any]) -> CalibrationOptions:
+    """Return `options`, or the defaults, with the fields that keywords name replaced.
+
+    Raises:
+        ZeroTuningError: A keyword that is no field, or a value outside its range.
+    """
+    if options is None:
+        options = CalibrationOptions()
+    elif not isinstance(options, CalibrationOptions):
+        raise ZeroTuningError(f"options must be CalibrationOptions, got {type(options).__name__}")
+    changes = {}
+    for name, value in keywords.items():
+        new_name = RENAMED_OPTIONS.get(name, name)
+        if new_name != name:
+            warnings.warn(f"the option {name} is now called {new_name}", DeprecationWarning, stacklevel=3)
+        known = CalibrationOptions.__dataclass_fields__
+        if new_name not in known:
             raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(known)}")
-    return CalibrationOptions(**options)
+        if new_name in changes or (new_name != name and new_name in keywords):
+            raise ZeroTuningError(f"{name} is the old name of {new_name}: give one of them, got both")
+        changes[new_name] = value
+    return replace(options, **changes)
 
 
 def _plain(value: Any) -> Any:
@@ -232,7 +310,7 @@ def _plain(value: Any) -> Any:
 
 
 def _items(value: Any) -> tuple[Any, ...] | None:
-    """The items of a sequence, a set or an array of any library's; None where it is none of them."""
+    """The items of a sequence, a set or an array of any library; None for a value of another kind."""
     plain = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(plain, (str, bytes, Mapping)) or not isinstance(plain, Iterable):
         return None

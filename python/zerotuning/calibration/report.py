@@ -26,7 +26,8 @@ METADATA_FIELDS = (
     "folds",
     "steps",
     "seed",
-    "seeds",
+    "num_searches",
+    "seeds",  # the old name of num_searches, for one version
     "baseline",
     "tuned",
     "chosen",

@@ -1,1 +1,1 @@
-"""The command line: a module for each command."""
+"""The command line `zerotuning`: `main` is the entry point, each command has a file of its own."""

@@ -309,7 +309,7 @@ def _paper(draw: Draw) -> Outcome:
 
 def _gradient(draw: Draw) -> Outcome:
     effort = draw.effort
-    return _calibrated(draw, steps=effort.steps, step_examples=effort.step_examples, folds=1, seeds=1)
+    return _calibrated(draw, steps=effort.steps, step_examples=effort.step_examples, folds=1, num_searches=1)
 
 
 def _information(draw: Draw) -> Outcome:

@@ -145,7 +145,7 @@ class TunedScales:
             steps=grid.steps,
             step_examples=grid.step_examples,
             folds=1,
-            seeds=1,
+            num_searches=1,
             seed=seed,
             batch_size=setting.batch_size,
         )

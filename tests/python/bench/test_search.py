@@ -126,7 +126,9 @@ def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, mo
         return ShotChoice(candidates[-2 if len(candidates) > 1 else 0], [0.0] * len(candidates), [], [])
 
     monkeypatch.setattr(bench_search, "choose_shots", choose)
-    monkeypatch.setattr(bench_search, "LEAST_JUDGES", 12)  # which 16 - 2 * 2 are; three draws would show too many
+    monkeypatch.setattr(
+        bench_search, "MIN_COMPARISON_EXAMPLES", 12
+    )  # which 16 - 2 * 2 are; three draws would show too many
     rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
     # The untuned model has nothing to choose by; label-bias and gradient share the choice for their 16 examples.
     assert asked == [(16, [0]), (16, [0, 1, None]), (8, [0])]

@@ -70,26 +70,26 @@ def test_few_examples_make_few_folds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "options", "seeds", "folds"),
+    ("count", "options", "searches", "folds"),
     [
         (128, {}, 3, 1),
-        (128, {"seeds": 2}, 2, 1),
+        (128, {"num_searches": 2}, 2, 1),
         (128, {"folds": 2}, 1, 2),
         (128, {"folds": 1}, 3, 1),
         (127, {}, 1, 4),
     ],
 )
 def test_many_examples_take_three_searches_of_one_fold(
-    tiny: Any, count: int, options: dict[str, int], seeds: int, folds: int
+    tiny: Any, count: int, options: dict[str, int], searches: int, folds: int
 ) -> None:
     records = (RECORDS * 7)[:count]
     report = zt.calibrate(*tiny, FILMS, records=records, steps=1, **options).report
-    assert (report["seeds"], report["folds"]) == (seeds, folds)
+    assert (report["num_searches"], report["seeds"], report["folds"]) == (searches, searches, folds)
 
 
-def test_only_a_gradient_search_with_labels_takes_several_seeds() -> None:
+def test_only_a_gradient_search_with_labels_makes_several_searches() -> None:
     for options in ({"objective": "information"}, {"method": "paper"}, {"method": "cma-es"}):
-        assert CalibrationOptions(**options).resolved(200).seed_count == 1
+        assert CalibrationOptions(**options).resolved(200).search_count == 1
 
 
 def test_the_draw_depends_on_the_seed_alone() -> None:
@@ -114,7 +114,7 @@ def test_folds_end_in_scales_that_lower_the_loss(tiny: Any, combine: str) -> Non
 
 def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
     """Each fold's search, written out: its own examples alone, Adam as in csrc/search, judged on the rest."""
-    found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, penalties=[0.0])
+    found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, l2_penalties=[0.0])
     total = 0.0
     zt.patch(tiny[0])
     for fold in make_folds(as_records(RECORDS), 2, seed=0):
@@ -146,7 +146,7 @@ def numeric_gradient(tiny: Any, records: Any, width: float = 0.05) -> np.ndarray
 
 
 def test_the_held_out_loss_chooses_the_penalty(tiny: Any) -> None:
-    found = calibrate(tiny, penalties=[100.0, 0.0])
+    found = calibrate(tiny, l2_penalties=[100.0, 0.0])
     assert found.report["chosen"]["penalty"] == 0.0
     least = {
         penalty: min(e["held_out_loss"] for e in found.report["history"] if e["penalty"] == penalty)
@@ -170,7 +170,7 @@ def test_labels_that_no_scales_can_find_leave_every_scale_at_one(tiny: Any) -> N
 
 
 def test_seeds_are_averaged_and_their_spread_reported(tiny: Any) -> None:
-    found = calibrate(tiny, seeds=3)
+    found = calibrate(tiny, num_searches=3)
     assert [one["seed"] for one in found.report["by_seed"]] == [0, 1, 2]
     losses = [one["loss"] for one in found.report["by_seed"]]
     assert found.report["spread"]["loss"] == pytest.approx(float(np.std(losses, ddof=1)))
@@ -239,9 +239,9 @@ def test_options_may_come_as_arrays_and_sets() -> None:
     )
     assert given == plain
     shares = CalibrationOptions(
-        prior=np.array([0.5, 0.5]), penalties=np.array([0.25]), objective="information", seconds=np.float32(2.5)
+        prior=np.array([0.5, 0.5]), l2_penalties=np.array([0.25]), objective="information", seconds=np.float32(2.5)
     )
-    assert (shares.prior, shares.penalties) == ((0.5, 0.5), (0.25,))
+    assert (shares.prior, shares.l2_penalties) == ((0.5, 0.5), (0.25,))
     assert json.loads(json.dumps([given.to_json(), shares.to_json()])) == [given.to_json(), shares.to_json()]
 
 
@@ -416,8 +416,8 @@ def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tin
     ("changes", "message"),
     [
         ({"folds": 0}, "folds must be at least 1, got 0"),
-        ({"seeds": 0}, "seeds must be at least 1, got 0"),
-        ({"penalties": [-1.0]}, "penalties must be numbers of at least 0"),
+        ({"num_searches": 0}, "num_searches must be at least 1, got 0"),
+        ({"l2_penalties": [-1.0]}, "l2_penalties must be numbers of at least 0"),
         ({"prior": (0.5, 0.5)}, "prior belongs to the objective information, got task-loss"),
         ({"prior": (0.9, 0.9), "objective": "information"}, "prior must be positive numbers, one a label"),
         ({"prior": (0.2, 0.2, 0.6), "objective": "information"}, "prior must be one number for each of the 2 labels"),

@@ -81,7 +81,7 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) -> None:
-    options = ("--steps", "120", "--penalty", "0.001,0.01", "--combine", "refit")
+    options = ("--steps", "120", "--l2-penalties", "0.001,0.01", "--combine", "refit")
     finish(start(place, *command("whole", *options)))
     moments = random.Random(7)
     state = place / "killed/calibration_state.json"
@@ -214,7 +214,7 @@ def test_digests_tell_weights_and_tokens_apart_and_know_them_again(
     ("objective", "method", "more"),
     [
         ("task-loss", "gradient", ()),
-        ("task-loss", "gradient", ("--shots", "3", "--shot-draws", "3")),
+        ("task-loss", "gradient", ("--shots", "3", "--num-shot-candidates", "3")),
         ("information", "gradient", ()),
         ("task-loss", "cma-es", ()),
         ("entropy", "paper", ()),
@@ -228,7 +228,7 @@ def test_two_processes_find_the_scales_of_one(place: Path, objective: str, metho
     together = torchrun(place, "-m", "zerotuning", *command("two", *options))
     assert together.returncode == 0, together.stderr
     assert together.stdout.count("In two: ") == 1
-    assert together.stdout.count("  taken\n") == bool(more)
+    assert together.stdout.count("  chosen\n") == bool(more)
     one, two = (HeadScales.from_pretrained(place / name).gamma for name in ("one", "two"))
     if objective == "task-loss" and method == "gradient":
         assert bool((one != 1).any())

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from zerotuning.calibration import few_shot_choice as shot_choice
+from zerotuning.calibration import few_shot_choice
 from zerotuning.calibration.calibrate import Calibration, calibrate
-from zerotuning.calibration.few_shot_choice import TRIAL, choose_shots, judging_examples, shot_candidates
+from zerotuning.calibration.few_shot_choice import TRIAL_OPTIONS, choose_shots, comparison_examples, shot_candidates
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.tasks.few_shot import draw_shots
@@ -25,7 +25,7 @@ RECORDS = as_records([{"text": f"the film is {word} {i}", "label": i % 2} for i 
 
 @pytest.fixture
 def short(monkeypatch: Any) -> None:
-    monkeypatch.setitem(TRIAL, "steps", 3)
+    monkeypatch.setitem(TRIAL_OPTIONS, "steps", 3)
 
 
 def prompts(records: Any) -> list[str]:
@@ -41,7 +41,7 @@ def test_candidates_are_the_draws_of_following_seeds_and_no_shots() -> None:
     assert only.shots == expected[0]
     assert only == FILMS.with_shots(draw_shots(FILMS, RECORDS, 4, 7))  # a seed makes no other task
     for draws in (0, True, 2.0):
-        with pytest.raises(ZeroTuningError, match="shot draws must be an integer of at least 1"):
+        with pytest.raises(ZeroTuningError, match="num_shot_candidates must be an integer of at least 1"):
             shot_candidates(FILMS, RECORDS, 4, 7, draws)  # type: ignore[arg-type]
 
 
@@ -49,20 +49,20 @@ def test_examples_that_any_draw_shows_judge_none() -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 3)
     shown = {shot.prompt for task in candidates for shot in task.shots}
     assert len(shown) > 4
-    left = judging_examples(candidates, RECORDS)
+    left = comparison_examples(candidates, RECORDS)
     assert prompts(left) == [text for text in prompts(RECORDS) if text not in shown]
     with pytest.raises(ZeroTuningError) as caught:
-        judging_examples(candidates, RECORDS[:20])
-    assert str(caught.value).startswith("the draws of shots leave ")
-    assert "of 20 examples of task 'films' that none of them shows, at least 32 are needed" in str(caught.value)
+        comparison_examples(candidates, RECORDS[:20])
+    assert "task 'films' needs at least 32 examples that no set shows, got " in str(caught.value)
+    assert str(caught.value).endswith(" of 20")
 
 
 def test_the_least_held_out_loss_of_a_short_search_is_taken(short: None, tiny_model: Any, tiny_tokenizer: Any) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 2)
     options = {"batch_size": 5, "seed": 3, "tie": "layer"}
-    asked = {**options, "steps": 50, "folds": 1, "method": "paper", "examples": 8, "seeds": 4}
+    asked = {**options, "steps": 50, "folds": 1, "method": "paper", "examples": 8, "num_searches": 4}
     choice = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, **asked)
-    judges = judging_examples(candidates, RECORDS)
+    judges = comparison_examples(candidates, RECORDS)
     expected = []
     for task in candidates:
         report = calibrate(tiny_model, tiny_tokenizer, task, records=judges, steps=3, folds=2, **options).report
@@ -80,17 +80,17 @@ def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 2, 0, 3)
-    monkeypatch.setattr(shot_choice, "FINALISTS", 2)
-    monkeypatch.setattr(shot_choice, "judging_examples", lambda candidates, records: list(records))
+    monkeypatch.setattr(few_shot_choice, "FINALISTS", 2)
+    monkeypatch.setattr(few_shot_choice, "comparison_examples", lambda candidates, records: list(records))
     heat, final = {0: 0.4, 1: 0.2, 2: 0.5, None: 0.3}, {1: 0.15, None: 0.1}
     searched = []
 
-    def searches(model: Any, tokenizer: Any, task: Task, *, steps: int, **options: Any) -> Any:
-        searched.append((task.shot_seed, steps))
-        loss = {10: heat, 30: final}[steps][task.shot_seed]
+    def searches(model: Any, tokenizer: Any, task: Task, *, options: Any, **more: Any) -> Any:
+        searched.append((task.shot_seed, options.steps))
+        loss = {10: heat, 30: final}[options.steps][task.shot_seed]
         return Calibration(HeadScales.ones(2, 4), {"tuned": {"loss": loss}, "setbacks": [f"{task.shot_seed}"]})
 
-    monkeypatch.setattr(shot_choice, "calibrate", searches)
+    monkeypatch.setattr(few_shot_choice, "calibrate", searches)
     choice = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path)
     assert searched == [(0, 10), (1, 10), (2, 10), (None, 10), (1, 30), (None, 30)]
     assert choice.task is candidates[3]
@@ -118,7 +118,7 @@ def test_losses_are_kept_and_searched_for_once(
         searched.clear()
         return choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path, **options)
 
-    monkeypatch.setattr(shot_choice, "calibrate", counted)
+    monkeypatch.setattr(few_shot_choice, "calibrate", counted)
     with pytest.raises(KeyboardInterrupt):
         choose()
     assert searched == [0, 1, None]

@@ -17,7 +17,8 @@ import torch
 import zerotuning
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from zerotuning.cli import main as cli
+from zerotuning.calibration.options import OBJECTIVES
+from zerotuning.cli.bench import BENCHMARKS
 from zerotuning.cli.main import main
 from zerotuning.patching.head_scales import HeadScales
 
@@ -188,10 +189,10 @@ def test_the_command_takes_several_tasks_heads_and_a_start(place: Path, capsys: 
         "--start",
         "start",
     ]
-    assert main(calibrate(*more, "--seeds", "2", "--folds", "2", "--penalty", "0,0.01")) == 0
+    assert main(calibrate(*more, "--num-searches", "2", "--folds", "2", "--l2-penalties", "0,0.01")) == 0
     assert "films + short: gradient, 4 steps" in capsys.readouterr().out
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
-    assert (report["free_heads"], report["seeds"], report["folds"]) == (3, 2, 2)
+    assert (report["free_heads"], report["num_searches"], report["folds"]) == (3, 2, 2)
     gamma = gamma_of("scales")
     assert gamma[0].tolist() == [1.5] * 4
     assert gamma[1, 0] == 1.5
@@ -312,8 +313,8 @@ def test_a_finished_result_is_refused_without_overwrite(place: Path, capsys: Any
         (calibrate("--folds", "0"), "argument --folds: must be a positive integer, got '0'"),
         (calibrate("--seconds", "-1"), "argument --seconds: must be a positive number of seconds, got '-1'"),
         (
-            calibrate("--penalty", "1e-3,x"),
-            "argument --penalty: must be numbers of at least 0 with commas between, got 'x'",
+            calibrate("--l2-penalties", "1e-3,x"),
+            "argument --l2-penalties: must be numbers of at least 0 with commas between, got 'x'",
         ),
         (calibrate("--prior", "half"), "argument --prior: must be unknown or estimate, or positive numbers"),
         (calibrate("--prior", "0.5,0.5"), "prior belongs to the objective information, got task-loss"),
@@ -629,5 +630,5 @@ def test_a_terminal_without_greek_letters_gets_question_marks(place: Path, monke
 
 
 def test_choices_are_those_of_the_modules_behind_them() -> None:
-    assert tuple(importlib.import_module("zerotuning.evaluation.objectives").OBJECTIVES) == cli.OBJECTIVES
-    assert importlib.import_module("zerotuning.bench.runner").BENCHMARKS == cli.BENCHMARKS
+    assert tuple(importlib.import_module("zerotuning.evaluation.objectives").OBJECTIVES) == OBJECTIVES
+    assert importlib.import_module("zerotuning.bench.runner").BENCHMARKS == BENCHMARKS

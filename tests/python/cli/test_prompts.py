@@ -96,17 +96,17 @@ def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
 def trials(monkeypatch: Any) -> None:
     """Short searches that the few examples here are enough for."""
     choice = importlib.import_module("zerotuning.calibration.few_shot_choice")
-    monkeypatch.setattr(choice, "LEAST_JUDGES", 4)
-    monkeypatch.setitem(choice.TRIAL, "steps", 2)
+    monkeypatch.setattr(choice, "MIN_COMPARISON_EXAMPLES", 4)
+    monkeypatch.setitem(choice.TRIAL_OPTIONS, "steps", 2)
 
 
 def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Path, capsys: Any, trials: None) -> None:
-    assert main(calibrate("--shots", "3", "--shot-seed", "4", "--shot-draws", "2")) == 0
+    assert main(calibrate("--shots", "3", "--shot-seed", "4", "--num-shot-candidates", "2")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "films: held-out loss of a short search behind shots"
+    assert lines[0] == "films: held-out loss of a short search with each set of few-shot examples"
     names = ["--shot-seed 4", "--shot-seed 5", "no shots"]
     losses = [float(line[len(name) + 2 :].split()[0]) for name, line in zip(names, lines[1:4], strict=True)]
-    assert [line.endswith("  taken") for line in lines[1:4]] == [loss == min(losses) for loss in losses]
+    assert [line.endswith("  chosen") for line in lines[1:4]] == [loss == min(losses) for loss in losses]
     assert any(line.startswith("In scales: ") and line.endswith("shot_trials.json") for line in lines)
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
     best = losses.index(min(losses))
@@ -116,15 +116,17 @@ def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Pa
 
 
 def test_draws_that_cannot_be_compared_are_refused(place: Path, capsys: Any, monkeypatch: Any) -> None:
-    assert "--shot-draws 2 are draws of --shots, which are 0" in refusal(capsys, calibrate("--shot-draws", "2"))
-    message = refusal(capsys, calibrate("--shots", "11", "--shot-draws", "2"))
+    assert "--num-shot-candidates 2 compares sets of few-shot examples: --shots must be at least 1" in refusal(
+        capsys, calibrate("--num-shot-candidates", "2")
+    )
+    message = refusal(capsys, calibrate("--shots", "11", "--num-shot-candidates", "2"))
     assert "shots 11 leave 3 of 14 examples of task 'films', calibration needs at least 4" in message
     generated = ("--scoring", "generate", "--method", "cma-es")
-    message = refusal(capsys, calibrate("--shots", "2", "--shot-draws", "2", *generated))
-    assert "draws of shots are compared by their loss, which scoring generate does not have" in message
+    message = refusal(capsys, calibrate("--shots", "2", "--num-shot-candidates", "2", *generated))
+    assert "few-shot examples are compared by the loss of labels, which scoring generate does not have" in message
     monkeypatch.setattr("zerotuning.models.loading.load_model", None)  # refused before a model is loaded
-    message = refusal(capsys, calibrate("--shots", "2", "--shot-draws", "2"))
-    assert "examples of task 'films' that none of them shows, at least 32 are needed to compare them" in message
+    message = refusal(capsys, calibrate("--shots", "2", "--num-shot-candidates", "2"))
+    assert "task 'films' needs at least 32 examples that no set shows, got " in message
 
 
 def test_a_builtin_tasks_shots_come_from_its_validation_sample(place: Path, capsys: Any, tiny_model: Any) -> None:
@@ -178,7 +180,7 @@ def interrupt(monkeypatch: Any, command: list[str], rounds_before: int = 1) -> N
 
 
 def test_a_resumed_calibration_takes_the_same_draw(place: Path, capsys: Any, monkeypatch: Any, trials: None) -> None:
-    command = calibrate("--shots", "2", "--shot-draws", "3", "--steps", "3")
+    command = calibrate("--shots", "2", "--num-shot-candidates", "3", "--steps", "3")
     assert main([*command, "--output", "whole"]) == 0
     interrupt(monkeypatch, command)  # in a short search
     interrupt(monkeypatch, command, rounds_before=7)  # in the second after it

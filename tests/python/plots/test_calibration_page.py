@@ -29,7 +29,7 @@ def texts_of(svg: Path) -> str:
     ("options", "expected"),
     [
         ({}, ["held-out accuracy by step", "entropy of the held-out predictions", "before (γ = 1)", "after"]),
-        ({"seeds": 2, "penalties": [0.0, 0.1]}, ["loss by step"]),
+        ({"num_searches": 2, "l2_penalties": [0.0, 0.1]}, ["loss by step"]),
         ({"method": "paper"}, ["profile: fall of the loss when a head is scaled up"]),
         ({"method": "cma-es", "steps": 24}, ["loss by step"]),
         ({"objective": "information"}, ["films · gradient · information · 10 examples"]),
