@@ -48,7 +48,8 @@ def _run(folder: Path, progress: bool) -> dict[str, Any]:
     from zerotuning.patching.patch import apply_scales
     from zerotuning.plots.head_map import plot_head_map
     from zerotuning.plots.style import can_plot
-    from zerotuning.tasks.task import Task, builtin_examples
+    from zerotuning.tasks.examples import builtin_examples
+    from zerotuning.tasks.task import Task
     from zerotuning.version import __version__
 
     file = demo_model_path()

@@ -19,7 +19,7 @@ from zerotuning.evaluation import objectives
 from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.evaluate import label_scores
 from zerotuning.evaluation.label_scorer import LabelScorer
-from zerotuning.tasks.task import Record
+from zerotuning.tasks.examples import Record
 
 #: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}

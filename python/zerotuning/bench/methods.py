@@ -15,8 +15,9 @@ from zerotuning.evaluation.evaluate import label_scores
 from zerotuning.evaluation.label_bias import fit_label_bias
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.patching.patch import apply_scales
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.few_shot import without_shots
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.task import Task
 
 #: Test scores float32 [n, C], numbers tuned, seconds of tuning.
 Outcome = tuple[Tensor, int, float]

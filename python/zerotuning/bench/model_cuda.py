@@ -28,7 +28,8 @@ from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.patch import apply_scales, head_parameters, unpatch
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 SHOTS = 4
 GRADIENT = "forward + gradient of every head"

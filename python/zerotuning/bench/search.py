@@ -26,7 +26,8 @@ from zerotuning.evaluation import objectives
 from zerotuning.models.loading import load_model
 from zerotuning.patching.patch import unpatch
 from zerotuning.statistics import Z95, wilson_interval
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)

@@ -44,9 +44,10 @@ from zerotuning.patching.patch import check_model_type, head_parameters, is_patc
 from zerotuning.plots.calibration_page import plot_report
 from zerotuning.plots.head_map import plot_head_map
 from zerotuning.plots.style import can_plot
+from zerotuning.tasks.examples import Record, as_records
 from zerotuning.tasks.few_shot import without_shots
 from zerotuning.tasks.hub import read_data
-from zerotuning.tasks.task import Record, Task, as_records
+from zerotuning.tasks.task import Task
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

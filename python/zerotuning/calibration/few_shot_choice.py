@@ -30,9 +30,10 @@ from zerotuning.models.process_group import Processes
 from zerotuning.models.tensor_parallel import is_tensor_parallel
 from zerotuning.output import TRIALS_FILE
 from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.few_shot import draw_shots, without_prompts_of, without_shots
 from zerotuning.tasks.hub import is_hub_name, read_data, without_split
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import tokenize
 
 if TYPE_CHECKING:

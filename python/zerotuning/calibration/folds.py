@@ -9,7 +9,7 @@ import numpy as np
 
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks.task import Record
+from zerotuning.tasks.examples import Record
 
 LEAST_EXAMPLES = 4
 #: With a single fold, one of so many parts of the examples is held out.

@@ -25,7 +25,8 @@ from zerotuning.evaluation.generation import generate_answers, generated_accurac
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.models.process_group import Processes
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 #: Texts that the model wrote and the examples they answer -> a number, the higher the better.
 Metric = Callable[[list[str], list[Record]], float]

@@ -17,8 +17,9 @@ from zerotuning.files import write_json_atomically
 from zerotuning.models.process_group import Processes
 from zerotuning.output import RESULT_FILES, STATE_FILE, TRIALS_FILE
 from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.prompts import Shot
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import TokenizedPrompt
 from zerotuning.version import __version__
 

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from zerotuning.calibration.calibrate import Calibration
     from zerotuning.calibration.few_shot_choice import ShotChoice
     from zerotuning.patching.head_scales import HeadScales
-    from zerotuning.tasks.task import Record, Task
+    from zerotuning.tasks.examples import Record
+    from zerotuning.tasks.task import Task
 
 DEFAULTS = CalibrationOptions()
 

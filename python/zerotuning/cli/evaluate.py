@@ -15,7 +15,8 @@ from zerotuning.version import __version__
 if TYPE_CHECKING:
     from zerotuning.evaluation.evaluate import Evaluation
     from zerotuning.patching.head_scales import HeadScales
-    from zerotuning.tasks.task import Record, Task
+    from zerotuning.tasks.examples import Record
+    from zerotuning.tasks.task import Task
 
 
 def add_to(commands: Any) -> None:
@@ -32,7 +33,7 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Carry the command out."""
     task, records = read_task(arguments, "test")
-    from zerotuning.tasks.task import first_examples
+    from zerotuning.tasks.examples import first_examples
 
     records = first_examples(records, arguments.limit)
     if arguments.shots:

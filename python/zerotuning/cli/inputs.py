@@ -13,7 +13,8 @@ from zerotuning.output import SCALES_FILE, STATE_FILE
 
 if TYPE_CHECKING:
     from zerotuning.patching.head_scales import HeadScales
-    from zerotuning.tasks.task import Record, Task
+    from zerotuning.tasks.examples import Record
+    from zerotuning.tasks.task import Task
 
 
 def read_task(arguments: argparse.Namespace, split: str) -> tuple[Task, list[Record]]:

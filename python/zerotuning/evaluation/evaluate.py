@@ -21,8 +21,9 @@ from zerotuning.evaluation.generation import generate_answers, generated_accurac
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix, is_worth_sharing
 from zerotuning.files import write_json_atomically
+from zerotuning.tasks.examples import Record, as_records, first_examples
 from zerotuning.tasks.hub import read_data
-from zerotuning.tasks.task import Record, Task, as_records, first_examples
+from zerotuning.tasks.task import Task
 
 
 @dataclass(frozen=True)

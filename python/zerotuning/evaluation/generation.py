@@ -11,7 +11,8 @@ from torch import Tensor
 from zerotuning.evaluation.batches import Batch, left_padded
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import input_device
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import SPARE_TOKENS
 
 #: Arguments of transformers' `generate` for greedy decoding, whatever the model's own generation settings are.

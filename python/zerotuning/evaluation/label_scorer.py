@@ -20,7 +20,8 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.batches import Batch, grouped_by_length, joined
 from zerotuning.evaluation.forward import Forward, PlainForward
 from zerotuning.models.inspection import context_length
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.examples import as_records
+from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import Tokens, shared_length, tokenize
 
 #: Tokens of a pass with gradients beyond which more tokens gain no speed and only take memory: a model of Llama-8B's

@@ -23,7 +23,7 @@ from zerotuning.mt_bench.conversation import Conversation
 from zerotuning.mt_bench.questions import TURNS, Answer, Question, load_questions, parse_answers
 from zerotuning.output import check_result_file
 from zerotuning.patching.head_scales import HeadScales
-from zerotuning.tasks.task import read_examples
+from zerotuning.tasks.examples import read_examples
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from zerotuning.mt_bench.judge_prompts import REFERENCE_CATEGORIES, JudgePrompt,
 from zerotuning.mt_bench.means import means
 from zerotuning.mt_bench.questions import TURNS, Answer, load_questions
 from zerotuning.output import check_result_file
-from zerotuning.tasks.task import Record, read_examples
+from zerotuning.tasks.examples import Record, read_examples
 
 #: The score of a judgment that failed or holds no rating, and the text of one that failed, as FastChat has them.
 NO_SCORE = -1

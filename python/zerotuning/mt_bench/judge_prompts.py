@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.mt_bench.questions import DATA, Answer, read_answers
-from zerotuning.tasks.task import Record, read_examples
+from zerotuning.tasks.examples import Record, read_examples
 
 #: Prompts by whether there is a reference answer, and by turn. Those in the package have "zerotuning-" in front: their wording
 #: is our own, so that nobody takes scores by them for scores by FastChat's.

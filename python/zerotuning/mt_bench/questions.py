@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks.task import Record, check_text, read_examples
+from zerotuning.tasks.examples import Record, check_text, read_examples
 
 DATA = Path(__file__).parents[1] / "data" / "mt_bench"
 TURNS = 2

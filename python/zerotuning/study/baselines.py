@@ -31,8 +31,8 @@ from zerotuning.study.pictures import new_panels
 from zerotuning.study.setting import Setting, Spans, batch_spans, figures_of
 from zerotuning.study.spans import find_spans, has_position
 from zerotuning.study.steering import CalibratedSinks, Intervention, MarkedSpan, Temperature, steered
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.few_shot import draw_shots, without_shots
-from zerotuning.tasks.task import Record
 
 #: An intervention for a batch; PASTA's spans differ from example to example.
 Maker = Callable[[Batch], Intervention]

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from zerotuning.study.spans import token_span
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 #: What follows the prompt, cut behind its input.
 QUESTION = '\nThe part of it that decides the answer, word for word: "'

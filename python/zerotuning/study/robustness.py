@@ -30,8 +30,9 @@ from zerotuning.study.heads import WORDINGS as HEADS_WORDINGS
 from zerotuning.study.pictures import new_panels
 from zerotuning.study.rounded_weights import ROUNDINGS, rounded_weights
 from zerotuning.study.setting import Setting, figures_of
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.few_shot import draw_shots, without_shots
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.task import Task
 
 #: Parts, and what each changes.
 PARTS = {

@@ -20,7 +20,8 @@ from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.loading import load_model
 from zerotuning.patching.patch import head_parameters, patch, patched_shape, scaled_keys
 from zerotuning.study.experiment import SIZES, Numbers
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 #: Keys [first, end) of each example's prompt, in tokens from its first.
 Spans = Sequence[tuple[int, int]]

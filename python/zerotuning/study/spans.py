@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 #: What `find_spans` knows. Only the first holds the initial token: the others begin behind it.
 POSITIONS = ("initial", "token 1", "token 4", "middle", "last", "random", "instruction", "labels", "content")

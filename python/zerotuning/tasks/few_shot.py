@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.tasks.examples import Record, as_records
 from zerotuning.tasks.prompts import MOST_SHOTS
-from zerotuning.tasks.task import Record, Task, as_records
+from zerotuning.tasks.task import Task
 
 #: Sets this draw apart from the others that one seed drives (example_folds.py).
 _STREAM = 2

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from zerotuning.errors import ZeroTuningError
+from zerotuning.tasks.examples import Record
 from zerotuning.tasks.prompts import Prompt
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.task import Task
 
 Tokens = tuple[int, ...]
 

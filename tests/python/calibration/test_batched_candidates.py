@@ -23,7 +23,8 @@ from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
 from zerotuning.evaluation.prefix_cache import supports_prefix_cache
 from zerotuning.models.process_group import Processes
 from zerotuning.patching.patch import head_parameters, patch
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.examples import as_records
+from zerotuning.tasks.task import Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 WORDY = Task("wordy", "Review: {text}\nIs it good?", (" not at all", " very much so", " it is good", " no"))

@@ -17,7 +17,8 @@ from zerotuning.calibration.folds import draw_examples, make_folds
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.patch import head_parameters, patch, unpatch
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.examples import as_records
+from zerotuning.tasks.task import Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 FIRST = ("good", "bad", "a good story", "far too long")

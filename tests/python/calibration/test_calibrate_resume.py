@@ -24,7 +24,8 @@ from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.head_scales import HeadScales
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.examples import as_records
+from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import tokenize
 
 TASK = """\

@@ -15,8 +15,9 @@ from zerotuning.calibration.calibrate import Calibration, calibrate
 from zerotuning.calibration.few_shot_choice import TRIAL_OPTIONS, choose_shots, comparison_examples, shot_candidates
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.head_scales import HeadScales
+from zerotuning.tasks.examples import as_records
 from zerotuning.tasks.few_shot import draw_shots
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.task import Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 WORDS = ("good", "bad", "a good story", "far too long", "told", "well told")

@@ -12,8 +12,9 @@ import pytest
 from zerotuning.cli.main import main
 from zerotuning.evaluation.evaluate import evaluate as evaluate_in_python
 from zerotuning.models.loading import load_model
+from zerotuning.tasks.examples import read_examples
 from zerotuning.tasks.few_shot import draw_shots
-from zerotuning.tasks.task import Task, read_examples
+from zerotuning.tasks.task import Task
 
 TASK = 'name: films\nprompt: "Review: {text}\\nSentiment:"\nlabels: [" negative", " positive"]\n'
 FIRST = ("good", "bad", "a good story", "far too long")

@@ -11,7 +11,8 @@ from zerotuning.calibration.calibrate import calibrate
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.evaluate import evaluate
 from zerotuning.evaluation.generation import GREEDY, chosen_label, generate_texts, generated_accuracy
-from zerotuning.tasks.task import Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"), scoring="generate")
 

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from zerotuning.errors import ZeroTuningError
 from zerotuning.study.spans import POSITIONS, find_spans, has_position
-from zerotuning.tasks.task import LETTERS, Record, Task
+from zerotuning.tasks.examples import Record
+from zerotuning.tasks.task import LETTERS, Task
 
 # Words by index:  0   1    2  3  4 (.)  5    6 (:)  7…                …
 FILMS = Task("films", "Say good or bad.\nText: {text}\nBy: {author}\nIt is", (" good", " bad"))

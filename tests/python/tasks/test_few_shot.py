@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from zerotuning.calibration.calibrate import calibrate
 from zerotuning.errors import ZeroTuningError
+from zerotuning.tasks.examples import as_records
 from zerotuning.tasks.few_shot import draw_shots, without_shots
-from zerotuning.tasks.task import Task, as_records
+from zerotuning.tasks.task import Task
 
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 RECORDS = [{"text": f"film {i}", "label": i % 2} for i in range(12)]

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks.task import Record, Task, builtin_examples, builtin_task_names, read_examples
+from zerotuning.tasks.examples import Record, builtin_examples, builtin_task_names, read_examples
+from zerotuning.tasks.task import Task
 
 AGNEWS = """\
 name: agnews
