@@ -64,8 +64,3 @@ class Experiment:
     figures: Callable[[Sequence[Row]], Mapping[str, Any]]
     table: Callable[[Sequence[Row]], str]
     parts: tuple[str, ...] = ()
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    """Each value once, in order of appearance."""
-    return list(dict.fromkeys(values))

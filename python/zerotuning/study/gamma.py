@@ -13,8 +13,9 @@ from typing import Any
 from zerotuning.plots.panels import gamma_axis, line_with_band
 from zerotuning.plots.style import QUIET, add_legend, label_axes
 from zerotuning.statistics import mean_and_half_width
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.pictures import new_panels
+from zerotuning.study.rows import select, tasks_of
 from zerotuning.study.setting import Setting, figures_of
 
 GAMMAS = (0.1, 0.3, 0.6, 1.0, 1.7, 3.0, 10.0)
@@ -41,7 +42,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     figure, panels = new_panels(columns=3)
     gammas = sorted({row["key"]["gamma"] for row in rows})
     for axes, (what, unit, factor) in zip(panels, _FIGURES, strict=True):
-        for place, task in enumerate(distinct(row["key"]["task"] for row in rows)):
+        for place, task in enumerate(tasks_of(rows)):
             found = [mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas]
             means, halves = zip(*found, strict=True)
             line_with_band(axes, place, gammas, means, halves, task)
@@ -59,7 +60,7 @@ def table(rows: Sequence[Row]) -> str:
     """A line a task: accuracy at γ = 1, the best γ by accuracy, and what the γ of least entropy would have given."""
     lines = ["| task | γ = 1 | best γ, accuracy | γ of least loss, accuracy | γ of least entropy, accuracy |"]
     lines.append("| --- | --- | --- | --- | --- |")
-    for task in distinct(row["key"]["task"] for row in rows):
+    for task in tasks_of(rows):
         by_gamma = {
             gamma: {what: mean_and_half_width(_values(rows, task, gamma, what))[0] for what, _, _ in _FIGURES}
             for gamma in sorted({row["key"]["gamma"] for row in rows})
@@ -75,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _values(rows: Sequence[Row], task: str, gamma: float, what: str) -> list[float]:
-    return [row[what] for row in rows if row["key"]["task"] == task and row["key"]["gamma"] == gamma]
+    return [row[what] for row in select(rows, task=task, gamma=gamma)]
 
 
 STUDY = Experiment(

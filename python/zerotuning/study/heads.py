@@ -18,26 +18,15 @@ import numpy as np
 from zerotuning.plots.panels import bars_with_intervals, map_of_heads
 from zerotuning.plots.style import label_axes
 from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.pictures import new_panels
-from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.rows import figures_by_task, select, tasks_of
+from zerotuning.study.setting import Setting, best_gamma, figures_of
+from zerotuning.study.wordings import WORDINGS
 from zerotuning.tasks.task import Task
 
-#: Other wordings of the tasks' prompts, labels kept; the task's own is wording 0.
-WORDINGS = {
-    "sst2": (
-        "Is the following film review positive or negative?\n{sentence}\nThe review is",
-        "Review: {sentence}\nQuestion: What is the sentiment of this review, negative or positive?\nAnswer:",
-    ),
-    "mr": (
-        "Is the following film review positive or negative?\n{sentence}\nThe review is",
-        "Review: {sentence}\nQuestion: What is the sentiment of this review, negative or positive?\nAnswer:",
-    ),
-    "trec": (
-        "What does the question ask for: Expression, Entity, Description, Person, Location, or Number?\n{question}\nIt asks for:",
-        "Question: {question}\nKind of answer (Expression, Entity, Description, Person, Location, or Number):",
-    ),
-}
+#: How many of the other wordings of a prompt are measured.
+OTHER_WORDINGS = 2
 GAMMAS = (0.2, 0.5, 2.0, 5.0)
 SMALL_GAMMAS = (2.0,)
 GROUPS = ("all", "up", "down", "up and down")
@@ -75,8 +64,8 @@ def cells(setting: Setting) -> Iterator[Cell]:
 
 
 def other_wordings(task: Task) -> list[Task]:
-    """The task with each other prompt of `WORDINGS`; none for a task that is not there."""
-    return [dataclasses.replace(task, prompt=prompt) for prompt in WORDINGS.get(task.name, ())]
+    """The task with each of the first OTHER_WORDINGS prompts of `WORDINGS`; none for a task without an entry there."""
+    return [dataclasses.replace(task, prompt=prompt) for prompt in WORDINGS.get(task.name, ())[:OTHER_WORDINGS]]
 
 
 def checked_heads(shape: tuple[int, int], count: int) -> list[tuple[int, int]]:
@@ -124,7 +113,7 @@ def _group(setting: Setting, name: str, seed: int, group: str, found: dict[int, 
 
     gammas = SMALL_GAMMAS if setting.size == "small" else GAMMAS
     curve = {gamma: at(validation, gamma) for gamma in (1.0, *gammas)}
-    chosen = min(curve, key=lambda gamma: (-curve[gamma]["accuracy"], curve[gamma]["loss"]))
+    chosen = best_gamma(curve)
     before = at(test, 1.0)
     after = before if chosen == 1.0 else at(test, chosen)
     return {
@@ -149,7 +138,7 @@ def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
 
 def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
     """`agreement` of all pairs of maps that differ in one thing: seed, task or wording."""
-    maps = [(row["key"], np.array(row["slopes"])) for row in rows if row["key"]["measure"] == "slopes"]
+    maps = [(row["key"], np.array(row["slopes"])) for row in select(rows, measure="slopes")]
     names = ("task", "seed", "wording")
     return [
         agreement(first, second)
@@ -160,7 +149,7 @@ def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """The map of mean slopes of each task; stability and gains of the groups."""
-    tasks = distinct(row["key"]["task"] for row in rows)
+    tasks = tasks_of(rows)
     maps, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads want a larger γ", "dL / d log γ (nats)")
@@ -197,7 +186,7 @@ def _shares(rows: Sequence[Row]) -> str:
         "| task | up heads | down heads | up in all seeds | down in all seeds | measured slopes: signs, correlation |"
     ]
     lines.append("| --- | --- | --- | --- | --- | --- |")
-    for task in distinct(row["key"]["task"] for row in rows):
+    for task in tasks_of(rows):
         maps = _maps(rows, task)
         mean = maps.mean(axis=0)
         shares = [mean < 0, mean > 0, (maps < 0).all(axis=0), (maps > 0).all(axis=0)]
@@ -208,7 +197,7 @@ def _shares(rows: Sequence[Row]) -> str:
 
 def _checked(rows: Sequence[Row], task: str) -> str:
     """How the slopes of seed 0 agree with those measured on both sides."""
-    checks = [row for row in rows if row["key"]["measure"] == "check" and row["key"]["task"] == task]
+    checks = select(rows, measure="check", task=task)
     slopes = _maps(rows, task)[0]
     by_gradient = np.array([slopes[row["key"]["layer"]][row["key"]["head"]] for row in checks])
     correlation, _ = agreement(by_gradient, np.array([row["slope"] for row in checks]))
@@ -261,13 +250,7 @@ def _verdict(rows: Sequence[Row]) -> str:
 
 def _maps(rows: Sequence[Row], task: str) -> np.ndarray:
     """Slopes of the task's own wording: [seeds, L, H]."""
-    return np.array(
-        [
-            row["slopes"]
-            for row in rows
-            if row["key"]["measure"] == "slopes" and row["key"]["task"] == task and row["key"]["wording"] == 0
-        ]
-    )
+    return np.array([row["slopes"] for row in select(rows, measure="slopes", task=task, wording=0)])
 
 
 def _mean_map(rows: Sequence[Row], task: str) -> np.ndarray:
@@ -275,11 +258,9 @@ def _mean_map(rows: Sequence[Row], task: str) -> np.ndarray:
     return mean
 
 
-def _gains(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> list[list[float]]:
-    """A group's gains, one list a task."""
-    chosen = [row for row in rows if row["key"].get("group") == group]
-    tasks = distinct(row["key"]["task"] for row in chosen)
-    return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
+def _gains(rows: Sequence[Row], group: str, name: str, factor: float = 1.0) -> list[list[float]]:
+    """A group's gains, one list for each task."""
+    return figures_by_task(select(rows, group=group), name, factor)
 
 
 def _leads(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> list[list[float]]:

@@ -10,8 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from zerotuning.evaluation.generation import generate_texts
 from zerotuning.study.spans import token_span
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
@@ -33,7 +32,8 @@ def key_clauses(
     asked = [before + content + QUESTION for before, content in texts]
     quotations: list[str] = []
     for start in range(0, len(asked), batch_size):
-        quotations += _generated(model, tokenizer, asked[start : start + batch_size])
+        prompts = tokenizer(asked[start : start + batch_size])["input_ids"]
+        quotations += generate_texts(model, tokenizer, prompts, NEW_TOKENS, do_sample=False)
     spans = []
     for record, (before, content), quotation in zip(records, texts, quotations, strict=True):
         begin, end = most_alike(content, quotation)
@@ -67,16 +67,3 @@ def _input(task: Task, record: Record) -> tuple[str, str]:
     fields = [place for place, (name, _) in enumerate(pieces) if name is not None]
     before = "".join(text for _, text in pieces[: fields[0]])
     return before, "".join(text for _, text in pieces[fields[0] : fields[-1] + 1])
-
-
-@torch.no_grad()
-def _generated(model: Any, tokenizer: Any, texts: list[str]) -> list[str]:
-    inputs = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
-    written = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return list(tokenizer.batch_decode(written[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))

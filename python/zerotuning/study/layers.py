@@ -16,8 +16,9 @@ from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.plots.panels import gamma_axis, line_with_band
 from zerotuning.plots.style import QUIET, add_legend, label_axes
 from zerotuning.statistics import mean_and_half_width, mean_and_interval, rank_correlation, with_interval
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.pictures import new_panels
+from zerotuning.study.rows import by_task, select
 from zerotuning.study.setting import Setting, figures_of
 
 #: γ of all heads of one layer; γ of all heads of a third of the layers.
@@ -83,15 +84,15 @@ def _at(setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: f
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
     """Three panels: slope by layer; change of loss by layer at each γ; accuracy against γ of each third."""
     figure, panels = new_panels(columns=3)
-    slopes = np.array([row["slopes"] for row in _rows(rows, "slopes")])
+    slopes = np.array([row["slopes"] for row in select(rows, measure="slopes")])
     _band(panels[0], 0, range(slopes.shape[1]), slopes.T, "mean of tasks and seeds")
     label_axes(panels[0], "slope of the loss at γ = 1", "layer", "dL / d log γ (nats)")
-    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
+    layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
     for place, gamma in enumerate(LAYER_GAMMAS):
         changes = [_all(_loss_changes(rows, layer, gamma)) for layer in layers]
         _band(panels[1], place, layers, changes, f"γ = {gamma:g}")
     label_axes(panels[1], "all heads of one layer", "layer", "change of loss (nats)")
-    gammas = sorted({row["key"]["gamma"] for row in _rows(rows, "third")})
+    gammas = sorted({row["key"]["gamma"] for row in select(rows, measure="third")})
     for place, third in enumerate(THIRDS):
         values = [_all(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
         _band(panels[2], place, gammas, values, third)
@@ -111,7 +112,7 @@ def _band(axes: Any, place: int, across: Sequence[float], values: Any, name: str
 
 def table(rows: Sequence[Row]) -> str:
     """A line a third with the size of its layers' effects and its trend over γ, then whether the paper's claims hold."""
-    gammas = [gamma for gamma in sorted({row["key"]["gamma"] for row in _rows(rows, "third")}) if gamma != 1.0]
+    gammas = [gamma for gamma in sorted({row["key"]["gamma"] for row in select(rows, measure="third")}) if gamma != 1.0]
     head = "| third | mean size of a layer's slope, nats | mean size of one layer's change of loss, nats |"
     lines = [head + "".join(f" accuracy at γ = {gamma:g}, change in points |" for gamma in gammas)]
     lines.append("| --- | --- | --- |" + " --- |" * len(gammas))
@@ -123,11 +124,11 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _verdict(rows: Sequence[Row]) -> str:
-    early = [[_early(row["slopes"]) for row in of_task] for of_task in _per_task(_rows(rows, "slopes"))]
+    early = [[_early(row["slopes"]) for row in of_task] for of_task in by_task(select(rows, measure="slopes"))]
     measured = [[_early(sizes) for sizes in of_task] for of_task in _layer_sizes(rows)]
     same = [
         [float(np.mean(np.sign(row["slopes"]) == np.sign(sum(row["slopes"])))) for row in of_task]
-        for of_task in _per_task(_rows(rows, "slopes"))
+        for of_task in by_task(select(rows, measure="slopes"))
     ]
     share = 100 * mean_and_interval(same)[0]
     sentences = [
@@ -151,47 +152,31 @@ def _agreement(correlations: Sequence[Sequence[float]]) -> str:
     return "agrees with the paper" if high < 0 else "disagrees with the paper" if low > 0 else "not decided"
 
 
-def _rows(rows: Sequence[Row], measure: str) -> list[Row]:
-    return [row for row in rows if row["key"]["measure"] == measure]
-
-
-def _per_task(rows: Sequence[Row]) -> list[list[Row]]:
-    tasks = distinct(row["key"]["task"] for row in rows)
-    return [[row for row in rows if row["key"]["task"] == task] for task in tasks]
-
-
 def _all(groups: Sequence[Sequence[float]]) -> list[float]:
     return [value for group in groups for value in group]
 
 
 def _untuned(rows: Sequence[Row], row: Row) -> Row:
     """The γ = 1 row of a row's task and seed."""
-    pair = (row["key"]["task"], row["key"]["seed"])
-    return next(
-        one
-        for one in _rows(rows, "third")
-        if one["key"]["gamma"] == 1.0 and (one["key"]["task"], one["key"]["seed"]) == pair
-    )
+    return select(rows, measure="third", gamma=1.0, task=row["key"]["task"], seed=row["key"]["seed"])[0]
 
 
 def _third_changes(rows: Sequence[Row], third: str, gamma: float, what: str, factor: float) -> list[list[float]]:
-    wanted = [
-        row for row in _rows(rows, "third") if row["key"]["gamma"] == gamma and row["key"]["third"] in (third, "none")
-    ]
-    return [[factor * (row[what] - _untuned(rows, row)[what]) for row in of_task] for of_task in _per_task(wanted)]
+    wanted = [row for row in select(rows, measure="third", gamma=gamma) if row["key"]["third"] in (third, "none")]
+    return [[factor * (row[what] - _untuned(rows, row)[what]) for row in of_task] for of_task in by_task(wanted)]
 
 
 def _loss_changes(rows: Sequence[Row], layer: int, gamma: float) -> list[list[float]]:
-    wanted = [row for row in _rows(rows, "layer") if row["key"]["layer"] == layer and row["key"]["gamma"] == gamma]
-    return [[row["loss"] - _untuned(rows, row)["loss"] for row in of_task] for of_task in _per_task(wanted)]
+    wanted = select(rows, measure="layer", layer=layer, gamma=gamma)
+    return [[row["loss"] - _untuned(rows, row)["loss"] for row in of_task] for of_task in by_task(wanted)]
 
 
 def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
     """Mean over the third's layers of |slope of the layer|, one list a task; none for a third without layers."""
     found: list[list[float]] = []
-    if not _places(len(_rows(rows, "slopes")[0]["slopes"]), third):
+    if not _places(len(select(rows, measure="slopes")[0]["slopes"]), third):
         return found
-    for of_task in _per_task(_rows(rows, "slopes")):
+    for of_task in by_task(select(rows, measure="slopes")):
         sizes = [np.abs(row["slopes"]) for row in of_task]
         found.append([float(one[_places(len(one), third)].mean()) for one in sizes])
     return found
@@ -199,8 +184,8 @@ def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
 
 def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
     """Mean over the third's measured layers of their |change of loss|, one list a task; none without such layers."""
-    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
-    total = len(_rows(rows, "slopes")[0]["slopes"])
+    layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
+    total = len(select(rows, measure="slopes")[0]["slopes"])
     inside = [place for place, layer in enumerate(layers) if third_of(layer, total) == third]
     if not inside:
         return []
@@ -209,7 +194,7 @@ def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
 
 def _layer_sizes(rows: Sequence[Row]) -> list[list[list[float]]]:
     """|change of loss| of each measured layer, mean of its γs: one list a task, in it one a seed."""
-    layers = sorted({row["key"]["layer"] for row in _rows(rows, "layer")})
+    layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
     by_layer = []
     for layer in layers:
         low, high = (_loss_changes(rows, layer, gamma) for gamma in LAYER_GAMMAS)

@@ -16,9 +16,10 @@ import numpy as np
 from zerotuning.plots.panels import bars_with_intervals
 from zerotuning.plots.style import label_axes
 from zerotuning.statistics import mean_and_interval, with_interval
-from zerotuning.study.experiment import Cell, Experiment, Numbers, Row, distinct
+from zerotuning.study.experiment import Cell, Experiment, Numbers, Row
 from zerotuning.study.pictures import new_panels
-from zerotuning.study.setting import Setting, figures_of
+from zerotuning.study.rows import distinct, figures_by_task, select
+from zerotuning.study.setting import Setting, best_gamma, figures_of
 from zerotuning.study.spans import POSITIONS, find_spans, has_position
 
 GAMMAS = (0.3, 3.0)
@@ -116,11 +117,6 @@ def _measure(draw: _Draw, position: str) -> dict[str, Any]:
     }
 
 
-def best_gamma(curve: dict[float, dict[str, float]]) -> float:
-    """The γ of most accuracy; of equals that of least loss."""
-    return min(curve, key=lambda gamma: (-curve[gamma]["accuracy"], curve[gamma]["loss"]))
-
-
 def step_down(slopes: np.ndarray) -> np.ndarray:
     """log γ [L, H] of one step down the slopes, float64: root mean square STEP, then cut at MOST. Zeros for zeros."""
     size = float(np.sqrt(np.mean(slopes**2)))
@@ -143,7 +139,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     figure, panels = new_panels(columns=2, rows=2)
     positions = _positions(rows)
     for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):
-        found = [mean_and_interval(_by_task(rows, position, what, factor)) for position in positions]
+        found = [mean_and_interval(_gains(rows, position, what, factor)) for position in positions]
         means, lows, highs = zip(*found, strict=True)
         bars_with_intervals(axes, positions, means, lows, highs, place // 2)
         label_axes(axes, title, unit, "scaled tokens")
@@ -172,20 +168,20 @@ _LEADS = " initial token minus this, accuracy | initial token minus this, loss |
 
 def _line(rows: Sequence[Row], position: str, prefix: str) -> str:
     accuracy, loss = f"{prefix}accuracy_gain", f"{prefix}loss_gain"
-    count = sum(row["key"]["position"] == position for row in rows)
+    count = len(select(rows, position=position))
     shown = [position, str(count)]
-    shown.append(with_interval(_by_task(rows, position, accuracy, 100.0), 1))
-    shown.append(with_interval(_by_task(rows, position, loss), 3))
+    shown.append(with_interval(_gains(rows, position, accuracy, 100.0), 1))
+    shown.append(with_interval(_gains(rows, position, loss), 3))
     for what, factor, digits in ((accuracy, 100.0, 1), (loss, 1.0, 3)):
         shown.append("" if position == "initial" else with_interval(_leads(rows, position, what, factor), digits))
     if prefix:
-        shown.append(f"{np.mean([row['slope_norm'] for row in rows if row['key']['position'] == position]):.2f}")
+        shown.append(f"{np.mean([row['slope_norm'] for row in select(rows, position=position)]):.2f}")
     return f"| {' | '.join(shown)} |"
 
 
 def _verdict(rows: Sequence[Row], prefix: str) -> str:
     """Where the initial token's lead in accuracy, and in loss, has an interval beyond zero, in words."""
-    if all(len(values) == 1 for values in _by_task(rows, "initial", "loss_gain")):
+    if all(len(values) == 1 for values in _gains(rows, "initial", "loss_gain")):
         return "One draw of the examples a task: no interval, no finding."
     sentences = []
     for what, unit in (("accuracy_gain", "accuracy"), ("loss_gain", "loss")):
@@ -209,22 +205,20 @@ def _positions(rows: Sequence[Row]) -> list[str]:
     return distinct(row["key"]["position"] for row in rows)
 
 
-def _by_task(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
-    """A position's figures, one list a task."""
-    chosen = [row for row in rows if row["key"]["position"] == position]
-    tasks = distinct(row["key"]["task"] for row in chosen)
-    return [[factor * row[what] for row in chosen if row["key"]["task"] == task] for task in tasks]
+def _gains(rows: Sequence[Row], position: str, name: str, factor: float = 1.0) -> list[list[float]]:
+    """A figure of a position's rows, one list for each task."""
+    return figures_by_task(select(rows, position=position), name, factor)
 
 
 def _leads(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
     """Initial token minus position on the same examples, one list a task."""
-    initial = {_pair(row): row[what] for row in rows if row["key"]["position"] == "initial"}
+    initial = {_pair(row): row[what] for row in select(rows, position="initial")}
     paired = [
         {**row, "lead": initial[_pair(row)] - row[what]}
-        for row in rows
-        if row["key"]["position"] == position and _pair(row) in initial
+        for row in select(rows, position=position)
+        if _pair(row) in initial
     ]
-    return _by_task(paired, position, "lead", factor)
+    return figures_by_task(paired, "lead", factor)
 
 
 def _pair(row: Row) -> tuple[str, int]:

@@ -1,9 +1,9 @@
-"""On which model, tasks and examples a study runs; the passes through the model that studies share."""
+"""The model, tasks and examples that a study runs on, and the passes through the model that studies share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,19 +23,28 @@ from zerotuning.study.experiment import SIZES, Numbers
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
-#: Keys [first, end) of each example's prompt, in tokens from its first.
+#: Keys [first, end) of each example's prompt, in tokens from the prompt's first token.
 Spans = Sequence[tuple[int, int]]
 
 
 @dataclass
 class Setting:
-    """What the rows of a study depend on, and the model they are measured with, loaded when first asked for.
+    """What the rows of a study depend on, and the model they are measured with, which is loaded when first used.
 
-    model, dtype, device   as `load_model` takes them
-    size                   small (a minute or less, for tests) or full
-    tasks, seeds, examples, limit
-                           see `Numbers`; None: the study's own for the size
-    parts                  of a study of several parts; empty: all
+    Attributes:
+        model: As `load_model` accepts it.
+        dtype: As `load_model` accepts it.
+        device: As `load_model` accepts it.
+        size: "small" (a minute or less, for tests) or "full".
+        tasks: See `Numbers`; None: the study's own for the size. So are seeds, examples and limit.
+        seeds: See `Numbers`.
+        examples: See `Numbers`.
+        limit: See `Numbers`.
+        parts: Of a study of several parts; empty: all.
+        batch_size: Prompts of one pass.
+
+    Raises:
+        ZeroTuningError: An unknown size, or a number that is not a positive integer.
     """
 
     model: str = "demo"
@@ -60,19 +69,19 @@ class Setting:
                 raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
 
     def with_defaults(self, numbers: Mapping[str, Numbers]) -> Setting:
-        """The same with what was not said taken from the study's own numbers."""
-        own = numbers[self.size]
+        """The same setting with the numbers that are None replaced by the study's own."""
+        defaults = numbers[self.size]
         return replace(
             self,
-            tasks=tuple(self.tasks or own.tasks),
-            seeds=self.seeds or own.seeds,
-            examples=self.examples or own.examples,
-            limit=self.limit or own.limit,
+            tasks=tuple(self.tasks or defaults.tasks),
+            seeds=self.seeds or defaults.seeds,
+            examples=self.examples or defaults.examples,
+            limit=self.limit or defaults.limit,
         )
 
     @property
     def numbers(self) -> Numbers:
-        """All of them; for a setting that `with_defaults` completed."""
+        """All numbers of a setting that `with_defaults` has completed."""
         assert self.tasks
         assert self.seeds
         assert self.examples
@@ -82,7 +91,7 @@ class Setting:
     # The model and its examples.
 
     def loaded(self) -> tuple[Any, Any]:
-        """(model, tokenizer); the model patched, every γ 1."""
+        """(model, tokenizer); the model is patched, and every γ is 1."""
         if self._loaded is None:
             model, tokenizer = load_model(self.model, self.dtype, self.device)
             self._loaded = patch(model), tokenizer
@@ -93,16 +102,17 @@ class Setting:
         return patched_shape(self.loaded()[0])
 
     def task(self, name: str) -> Task:
+        """The task of that name."""
         return Task.load(name)
 
     def drawn(self, name: str, seed: int, count: int | None = None) -> list[Record]:
-        """`count` (default: `examples`) of the task's validation examples, drawn by the seed as `calibrate` draws them."""
+        """Draw `count` (default: `examples`) of a task's validation examples by the seed, as `calibrate` draws them."""
         wanted = count or self.numbers.examples
         records = self.task(name).examples("validation")
         return draw_examples(records, CalibrationOptions(examples=min(wanted, len(records)), seed=seed))
 
     def tests(self, name: str, seed: int = 0) -> list[Record]:
-        """`limit` of the task's test examples: the first for seed 0, drawn by the seed for others."""
+        """`limit` of a task's test examples: the first ones for seed 0, drawn by the seed for others."""
         records = self.task(name).examples("test")
         if seed == 0:
             return records[: self.numbers.limit]
@@ -110,7 +120,7 @@ class Setting:
         return [records[place] for place in order[: self.numbers.limit]]
 
     def scorer(self, task: Task, records: Sequence[Record]) -> LabelScorer:
-        """The scorer of these records, made once."""
+        """The scorer of these records; a second call with the same records returns the same scorer."""
         key = (task, *(record.origin for record in records))
         if key not in self._scorers:
             model, tokenizer = self.loaded()
@@ -119,32 +129,51 @@ class Setting:
 
     # Passes.
 
+    @contextmanager
+    def scaled(self, log_scale: Any) -> Iterator[None]:
+        """Within the context log γ is `log_scale`: one number for all heads, one a layer [L, 1] or one a head [L, H]."""
+        values = torch.as_tensor(log_scale, dtype=torch.float32).expand(self.shape())
+        with head_parameters(self.loaded()[0]) as parameters:
+            with torch.no_grad():
+                for parameter, row in zip(parameters, values, strict=True):
+                    parameter.copy_(row)
+            yield
+
     @torch.no_grad()
     def scores(self, scorer: LabelScorer, log_scale: Any = 0.0, spans: Spans | None = None) -> Tensor:
-        """Label scores float32 [N, C] with log γ given for all heads, by layer [L, 1] or by head [L, H].
+        """Score a scorer's labels with scaled heads.
 
-        spans   keys that are scaled in place of the initial token: one pair an example.
+        Args:
+            scorer: Of N examples with C labels.
+            log_scale: As for `scaled`.
+            spans: Keys that are scaled in place of the initial token: one pair an example.
+
+        Returns:
+            Label scores, float32 [N, C].
         """
         model, _ = self.loaded()
-        values = torch.as_tensor(log_scale, dtype=torch.float32).expand(self.shape())
-        found = []
-        with head_parameters(model) as parameters:
-            for parameter, row in zip(parameters, values, strict=True):
-                parameter.copy_(row)
+        by_batch = []
+        with self.scaled(log_scale):
             for batch in scorer.batches:
-                chosen = nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans))
-                with chosen:
-                    found.append(scorer.scores(batch).cpu())
-        return scorer.gather(found)
+                with nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans)):
+                    by_batch.append(scorer.scores(batch).cpu())
+        return scorer.gather(by_batch)
 
     def slopes(self, scorer: LabelScorer, spans: Spans | None = None) -> np.ndarray:
-        """Of each head the derivative of the mean task loss in log γ at γ = 1 (nats), float64 [L, H]."""
+        """Differentiate the mean task loss in each head's log γ, at γ = 1.
+
+        Args:
+            scorer: Of the examples.
+            spans: As for `scores`.
+
+        Returns:
+            Slopes in nats, float64 [L, H].
+        """
         model, _ = self.loaded()
         total = np.zeros(self.shape())
         with head_parameters(model) as parameters:
             for batch in scorer.batches:
-                chosen = nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans))
-                with chosen:
+                with nullcontext() if spans is None else scaled_keys(model, batch_spans(batch, spans)):
                     scores = scorer.scores(batch)
                     loss = objectives.task_loss(scores, batch.labels.to(scores.device)) * len(batch)
                     gradients = torch.autograd.grad(loss, parameters)
@@ -153,7 +182,7 @@ class Setting:
 
 
 def figures_of(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """accuracy in [0, 1], loss and entropy in nats, of scores [N, C] and gold labels int64 [N]."""
+    """Accuracy in [0, 1], loss and entropy in nats, of scores [N, C] and gold labels int64 [N]."""
     return {
         "accuracy": objectives.accuracy(scores, labels),
         "loss": float(objectives.task_loss(scores, labels)),
@@ -161,12 +190,17 @@ def figures_of(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def best_gamma(curve: Mapping[float, Mapping[str, float]]) -> float:
+    """The γ with the highest accuracy; among equals the one with the least loss."""
+    return min(curve, key=lambda gamma: (-curve[gamma]["accuracy"], curve[gamma]["loss"]))
+
+
 def batch_spans(batch: Batch, spans: Spans) -> Tensor:
-    """Spans of prompts as places in the padded batch: int64 [sequences, 2]."""
+    """Spans of prompts as positions in the padded batch: int64 [sequences, 2]."""
     length = batch.input_ids.shape[1]
     rows = []
     for index, example, (_, beginnings) in zip(batch.indices.tolist(), batch.examples, batch.rows, strict=True):
         for beginning in beginnings:
             offset = length - len(example.prompt) - len(beginning)
-            rows.append([offset + place for place in spans[index]])
+            rows.append([offset + position for position in spans[index]])
     return torch.tensor(rows)

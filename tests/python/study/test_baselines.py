@@ -11,7 +11,8 @@ import pytest
 import torch
 from zerotuning.evaluation import objectives
 from zerotuning.study import Setting, run_study
-from zerotuning.study.baselines import METHODS, Draw, _strengths, table
+from zerotuning.study.baseline_methods import METHODS, Draw, _strengths
+from zerotuning.study.baselines import table
 from zerotuning.study.key_clauses import clauses, most_alike
 from zerotuning.study.steering import Temperature
 

@@ -14,9 +14,12 @@ from zerotuning.evaluation.evaluate import evaluate, label_scores
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import is_worth_sharing, scores_behind_prefix
 from zerotuning.patching.patch import head_parameters, patch
-from zerotuning.study import Setting, robustness, run_study
-from zerotuning.study.robustness import GRIDS, PARTS, WORDINGS, Draw, TunedScales, distractors, with_shots
+from zerotuning.study import Setting, run_study, tuned_scales
+from zerotuning.study.robustness import Draw
+from zerotuning.study.robustness_conditions import GRIDS, PARTS, distractors
 from zerotuning.study.rounded_weights import ROUNDINGS, eight_bit, four_bit, rounded_weights
+from zerotuning.study.tuned_scales import TunedScales, with_shots
+from zerotuning.study.wordings import WORDINGS
 from zerotuning.tasks.task import Task
 
 
@@ -54,7 +57,7 @@ def test_every_part_measures_the_same_examples_untuned_and_tuned_and_a_second_ru
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("tuned again")
 
-    monkeypatch.setattr(robustness, "calibrate", refuse)
+    monkeypatch.setattr(tuned_scales, "calibrate", refuse)
     # One cell's row is lost, its scales' is not.
     file = tmp_path / "out" / "robustness.json"
     text = file.read_text()
@@ -160,8 +163,8 @@ def test_distractors_have_the_length_asked_for_and_come_from_other_tasks(tiny_to
 
 def test_a_long_prompt_is_distractors_and_then_the_tasks_own(setting: Setting) -> None:
     complete = setting.with_defaults({"small": None})  # type: ignore[dict-item]
-    draw = Draw(complete, "sst2", 0, TunedScales(complete))
-    task, record = draw._task_of("context", 900), draw.tests[0]
+    draw = Draw(complete, "sst2", 0, TunedScales(complete, steps=1, step_examples=4))
+    task, record = draw._varied_task("context", 900), draw.tests[0]
     own = draw.task.render(record).own
     text = task.render(record).own
     assert text.endswith("\n\n" + own)

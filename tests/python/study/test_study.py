@@ -21,9 +21,10 @@ from zerotuning.study import Setting, run_study
 from zerotuning.study.heads import agreement, checked_heads, group_directions, other_wordings, pairs
 from zerotuning.study.layers import third_of
 from zerotuning.study.names import STUDIES
-from zerotuning.study.positions import best_gamma, step_down, table
+from zerotuning.study.positions import step_down, table
 from zerotuning.study.rows_file import RowsFile
 from zerotuning.study.runner import study
+from zerotuning.study.setting import best_gamma
 from zerotuning.tasks.task import Task
 
 LAYERS, HEADS = 2, 4
