@@ -21,7 +21,7 @@ from zerotuning import ops
 from zerotuning.attention import dense_masks, packed_sequences
 from zerotuning.bench import attention_cuda as bench_cuda
 from zerotuning.bench.peers import attention_inputs
-from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.batched_candidates import CandidateScorer
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings, supports_recording
 from zerotuning.evaluation.evaluate import label_scores
@@ -881,8 +881,8 @@ def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer
     records = [{"text": "good " * (1 + n % 3), "label": n % 3} for n in range(21)]
     with torch.device("cpu"), head_parameters(model) as parameters:
         scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
-        setbacks = OutOfMemoryRetry()
-        candidates = Candidates(model, parameters, setbacks)
+        memory = OutOfMemoryRetry()
+        candidates = CandidateScorer(model, parameters, memory)
         size = sum(len(leaf) for leaf in parameters)
         points = list(np.random.default_rng(0).normal(0.0, 0.8, (11, size)))
         expected = [
@@ -890,14 +890,14 @@ def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer
             for batch in scorer.batches
             for point in points
         ]
-        recordings = Recordings(model, parameters, setbacks.note)
+        recordings = Recordings(model, parameters, memory.note)
         scorer = scorer.using(RecordedForward(PlainForward(model), recordings))
         for _ in range(2):  # recorded, replayed
             found = candidates.scores(scorer, scorer.batches, points)
             assert [index for index, _, _ in found] == list(range(11)) * len(scorer.batches)
             for (_, _, scores), (one,) in zip(found, expected, strict=True):
                 torch.testing.assert_close(scores, one, rtol=1e-4, atol=1e-5)
-    assert setbacks.notes == []
+    assert memory.notes == []
     assert any(copies > 1 for _, _, copies, *_ in recordings._recorded)
 
 

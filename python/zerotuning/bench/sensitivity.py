@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.batched_candidates import CandidateScorer
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation import objectives
 from zerotuning.evaluation.label_scorer import LabelScorer
@@ -34,7 +34,7 @@ def sensitivity_rows(
         _gradient(scorer, parameters)  # warms up
         found, seconds = _timed(lambda: _gradient(scorer, parameters))
         measured, slow = _timed(
-            lambda: _measured(scorer, Candidates(model, parameters, OutOfMemoryRetry()), len(found))
+            lambda: _measured(scorer, CandidateScorer(model, parameters, OutOfMemoryRetry()), len(found))
         )
     unpatch(model)
     peers = {
@@ -67,7 +67,7 @@ def _gradient(scorer: LabelScorer, parameters: list[Tensor]) -> np.ndarray:
     return torch.cat(torch.autograd.grad(_mean_loss(scorer), parameters)).cpu().numpy()
 
 
-def _measured(scorer: LabelScorer, candidates: Candidates, heads: int) -> np.ndarray:
+def _measured(scorer: LabelScorer, candidates: CandidateScorer, heads: int) -> np.ndarray:
     """Central differences, head by head; candidates share passes where that is faster."""
     points = np.concatenate((np.eye(heads), -np.eye(heads))) * HALF_STEP
     sums = np.zeros(2 * heads)

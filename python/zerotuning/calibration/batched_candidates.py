@@ -1,4 +1,4 @@
-"""Label scores at several log γ: of short batches, copies for as many of them go through the model together as fill a pass."""
+"""Label scores at several candidate log γ: one forward pass holds copies of a short batch for several candidates."""
 
 from __future__ import annotations
 
@@ -16,34 +16,36 @@ from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.device_maps import input_device
 from zerotuning.patching.patch import candidates
 
-#: Tokens of a pass on a processor beyond which more candidates gain nothing. SmolLM2-135M, one core with AMX, bfloat16: a
-#: candidate's 48 tokens take a third of their time in company, 96 half of it, 192 and more as long as alone (float32: 0.6,
-#: 0.8, 0.9). So candidates share passes where examples are few or short.
+#: Number of tokens in a pass on the CPU beyond which sharing it saves no time. SmolLM2-135M, one core with AMX, bfloat16:
+#: in a shared pass a candidate's 48 tokens take a third of their time alone, 96 half of it, 192 and more all of it
+#: (float32: 0.6, 0.8, 0.9). So candidates share passes where examples are few or short.
 CPU_TOKENS = 512
-#: Candidates that share a pass, at most.
-MOST_TOGETHER = 32
+#: Number of candidates in one pass at most.
+MAX_CANDIDATES_PER_PASS = 32
 
 #: Index of a point, examples, their scores [n, C].
 Scored = tuple[int, Batch, Tensor]
 
 
-class Candidates:
+class CandidateScorer:
     """Scores examples at given points, log γ float64 [layers * heads], without gradients.
 
-    model         a patched model
-    parameters    its leaves, from `patch.head_parameters`
+    Args:
+        model: A patched model.
+        parameters: Its log γ as leaves of autograd, from `patching.patch.head_parameters`.
+        memory: What to do where memory runs out.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], setbacks: OutOfMemoryRetry) -> None:
+    def __init__(self, model: nn.Module, parameters: Sequence[Tensor], memory: OutOfMemoryRetry) -> None:
         self.model = model
         self.parameters = parameters
-        self.setbacks = setbacks
+        self.memory = memory
         self._device = input_device(model)
-        # In one place for good: recorded passes read it there.
-        self._table = torch.zeros(MOST_TOGETHER, len(parameters), len(parameters[0]), device=self._device)
+        # Never reallocated: recorded CUDA graphs read this address.
+        self._table = torch.zeros(MAX_CANDIDATES_PER_PASS, len(parameters), len(parameters[0]), device=self._device)
 
     def set_point(self, point: np.ndarray) -> None:
-        """Writes a point into the leaves."""
+        """Write a point into the model's parameters."""
         values = torch.from_numpy(np.asarray(point)).reshape(len(self.parameters), -1)
         with torch.no_grad():
             for parameter, row in zip(self.parameters, values, strict=True):
@@ -53,49 +55,64 @@ class Candidates:
     def scores(
         self, scorer: LabelScorer, batches: Sequence[Batch], points: Sequence[np.ndarray], share_prefix: bool = False
     ) -> list[Scored]:
-        """The scores of all batches at all points, in pieces; an example without finite scores at a point is left out
-        there. share_prefix: what the prompts begin with is read once a point (`prefix_cache`), not once a prompt.
+        """Score every batch at every point.
 
-        Errors: ZeroTuningError for an example that is too large for the memory by itself.
+        Args:
+            scorer: The scorer of the batches' task.
+            batches: The examples.
+            points: log γ, float64 [layers * heads] each.
+            share_prefix: Whether the tokens that all prompts begin with are read once a point (evaluation/prefix_cache)
+                instead of once a prompt.
+
+        Returns:
+            Scores in pieces. An example without finite scores at a point is left out there.
+
+        Raises:
+            ZeroTuningError: An example that is too large for the memory by itself.
         """
         if share_prefix:
             return [
-                one for index, point in enumerate(points) for one in self._alone(scorer, batches, index, point, True)
+                one
+                for index, point in enumerate(points)
+                for one in self._one_by_one(scorer, batches, index, point, True)
             ]
         return [one for batch in batches for one in self._of_batch(scorer, batch, points)]
 
     def _of_batch(self, scorer: LabelScorer, batch: Batch, points: Sequence[np.ndarray]) -> list[Scored]:
-        done: list[Scored] = []
+        scored: list[Scored] = []
         begin = 0
         while begin < len(points):
-            count = self._together(batch, len(points) - begin)
-            found: list[Tensor | None] | None = [None]
+            count = self._candidates_in_pass(batch, len(points) - begin)
+            results: list[Tensor | None] | None = [None]
             if count > 1:
-                found = self._side_by_side(scorer, batch, points[begin : begin + count])
-            if found is None:  # memory ran out: fewer now
+                results = self._in_one_pass(scorer, batch, points[begin : begin + count])
+            if results is None:  # memory ran out: the next pass has fewer candidates
                 continue
-            for index, scores in enumerate(found, begin):
+            for index, scores in enumerate(results, begin):
                 if scores is None:
-                    done += self._alone(scorer, [batch], index, points[index])
+                    scored += self._one_by_one(scorer, [batch], index, points[index])
                 else:
-                    done.append((index, batch, scores))
+                    scored.append((index, batch, scores))
             begin += count
-        return done
+        return scored
 
-    def _together(self, batch: Batch, waiting: int) -> int:
-        """How many candidates go next: as many as fill a pass, or rather fewer so that all passes are about as full."""
+    def _candidates_in_pass(self, batch: Batch, waiting: int) -> int:
+        """The number of candidates in the next pass: at most what fills it, and such that all passes are equally full."""
         if self._device.type == "cpu":
             fitting = CPU_TOKENS // batch.input_ids.numel()
         else:
             fitting = MOST_TOKENS // recorded_tokens(batch.input_ids)
-        most = max(1, min(MOST_TOGETHER, self.setbacks.together or MOST_TOGETHER, fitting))
+        most = max(1, min(MAX_CANDIDATES_PER_PASS, self.memory.max_candidates or MAX_CANDIDATES_PER_PASS, fitting))
         passes = -(-waiting // most)
         return -(-waiting // passes)
 
-    def _side_by_side(
+    def _in_one_pass(
         self, scorer: LabelScorer, batch: Batch, points: Sequence[np.ndarray]
     ) -> list[Tensor | None] | None:
-        """Scores [n, C] at each point, None at one where an example has no finite ones; None where memory ran out."""
+        """Scores [n, C] at each point, or None at a point where an example has no finite score.
+
+        None instead of the list: memory ran out.
+        """
         table = self._table[: len(points)]
         table.copy_(torch.from_numpy(np.stack(points)).reshape(table.shape))
         scores = None
@@ -103,14 +120,14 @@ class Candidates:
             with candidates(self.model, table):
                 scores = scorer.scores(batch.repeated(len(points)))
         except (RuntimeError, MemoryError) as error:
-            if not self.setbacks.is_retryable(error, self.model):
+            if not self.memory.is_retryable(error, self.model):
                 raise
-        if scores is None:  # outside the except block, whose traceback holds the failed pass's tensors
-            self.setbacks.ran_out_of_memory_for(len(points))
+        if scores is None:  # outside the except block: its traceback holds the failed pass's tensors
+            self.memory.halve_candidates(len(points))
             return None
         return [_finite(part) for part in scores.unflatten(0, (len(points), len(batch)))]
 
-    def _alone(
+    def _one_by_one(
         self, scorer: LabelScorer, batches: Sequence[Batch], index: int, point: np.ndarray, share_prefix: bool = False
     ) -> list[Scored]:
         self.set_point(point)
@@ -118,12 +135,12 @@ class Candidates:
         return [
             (index, piece, scores)
             for batch in batches
-            for piece, scores in self.setbacks.in_pieces(at_point, batch, lambda one: _finite(at_point.scores(one)))
+            for piece, scores in self.memory.in_pieces(at_point, batch, lambda one: _finite(at_point.scores(one)))
         ]
 
 
 def _finite(scores: Tensor) -> Tensor | None:
-    """The scores [n, C], if every example has one at least and all of its are finite."""
+    """The scores [n, C], or None where an example has no score or one that is not finite. -inf marks an absent label."""
     absent = scores == -torch.inf
     good = torch.isfinite(scores.masked_fill(absent, 0.0)).all() and not absent.all(dim=-1).any()
     return scores if bool(good) else None

@@ -72,13 +72,13 @@ class ShotChoice:
         task: The chosen task, with its few-shot examples.
         losses: For each candidate, the mean loss of held-out examples after its short search, in nats.
         steps: For each candidate, the steps of that search: FIRST_ROUND_STEPS for one that was no finalist.
-        setbacks: Warnings of the searches, such as a lack of memory.
+        warnings: Warnings of the searches, such as a lack of memory.
     """
 
     task: Task
     losses: list[float]
     steps: list[int]
-    setbacks: list[str]
+    warnings: list[str]
 
 
 # Candidates and the examples that compare them.
@@ -230,7 +230,7 @@ def choose_shots(
         _check_scoring(task)
     examples = comparison_examples(candidates, records)
     saved = _SavedTrials(output, Processes(share_model=is_tensor_parallel(model)), overwrite)
-    setbacks: list[str] = []
+    warnings: list[str] = []
     losses, steps = [math.nan] * len(candidates), [0] * len(candidates)
 
     def search(index: int, num_steps: int) -> None:
@@ -240,7 +240,7 @@ def choose_shots(
         key = saved.key(identity(model, [task], [examples], tokens, trial, start, ""))
         if key not in saved.losses:
             result = calibrate(model, tokenizer, task, records=examples, start=start, progress=progress, options=trial)
-            setbacks.extend(result.report["setbacks"])
+            warnings.extend(result.report["warnings"])
             saved.add(key, result.report["tuned"]["loss"])
         losses[index], steps[index] = saved.losses[key], num_steps
 
@@ -251,7 +251,7 @@ def choose_shots(
         left = sorted(sorted(left, key=losses.__getitem__)[:FINALISTS])
     for index in left:
         search(index, TRIAL_OPTIONS["steps"])
-    return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, setbacks)
+    return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, warnings)
 
 
 def _check_scoring(task: Task) -> None:

@@ -1,4 +1,4 @@
-"""What tells a model from another of the same shape: digests cheap enough to take at every start."""
+"""Digests of a model's weights and of examples' tokens, which a resumed calibration compares with its own."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 from zerotuning.tasks.tokenization import TokenizedPrompt
 
-#: Elements of a weight that are looked at, spread over all of it.
+#: Number of elements of each weight in the digest, spread evenly over it.
 SAMPLE = 64
 
 
 def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of SHA-256 over the weights' names, shapes and SAMPLE elements each; of a weight that is not in
-    memory, name and shape alone. Other weights nearly always give another digest; a change of few elements may not."""
+    """Digest the names, the shapes and SAMPLE elements of each weight; of a weight on the meta device no elements.
+
+    Other weights nearly always give another digest; a change of few elements may not.
+
+    Returns:
+        16 hexadecimal digits of SHA-256.
+    """
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {list(weight.shape)}".encode())
@@ -27,7 +32,7 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _sample(weight: Tensor) -> Tensor:
-    """float64 [at most SAMPLE], on the CPU."""
+    """At most SAMPLE elements, float64 on the CPU."""
     flat = weight.reshape(-1)
     count = min(len(flat), SAMPLE)
     places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
@@ -35,6 +40,10 @@ def _sample(weight: Tensor) -> Tensor:
 
 
 def tokens_digest(examples: Sequence[Sequence[TokenizedPrompt]]) -> str:
-    """16 hex digits of SHA-256 over the tokens of each task's examples."""
+    """Digest the tokens of each task's examples.
+
+    Returns:
+        16 hexadecimal digits of SHA-256.
+    """
     tokens = [[(example.prompt, example.labels) for example in part] for part in examples]
     return hashlib.sha256(repr(tokens).encode()).hexdigest()[:16]

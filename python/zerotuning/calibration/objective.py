@@ -1,4 +1,4 @@
-"""What a search minimises, at any log γ: the objective of chosen examples, its gradient, and the scores behind it."""
+"""The objective of chosen examples at any log γ, its gradient in log γ, and the label scores behind both."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from zerotuning.calibration.batched_candidates import Candidates
+from zerotuning.calibration.batched_candidates import CandidateScorer
 from zerotuning.calibration.folds import Places
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
@@ -28,37 +28,55 @@ from zerotuning.models.process_group import Processes
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
-#: Texts that the model wrote and the examples they answer -> a number, the higher the better.
+#: (generated texts, their examples) -> a number, the higher the better.
 Metric = Callable[[list[str], list[Record]], float]
 
 
 @dataclass
 class TaskExamples:
-    """A task and the examples that its calibration may use."""
+    """A task and the examples of its calibration.
+
+    Attributes:
+        task: The task.
+        records: The examples.
+        scorer: Scores the examples' labels.
+        prior: float32 [C], the share of each label, for the objective information.
+    """
 
     task: Task
     records: list[Record]
     scorer: LabelScorer
-    prior: Tensor | None = None  # [C], for the objective information
+    prior: Tensor | None = None
 
     @property
     def has_labels(self) -> bool:
+        """Whether every example has a label."""
         return not self.task.continuation and int(self.scorer.labels.min()) >= 0
 
     @cached_property
     def shares_prefix(self) -> bool:
-        """Whether what all prompts begin with is read once: a point, or a batch where a gradient is taken."""
+        """Whether the tokens that all prompts begin with are read once a point, or once a batch with gradients."""
         return is_worth_sharing(self.scorer)
 
     def scorer_at_point(self) -> LabelScorer:
-        """The scorer for one point, or for one batch where a gradient is taken: it may read the shared prefix once."""
+        """Return a scorer for one point, or for one batch with gradients, that may read the shared prefix once."""
         return behind_prefix(self.scorer) if self.shares_prefix else self.scorer
 
 
 class Measurement:
-    """The objective, as a mean over tasks, of chosen examples of each.
+    """The objective of chosen examples, as a mean over tasks.
 
-    Points are log γ, float64 [layers * heads]. Several processes share every batch and all get the same numbers.
+    Points are log γ, float64 [layers * heads]. Several processes share every batch; all return the same numbers.
+
+    Args:
+        model: A patched model.
+        tokenizer: Its tokenizer.
+        tasks: The tasks and their examples.
+        parameters: The model's log γ as leaves of autograd, from `patching.patch.head_parameters`.
+        options: The calibration's options.
+        memory: What to do where memory runs out.
+        processes: This process and those that it shares the examples or the model with.
+        metric: A function of generated texts that replaces the objective.
     """
 
     def __init__(
@@ -68,7 +86,7 @@ class Measurement:
         tasks: Sequence[TaskExamples],
         parameters: Sequence[Tensor],
         options: CalibrationOptions,
-        setbacks: OutOfMemoryRetry,
+        memory: OutOfMemoryRetry,
         processes: Processes,
         metric: Metric | None = None,
     ) -> None:
@@ -77,33 +95,32 @@ class Measurement:
         self.tasks = list(tasks)
         self.parameters = parameters
         self.options = options
-        self.setbacks = setbacks
+        self.memory = memory
         self.processes = processes
         self.metric = metric
-        self.candidates = Candidates(model, parameters, setbacks)
+        self.candidates = CandidateScorer(model, parameters, memory)
         if supports_recording(model):
-            forward = RecordedForward(PlainForward(model), Recordings(model, parameters, setbacks.note))
+            forward = RecordedForward(PlainForward(model), Recordings(model, parameters, memory.note))
             self.tasks = [replace(task, scorer=task.scorer.using(forward)) for task in tasks]
 
     @property
     def reads_text(self) -> bool:
-        """Whether the objective is a number of generated text: of a metric, or the right answers of scoring
-        `generate`."""
+        """Whether the objective depends on generated text: on a metric, or on the answers of the scoring `generate`."""
         return self.metric is not None or self.tasks[0].task.scoring == "generate"
 
     # Losses.
 
     def scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
-        """For each task the label scores of the examples at `places`, float32 [n, C]; NaN where there are none."""
+        """Return each task's label scores of the examples at `places`, float32 [n, C]; NaN where they are not finite."""
         return self.scores_at([point], places)[0]
 
     def scores_at(self, points: Sequence[np.ndarray], places: Places) -> list[list[Tensor]]:
-        """`scores` at each of several points, which share passes."""
+        """Return `scores` at each of several points, which share forward passes."""
         by_task = [self._task_scores(task, points, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
         return [list(of_point) for of_point in zip(*by_task, strict=True)]
 
     def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
-        """The objective, inf where an example has no finite score."""
+        """Return the objective; inf where an example has no finite score."""
         values = []
         for task, part, chosen in zip(self.tasks, scores, places, strict=True):
             if bool(part.isnan().any()):
@@ -112,15 +129,15 @@ class Measurement:
         return math.fsum(values) / len(values)
 
     def accuracy_of(self, scores: Sequence[Tensor], places: Places) -> float | None:
-        """Fraction of right answers, the mean over tasks; None where labels are missing."""
+        """Return the fraction of right answers, as a mean over tasks; None where labels are missing."""
         if not all(task.has_labels for task in self.tasks):
             return None
         labels = [task.scorer.labels[list(chosen)] for task, chosen in zip(self.tasks, places, strict=True)]
-        found = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
-        return math.fsum(found) / len(found)
+        accuracies = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
+        return math.fsum(accuracies) / len(accuracies)
 
     def losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
-        """The objective at each point; with a metric of generated text, minus that metric."""
+        """Return the objective at each point; with a metric of generated text, minus that metric."""
         if self.reads_text:
             return [self._generated_loss(point, places) for point in points]
         return [self.loss_of(scores, places) for scores in self.scores_at(points, places)]
@@ -139,7 +156,7 @@ class Measurement:
 
     def _task_scores(self, task: TaskExamples, points: Sequence[np.ndarray], places: Sequence[int]) -> list[Tensor]:
         columns = task.scorer.num_labels
-        table = np.zeros((len(points), len(places), columns + 1))  # the last column counts whether a row was found
+        table = np.zeros((len(points), len(places), columns + 1))  # the last column is 1 for a row with scores
         row_of = {place: row for row, place in enumerate(places)}
         batches = self._batches(task, places)
         for index, piece, scores in self.candidates.scores(task.scorer, batches, points, task.shares_prefix):
@@ -150,8 +167,8 @@ class Measurement:
         return list(torch.from_numpy(table[:, :, :columns].astype(np.float32)))
 
     def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
-        """This process's share of the examples, in batches: examples of one length are shared out evenly."""
-        size = self.setbacks.batch_size(self.options.batch_size)
+        """This process's share of the examples, in batches. Each process gets as many examples of a length as the others."""
+        size = self.memory.batch_size(self.options.batch_size)
         scorer = task.scorer_at_point()
         shares = [self.processes.share(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
         return [batch for share in shares for batch in scorer.batches_of(share, size)]
@@ -159,13 +176,18 @@ class Measurement:
     # Gradients.
 
     def loss_and_gradient(self, point: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
-        """The objective and its gradient in log γ, float64 [layers * heads]. An example without a finite loss is
-        left out; errors: ZeroTuningError where none has one."""
+        """Return the objective and its gradient in log γ, float64 [layers * heads].
+
+        An example without a finite loss is left out.
+
+        Raises:
+            ZeroTuningError: No example has a finite loss.
+        """
         loss, gradient = 0.0, np.zeros(self._size)
         for task, chosen in zip(self.tasks, places, strict=True):
             through_scores = self.options.objective == "information"
-            find = self._gradient_through_scores if through_scores else self._gradient_of_mean
-            value, part = find(task, point, chosen)
+            compute = self._gradient_through_scores if through_scores else self._gradient_of_mean
+            value, part = compute(task, point, chosen)
             loss += value / len(self.tasks)
             gradient += part / len(self.tasks)
         return loss, gradient
@@ -173,11 +195,11 @@ class Measurement:
     def _gradient_of_mean(
         self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
     ) -> tuple[float, np.ndarray]:
-        """For an objective that is a mean over examples: batch by batch."""
+        """The loss and gradient of an objective that is a mean over examples: batch by batch."""
         self.candidates.set_point(point)
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self.setbacks.saving_memory(self.model):
+            with self.memory.checkpointing(self.model):
                 scores = self._scorer_with_gradients(task).scores(batch)
                 value = self._objective(task, scores, batch.labels) * len(batch)
                 return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
@@ -188,41 +210,42 @@ class Measurement:
     def _gradient_through_scores(
         self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
     ) -> tuple[float, np.ndarray]:
-        """For an objective that is no mean over examples: its gradient in all scores first, then batch by batch."""
+        """The loss and gradient of another objective: first its gradient in all scores, then batch by batch."""
         (scores,) = self._task_scores(task, [point], places)
         self.candidates.set_point(point)
-        kept = ~scores.isnan().any(dim=-1)
-        known = [place for place, good in zip(places, kept.tolist(), strict=True) if good]
-        if not known:
+        is_finite = ~scores.isnan().any(dim=-1)
+        usable = [place for place, finite in zip(places, is_finite.tolist(), strict=True) if finite]
+        if not usable:
             raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
-        leaf = scores[kept].requires_grad_()
-        value = self._objective(task, leaf, task.scorer.labels[known])
+        leaf = scores[is_finite].requires_grad_()
+        value = self._objective(task, leaf, task.scorer.labels[usable])
         (weights,) = torch.autograd.grad(value, leaf)
-        weight_of = dict(zip(known, weights, strict=True))
+        weight_of = dict(zip(usable, weights, strict=True))
 
         def compute(batch: Batch) -> np.ndarray | None:
-            with self.setbacks.saving_memory(self.model):
-                found = self._scorer_with_gradients(task).scores(batch)
-                weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(found.device)
-                gradient = self._gradient((found.masked_fill(found == -torch.inf, 0.0) * weight).sum())
+            with self.memory.checkpointing(self.model):
+                batch_scores = self._scorer_with_gradients(task).scores(batch)
+                weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(batch_scores.device)
+                present = batch_scores.masked_fill(batch_scores == -torch.inf, 0.0)
+                gradient = self._gradient((present * weight).sum())
             return self._finite_sums(0.0, gradient, len(batch))
 
-        return float(value.detach()), self._summed(task, known, compute)[2:]
+        return float(value.detach()), self._summed(task, usable, compute)[2:]
 
     def _scorer_with_gradients(self, task: TaskExamples) -> LabelScorer:
         """The scorer for one batch's forward and backward pass.
 
         Checkpointed layers compute twice, and cannot read on from a cache that their first computation filled.
         """
-        return task.scorer_at_point() if self.setbacks.keeps_activations(self.model) else task.scorer
+        return task.scorer_at_point() if self.memory.keeps_activations(self.model) else task.scorer
 
     def _summed(
         self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
     ) -> np.ndarray:
-        """(loss, examples, gradient…) added up over batches and processes: float64 [2 + layers * heads]."""
+        """The sums over batches and processes of (loss, examples, gradient…), float64 [2 + layers * heads]."""
         sums = np.zeros(2 + self._size)
         for batch in self._batches(task, places):
-            for _, part in self.setbacks.in_pieces(task.scorer_at_point(), batch, compute):
+            for _, part in self.memory.in_pieces(task.scorer_at_point(), batch, compute):
                 sums += part
         sums = self.processes.sum(sums)
         if sums[1] == 0:
@@ -255,37 +278,37 @@ class Measurement:
         values = []
         for task, chosen in zip(self.tasks, places, strict=True):
             records = [task.records[place] for place in chosen]
-            texts = self._written(task, chosen)
+            texts = self._generated_texts(task, chosen)
             value = (
                 generated_accuracy(task.task, texts, records) if self.metric is None else self.metric(texts, records)
             )
             values.append(-float(self.processes.broadcast_from_main(repr(_finite(value)))))
         return math.fsum(values) / len(values)
 
-    def _written(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
-        """What the model writes after each prompt, greedily, at the point that is set."""
+    def _generated_texts(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
+        """The text that greedy decoding writes after each prompt, with the scales of `set_point`."""
         texts: dict[int, str] = {}
-        size = self.setbacks.batch_size(self.options.batch_size)
+        size = self.memory.batch_size(self.options.batch_size)
         for begin in range(0, len(places), size):
             chosen = places[begin : begin + size]
-            for piece, written in self.setbacks.in_pieces(
+            for piece, answers in self.memory.in_pieces(
                 task.scorer, task.scorer.prompt_batch(chosen), lambda batch: self._generate(task, batch)
             ):
-                texts.update(zip(piece.indices.tolist(), written, strict=True))
+                texts.update(zip(piece.indices.tolist(), answers, strict=True))
         return [texts[place] for place in places]
 
     def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
-        return generate_answers(task.scorer, self.tokenizer, batch, self._tokens_to_write(task))
+        return generate_answers(task.scorer, self.tokenizer, batch, self._max_new_tokens(task))
 
-    def _tokens_to_write(self, task: TaskExamples) -> int:
+    def _max_new_tokens(self, task: TaskExamples) -> int:
         return self.options.max_new_tokens if self.metric is not None else max_answer_tokens(task.scorer)
 
 
 def _finite(value: Any) -> float:
-    """What a metric returned, a number of any library's, as Python has it."""
+    """A metric's result, a number of any library, as a Python float."""
     try:
         number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of torch, for several elements
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a torch tensor of several elements
         number = math.nan
     if not math.isfinite(number):
         raise ZeroTuningError(f"metric must return a finite number, got {value!r}")

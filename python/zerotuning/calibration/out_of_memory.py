@@ -1,27 +1,29 @@
-"""What went wrong on the way and was survived: batches too large for the memory, losses that are no number."""
+"""What a calibration does when memory runs out: smaller batches, and activations that are computed twice, not kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from zerotuning.calibration.checkpointing import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import is_offloaded
 from zerotuning.models.tensor_parallel import is_tensor_parallel
+from zerotuning.patching.layer_scales import CHILD
 
 T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch ran out of memory, on a GPU or on the CPU (there it says so in words only)."""
+    """Return whether torch ran out of memory. On the CPU only the error's text tells."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
@@ -29,52 +31,72 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass
 class OutOfMemoryRetry:
-    """Retries batches in halves, and keeps note for the report.
+    """Retries batches in halves, remembers which sizes fit, and collects warnings for the report.
 
-    largest         examples that a batch may have since memory ran out; None: it never did
-    together        candidates that may share a pass since memory ran out for more; None: it never did
-    checkpointed    whether memory ran out for a single example: from then on no activations are kept for gradients
-    notes           what happened, each once
+    Attributes:
+        max_batch_size: Number of examples in a batch at most, since memory ran out; None: it never did.
+        max_candidates: Number of candidates in one forward pass at most, since memory ran out; None: it never did.
+        checkpointed: Whether memory ran out for a single example. From then on the layers are checkpointed.
+        notes: The warnings, each once.
     """
 
-    largest: int | None = None
-    together: int | None = None
+    max_batch_size: int | None = None
+    max_candidates: int | None = None
     checkpointed: bool = False
     notes: list[str] = field(default_factory=list)
 
-    def saving_memory(self, model: nn.Module) -> AbstractContextManager[None]:
-        """What a pass with gradients goes on in. Without checkpoints a graph would keep offloaded weights on the device."""
+    def checkpointing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Return the context of a pass with gradients: with checkpointed layers where memory requires them."""
         return nullcontext() if self.keeps_activations(model) else checkpointed_layers(model)
 
     def keeps_activations(self, model: nn.Module) -> bool:
+        """Return whether a pass with gradients keeps its activations.
+
+        An offloaded model never does: the autograd graph would keep the weights on the device.
+        """
         return not (self.checkpointed or is_offloaded(model))
 
     @staticmethod
     def is_retryable(error: BaseException, model: nn.Module) -> bool:
-        """Whether less at once may help where memory ran out. Of processes that share a model the others, whose memory
-        may have sufficed, wait in the same pass."""
+        """Return whether a smaller pass may succeed after this error.
+
+        Tensor-parallel ranks cannot retry: the other ranks are blocked in the same collective.
+        """
         return is_out_of_memory(error) and not is_tensor_parallel(model)
 
     def note(self, text: str) -> None:
+        """Add a warning to the report."""
         if text not in self.notes:
             self.notes.append(text)
 
     def batch_size(self, wanted: int) -> int:
-        return wanted if self.largest is None else min(wanted, self.largest)
+        """Return the batch size to use where `wanted` is asked for."""
+        return wanted if self.max_batch_size is None else min(wanted, self.max_batch_size)
 
-    def ran_out_of_memory_for(self, candidates: int) -> None:
-        """To be told where so many did not fit into a pass: half of them are tried next."""
-        self.together = candidates // 2
-        self.note(f"not enough memory for {candidates} candidates in a pass, retried with at most {self.together}")
+    def halve_candidates(self, candidates: int) -> None:
+        """Allow half as many candidates in a pass, because so many did not fit."""
+        self.max_candidates = candidates // 2
+        self.note(
+            f"not enough memory for {candidates} candidates in a pass, retried with at most {self.max_candidates}"
+        )
         self._free_memory()
 
     def in_pieces(
         self, scorer: LabelScorer, batch: Batch, compute: Callable[[Batch], T | None]
     ) -> list[tuple[Batch, T]]:
-        """`compute` of the batch or, where memory runs out or it gives None (no finite number), of its halves.
+        """Compute a batch or, where that fails, its halves.
 
-        An example that gives None by itself is left out. Errors: ZeroTuningError for an example that is too
-        large for the memory by itself. Of a tensor-parallel model running out of memory is an error at once.
+        Args:
+            scorer: The scorer that makes batches of a half's examples.
+            batch: The examples.
+            compute: A function of a batch. None is a failure: a loss that is not finite.
+
+        Returns:
+            The pieces and their results. An example that fails by itself is left out.
+
+        Raises:
+            ZeroTuningError: An example that is too large for the memory by itself. With a tensor-parallel model, a lack
+                of memory is torch's error at once.
         """
         try:
             value = compute(batch)
@@ -82,7 +104,7 @@ class OutOfMemoryRetry:
             if not self.is_retryable(error, scorer.model):
                 raise
             value = None
-            self._ran_out_of_memory(batch, error)
+            self._reduce_memory(batch, error)
         else:
             if value is not None:
                 return [(batch, value)]
@@ -90,7 +112,7 @@ class OutOfMemoryRetry:
                 self.note(f"{batch.examples[0].origin}: no finite loss at some scales, left out there")
                 return []
             self.note(f"no finite loss in a batch of {len(batch)}, retried in halves")
-        # Outside the except block: the failed pass's tensors, held by its traceback, are free again.
+        # Outside the except block: the traceback, which holds the failed pass's tensors, is gone.
         self._free_memory()
         places = batch.indices.tolist()
         halves = (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else (places,)
@@ -102,7 +124,7 @@ class OutOfMemoryRetry:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _ran_out_of_memory(self, batch: Batch, error: BaseException) -> None:
+    def _reduce_memory(self, batch: Batch, error: BaseException) -> None:
         if len(batch) == 1 and self.checkpointed:
             text = " ".join(str(error).split())
             raise ZeroTuningError(
@@ -112,5 +134,35 @@ class OutOfMemoryRetry:
             self.checkpointed = True
             self.note("not enough memory for a single example, activations are computed twice instead of kept")
             return
-        self.largest = max(1, len(batch) // 2)
-        self.note(f"not enough memory for a batch of {len(batch)}, retried with at most {self.largest}")
+        self.max_batch_size = max(1, len(batch) // 2)
+        self.note(f"not enough memory for a batch of {len(batch)}, retried with at most {self.max_batch_size}")
+
+
+@contextmanager
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
+    """Checkpoint a patched model's layers: they keep their inputs only and run again in the backward pass.
+
+    Unlike transformers' gradient checkpointing this needs no training mode, so that dropout stays off.
+    """
+    layers = _layers_with_attention(model)
+    instance_forwards = [vars(layer).get("forward") for layer in layers]  # of a hook, such as accelerate's
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, instance_forwards, strict=True):
+            del layer.forward  # the class's forward is used again
+            if forward is not None:
+                layer.forward = forward
+
+
+def _layers_with_attention(model: nn.Module) -> list[nn.Module]:
+    """The members of the model's stacks of layers that contain an attention layer."""
+    return [
+        layer
+        for stack in model.modules()
+        if isinstance(stack, nn.ModuleList)
+        for layer in stack
+        if any(hasattr(module, CHILD) for module in layer.modules())
+    ]

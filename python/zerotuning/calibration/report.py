@@ -1,4 +1,4 @@
-"""What a calibration found, in figures: on the held-out examples, before and after."""
+"""The figures of a calibration's report: loss, accuracy and entropy on the held-out examples, before and after."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.search_result import SearchResult
 from zerotuning.evaluation import objectives
+from zerotuning.tasks.task import Task
 from zerotuning.version import __version__
 
-#: What of the report goes into the scales' own metadata: nothing that differs between two runs of one command.
+#: The report's fields in zerotuning_config.json: none that differs between two runs of the same command.
 METADATA_FIELDS = (
     "prompts",
     "examples",
@@ -38,8 +39,12 @@ METADATA_FIELDS = (
 def held_out_figures(
     measurement: Measurement, parameterization: ScaleParameterization, found: SearchResult, acceptance: AcceptanceTest
 ) -> dict[str, Any]:
-    """`baseline` and `tuned` (loss, accuracy, entropy) of the held-out examples of all splits, by the scales that
-    never saw them; `tasks`, the same for each task with its confusion; `by_seed` and its `spread`."""
+    """Measure the held-out examples of every split with the scales that never saw them.
+
+    Returns:
+        `held_out_examples`, their number; `baseline` and `tuned` (loss, accuracy, entropy); `tasks`, the same for each
+        task with its confusion; `by_seed`, the tuned figures of each search, and their `spread`.
+    """
     before, after, by_seed = [], [], []
     for split, point in found.held_out_points:
         before.append(acceptance.baseline_scores(split.held_out))
@@ -61,7 +66,14 @@ def held_out_figures(
     }
 
 
+def prompt_settings(task: Task) -> dict[str, Any]:
+    """Return how the task's prompts are made: few-shot examples, chat template, scoring."""
+    shots = {"shots": len(task.shots)} | ({} if task.shot_seed is None else {"shot_seed": task.shot_seed})
+    return {"task": task.name, **shots, "chat": task.chat, "scoring": task.scoring}
+
+
 def versions() -> dict[str, str]:
+    """Return the versions of zerotuning, torch and Python."""
     return {"zerotuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -109,7 +121,11 @@ def _by_task(
 
 
 def confusion(labels: Tensor, predictions: Tensor, count: int) -> list[list[int]]:
-    """How many examples of each gold label (rows) were given each label (columns): [count][count]."""
+    """Count the examples of each gold label (rows) that were given each label (columns).
+
+    Returns:
+        [count][count] numbers.
+    """
     flat = torch.bincount(labels * count + predictions, minlength=count * count)
     return flat.reshape(count, count).tolist()
 
@@ -121,7 +137,7 @@ def _label_names(labels: tuple[str, ...] | str, count: int) -> list[str]:
 
 
 def _spread(by_seed: Sequence[dict[str, Any]]) -> dict[str, float] | None:
-    """Standard deviations over seeds; None of one seed."""
+    """The standard deviations over seeds; None for a single seed."""
     if len(by_seed) < 2:
         return None
     names = [name for name in ("loss", "accuracy") if all(one[name] is not None for one in by_seed)]

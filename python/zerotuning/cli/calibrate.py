@@ -302,14 +302,14 @@ def _print_choice(candidates: list[Task], choice: ShotChoice) -> None:
         name = "no shots" if task.shot_seed is None else f"--shot-seed {task.shot_seed}"
         note = "  chosen" if task is choice.task else "" if steps == max(choice.steps) else f"  after {steps} steps"
         print(f"  {name:<15} {loss:.4f}{note}")
-    for note in choice.setbacks:
+    for note in choice.warnings:
         print(f"  warning: {note}")
 
 
 def _print_calibration(calibration: Calibration, folder: Path, start: HeadScales | None) -> None:
     keeps_start = start is not None and calibration.report["free_heads"] < start.gamma.numel()
     print(_table(calibration.report, "untuned" if keeps_start else "γ = 1"))
-    for note in calibration.report["setbacks"]:
+    for note in calibration.report["warnings"]:
         print(f"  warning: {note}")
     if not calibration.improved:
         rest = "the tuned heads stay at 1, the others as --start has them" if keeps_start else "every γ stays 1"

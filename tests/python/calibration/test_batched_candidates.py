@@ -124,8 +124,8 @@ def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
         expected = measurement.scores_at(points, places)
         with memory_for(tiny_model, 9):
             found = measurement.scores_at(points, places)
-        assert measurement.setbacks.together in (1, 2)
-        assert any("candidates in a pass, retried with at most" in note for note in measurement.setbacks.notes)
+        assert measurement.memory.max_candidates in (1, 2)
+        assert any("candidates in a pass, retried with at most" in note for note in measurement.memory.notes)
         for one, other in zip(found, expected, strict=True):
             for scores, before in zip(one, other, strict=True):
                 torch.testing.assert_close(scores, before, rtol=1e-5, atol=1e-5)
@@ -152,7 +152,7 @@ def test_a_candidate_without_finite_scores_is_infinitely_bad_and_the_others_are_
         hook.remove()
     assert found[2] == math.inf
     assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-5)
-    assert any("no finite loss at some scales" in note for note in measurement.setbacks.notes)
+    assert any("no finite loss at some scales" in note for note in measurement.memory.notes)
 
 
 @pytest.mark.parametrize("method", ["cma-es", "paper"])
@@ -223,11 +223,11 @@ def test_gradients_go_through_shots_that_are_read_once_a_batch(
         places = all_places(measurement)
         with passes(tiny_model) as shapes:
             loss, gradient = measurement.loss_and_gradient(point, places)
-        measurement.setbacks.checkpointed = True  # which reads whole prompts
+        measurement.memory.checkpointed = True  # which reads whole prompts
         with passes(tiny_model) as checkpointed:
             kept_less = measurement.loss_and_gradient(point, places)
         one.shares_prefix = False
-        measurement.setbacks.checkpointed = False
+        measurement.memory.checkpointed = False
         with passes(tiny_model) as whole:
             expected = measurement.loss_and_gradient(point, places)
         assert sum(shape.numel() for shape in shapes) < sum(shape.numel() for shape in whole) / 2
@@ -253,7 +253,7 @@ def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tin
         expected = measurement.losses(points, places)
         with memory_for(tiny_model, 2):
             assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
-        assert measurement.setbacks.largest == 2
+        assert measurement.memory.max_batch_size == 2
 
 
 def test_a_window_that_padding_would_move_keeps_prompts_whole(tiny_model: Any, tiny_tokenizer: Any) -> None:

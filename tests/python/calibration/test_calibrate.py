@@ -12,9 +12,9 @@ import pytest
 import torch
 import zerotuning as zt
 from limited_memory import memory_for
-from zerotuning.calibration.checkpointing import checkpointed_layers
 from zerotuning.calibration.folds import draw_examples, make_folds
 from zerotuning.calibration.options import CalibrationOptions
+from zerotuning.calibration.out_of_memory import checkpointed_layers
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching.patch import head_parameters, patch, unpatch
 from zerotuning.tasks.examples import as_records
@@ -342,7 +342,7 @@ def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any) -> Non
     whole = calibrate(tiny)
     with memory_for(tiny[0], 3):
         found = calibrate(tiny)
-    assert any("not enough memory for a batch of" in note for note in found.report["setbacks"])
+    assert any("not enough memory for a batch of" in note for note in found.report["warnings"])
     assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
 
 
@@ -359,7 +359,7 @@ def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any
     checkpointed_only.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(type(tiny[0]), "forward", checkpointed_only)
     found = calibrate(tiny)
-    assert any("activations are computed twice" in note for note in found.report["setbacks"])
+    assert any("activations are computed twice" in note for note in found.report["warnings"])
     assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
     assert "forward" not in vars(block)
 
@@ -407,7 +407,7 @@ def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tin
     found = calibrate(tiny, records=records)
     assert calls[0] > 0
     assert found.improved
-    assert any("example 0: no finite loss" in note for note in found.report["setbacks"])
+    assert any("example 0: no finite loss" in note for note in found.report["warnings"])
 
 
 # What is refused.

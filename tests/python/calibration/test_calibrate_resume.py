@@ -155,7 +155,7 @@ def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokeni
     state = tmp_path / "out/calibration_state.json"
     content = json.loads(state.read_text("utf-8"))
     damaged = [{}, {**content, "state": {"search": {}}}, [1]]
-    for changes in ({"seconds": -1.0}, {"seconds": math.inf}, {"search": []}, {"setbacks": []}):
+    for changes in ({"seconds": -1.0}, {"seconds": math.inf}, {"search": []}, {"memory": []}):
         damaged.append({**content, "state": {**content["state"], **changes}})
     endless = {**content["state"]["search"], "round": math.inf}
     damaged.append({**content, "state": {**content["state"], "search": endless}})

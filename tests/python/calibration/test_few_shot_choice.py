@@ -72,7 +72,7 @@ def test_the_least_held_out_loss_of_a_short_search_is_taken(short: None, tiny_mo
     assert choice.losses == expected
     assert len(set(expected)) == 3
     assert choice.task is candidates[expected.index(min(expected))]
-    assert choice.setbacks == []
+    assert choice.warnings == []
     start = HeadScales(torch.full((2, 4), 1.5))
     assert choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, start=start, **options).losses != expected
 
@@ -89,7 +89,7 @@ def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
     def searches(model: Any, tokenizer: Any, task: Task, *, options: Any, **more: Any) -> Any:
         searched.append((task.shot_seed, options.steps))
         loss = {10: heat, 30: final}[options.steps][task.shot_seed]
-        return Calibration(HeadScales.ones(2, 4), {"tuned": {"loss": loss}, "setbacks": [f"{task.shot_seed}"]})
+        return Calibration(HeadScales.ones(2, 4), {"tuned": {"loss": loss}, "warnings": [f"{task.shot_seed}"]})
 
     monkeypatch.setattr(few_shot_choice, "calibrate", searches)
     choice = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path)
@@ -97,7 +97,7 @@ def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
     assert choice.task is candidates[3]
     assert choice.losses == [0.4, 0.15, 0.5, 0.1]
     assert choice.steps == [10, 30, 10, 30]
-    assert choice.setbacks == ["0", "1", "2", "None", "1", "None"]
+    assert choice.warnings == ["0", "1", "2", "None", "1", "None"]
     searched.clear()
     again = choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, output=tmp_path)
     assert (again.losses, searched) == (choice.losses, [])

@@ -91,7 +91,7 @@ def test_cma_es_tunes_what_is_written_and_gradients_refuse(tiny_model: Any, tiny
         with pytest.raises(ZeroTuningError, match=f"^scoring generate has no gradient: .* cma-es, got {method}$"):
             calibrate(tiny_model, tiny_tokenizer, FILMS, records=records, method=method)
     tasks = [FILMS, Task("other", "{text}:", (" a", " b"))]
-    with pytest.raises(ZeroTuningError, match=r"^scoring generate must be that of all tasks or of none$"):
+    with pytest.raises(ZeroTuningError, match=r"^all tasks or none must have the scoring generate$"):
         calibrate(tiny_model, tiny_tokenizer, tasks, records=[records, records], method="cma-es")
 
 
