@@ -21,27 +21,28 @@ from zerotuning.mt_bench.questions import TURNS, Answer, load_questions
 from zerotuning.output import check_result_file
 from zerotuning.tasks.examples import Record, read_examples
 
-#: The score of a judgment that failed or holds no rating, and the text of one that failed, as FastChat has them.
+#: FastChat's score of a judgment that failed or has no rating, and its text of a judgment that failed.
 NO_SCORE = -1
 FAILED = "$ERROR$"
-#: The environment variable that holds the key, unless the user names another.
+#: The environment variable with the key, unless the user names another.
 API_KEY = "OPENAI_API_KEY"
 
 _RATINGS = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 
 class Judge:
-    """A chat model that is asked through the `openai` client, which also tries again.
+    """A chat model behind an endpoint; the `openai` client sends the requests and retries them.
 
     Args:
-        base_url: of the endpoint, such as http://localhost:8000/v1.
-        model: the name that the endpoint knows it by.
-        api_key_env: the environment variable that holds the key (None: OPENAI_API_KEY where set; local servers need none).
-        max_tokens, temperature: of a judgment.
-        timeout: seconds a request may take.
+        base_url: Of the endpoint, such as http://localhost:8000/v1.
+        model: The model's name at the endpoint.
+        api_key_env: The environment variable with the key. Default: OPENAI_API_KEY, if it is set; local servers need none.
+        max_tokens: The most tokens of a judgment.
+        temperature: Of the judgment's sampling.
+        timeout: The most seconds of a request.
 
     Raises:
-        ZeroTuningError: the package openai is missing, the variable is not set, base_url is no URL.
+        ZeroTuningError: The package openai is missing, the environment variable is not set, or base_url is no URL.
     """
 
     def __init__(
@@ -65,10 +66,14 @@ class Judge:
         self.client: Any = self.openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout)
 
     def ask(self, prompt: JudgePrompt) -> str:
-        """The judgment's text; FAILED where the endpoint answered with an error, or not in time, to the last try.
+        """Ask for one judgment.
 
-        Errors: ZeroTuningError where no further judgment could succeed: nothing listens there, the key is refused, the
-        endpoint does not know the model or the address.
+        Returns:
+            The judgment's text; FAILED where the last retry ended with an error status or a timeout.
+
+        Raises:
+            ZeroTuningError: No further judgment could succeed: nothing listens at the address, the key is refused, or the
+                endpoint has no such model.
         """
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         try:
@@ -96,10 +101,17 @@ class Judge:
 
 
 class JudgmentFile:
-    """A file of judgments that is written anew, whole, after each; failed requests are made again on resuming.
+    """A file of judgments that is rewritten as a whole after each judgment; a resumed run repeats failed requests.
+
+    Args:
+        path: The file.
+        judge_model: The judge's name.
+        answers: The answers to judge, both turns of each.
+        templates: Templates of prompts, and reference answers.
+        overwrite: Start with no judgments, whatever the file holds.
 
     Raises:
-        ZeroTuningError: the file holds judgments of another judge, of other answers or prompts, all that are asked for,
+        ZeroTuningError: The file holds judgments of another judge, of other answers or prompts, all requested judgments,
             or something else.
     """
 
@@ -108,32 +120,32 @@ class JudgmentFile:
         path: str | os.PathLike[str],
         judge_model: str,
         answers: Sequence[Answer],
-        prompts: JudgePrompts,
+        templates: JudgePrompts,
         *,
         overwrite: bool = False,
     ) -> None:
         self.path = check_result_file(path)
         self.judge_model = judge_model
-        self.asked = {
-            (answer.question.question_id, turn): (answer, prompts.prompt(answer, turn))
+        self.prompts = {
+            (answer.question.question_id, turn): (answer, templates.prompt(answer, turn))
             for turn in range(1, TURNS + 1)
             for answer in answers
         }
         self.judgments: dict[tuple[int, int], Mapping[str, Any]] = {}
         if self.path.exists() and not overwrite:
             for record in read_examples(self.path):
-                self._keep(record)
+                self._resume(record)
             if not self.missing:
                 raise ZeroTuningError(
                     f"output {self.path} already holds {len(self.judgments)} judgments, all that were asked for:"
                     " choose another file or overwrite it"
                 )
 
-    def _keep(self, record: Record) -> None:
+    def _resume(self, record: Record) -> None:
         place = (record.get("question_id"), record.get("turn"))
-        if place not in self.asked or not isinstance(record.get("judgment"), str):
+        if place not in self.prompts or not isinstance(record.get("judgment"), str):
             raise ZeroTuningError(f"output {record.origin} is no judgment of these answers; choose another file")
-        answer, prompt = self.asked[place]  # type: ignore[index]
+        answer, prompt = self.prompts[place]  # type: ignore[index]
         made_of = (record.get("model"), record.get("judge"), record.get("user_prompt"))
         if made_of != (answer.model_id, [self.judge_model, prompt.name], prompt.user):
             raise ZeroTuningError(
@@ -145,11 +157,12 @@ class JudgmentFile:
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        return [place for place in self.asked if place not in self.judgments]
+        """(question id, turn) of each answer without a judgment."""
+        return [place for place in self.prompts if place not in self.judgments]
 
     def add(self, place: tuple[int, int], judgment: str) -> None:
-        """One judgment, and the file written with it."""
-        answer, prompt = self.asked[place]
+        """Add the judgment of one answer, (question id, turn), and rewrite the file."""
+        answer, prompt = self.prompts[place]
         self.judgments[place] = {
             "question_id": place[0],
             "model": answer.model_id,
@@ -160,32 +173,34 @@ class JudgmentFile:
             "turn": place[1],
             "tstamp": time.time(),
         }
-        order = [other for other in self.asked if other in self.judgments]
+        order = [other for other in self.prompts if other in self.judgments]
         write_json_lines_atomically(self.path, [self.judgments[other] for other in order])
 
 
 def rating(judgment: str) -> float:
-    """The number in [[…]], or else in […]; NO_SCORE where there is none, as FastChat reads it."""
+    """The number in [[…]], or else in […], as FastChat reads it; NO_SCORE where there is none."""
     for pattern in _RATINGS:
-        found = pattern.search(judgment)
-        if found:
-            value = float(found[1])
+        match = pattern.search(judgment)
+        if match:
+            value = float(match[1])
             return int(value) if value.is_integer() else value
     return NO_SCORE
 
 
 def judge_answers(judge: Judge, file: JudgmentFile, *, progress: bool = False) -> Path:
-    """Asks for every judgment that the file has not, first turns first, and keeps each at once."""
-    hidden = not (progress and sys.stderr.isatty())
-    for place in tqdm(file.missing, desc="judging", unit=" answers", disable=hidden, leave=False):
-        file.add(place, judge.ask(file.asked[place][1]))
+    """Ask for every judgment that the file lacks, first turns first, and write each one at once."""
+    no_bar = not (progress and sys.stderr.isatty())
+    for place in tqdm(file.missing, desc="judging", unit=" answers", disable=no_bar, leave=False):
+        file.add(place, judge.ask(file.prompts[place][1]))
     return file.path
 
 
 def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Means of a judgment file's scores by turn and category, without those that have none, and how many have none.
+    """Average a judgment file's scores by turn and category.
 
-    failures counts judgments without a score: requests that failed and texts without a rating.
+    Returns:
+        "judgments", their number; "failures", the number of judgments without a score (failed requests and texts without a
+        rating), which are left out of the means; and the means of `means`.
     """
     categories = {question.question_id: question.category for question in load_questions()}
     records = read_examples(path)
@@ -195,7 +210,7 @@ def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def without_reference(answers: Sequence[Answer], prompts: JudgePrompts) -> int:
-    """How many answers FastChat would have judged beside a reference answer that is not at hand."""
+    """The number of answers that FastChat judges beside a reference answer, and that have none here."""
     wanted = [answer for answer in answers if answer.question.category in REFERENCE_CATEGORIES]
     return sum(prompts.reference(answer) is None for answer in wanted)
 

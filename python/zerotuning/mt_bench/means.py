@@ -6,20 +6,27 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+#: Turn, category, figures.
 Row = tuple[int, str, Mapping[str, float]]
 
 
 def means(rows: Iterable[Row]) -> dict[str, Any]:
-    """(turn, category, figures) of each answer -> {"mean": …, "turns": {"1": …}, "categories": {…}}: figures averaged, every
-    answer counting alike; None for the mean of no rows."""
-    found = list(rows)
+    """Average figures over all answers, by turn and by category, with equal weights.
+
+    Args:
+        rows: (turn, category, figures) of each answer.
+
+    Returns:
+        {"mean": …, "turns": {"1": …}, "categories": {…}}; the mean of no rows is None.
+    """
+    answers = list(rows)
     return {
-        "mean": _mean(found),
+        "mean": _mean(answers),
         "turns": {
-            str(turn): _mean([row for row in found if row[0] == turn]) for turn in sorted({row[0] for row in found})
+            str(turn): _mean([row for row in answers if row[0] == turn]) for turn in sorted({row[0] for row in answers})
         },
         "categories": {
-            name: _mean([row for row in found if row[1] == name]) for name in dict.fromkeys(row[1] for row in found)
+            name: _mean([row for row in answers if row[1] == name]) for name in dict.fromkeys(row[1] for row in answers)
         },
     }
 
@@ -31,11 +38,11 @@ def _mean(rows: Sequence[Row]) -> dict[str, Any] | None:
     return {"answers": len(rows), **figures}
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The same as lines of text: all, turns, categories."""
-    parts = {"all": found["mean"]}
-    parts |= {f"turn {turn}": mean for turn, mean in found["turns"].items()}
-    parts |= found["categories"]
+def table(averages: Mapping[str, Any]) -> str:
+    """The result of `means` as lines of text: all, turns, categories."""
+    parts = {"all": averages["mean"]}
+    parts |= {f"turn {turn}": mean for turn, mean in averages["turns"].items()}
+    parts |= averages["categories"]
     shown = [(name, mean) for name, mean in parts.items() if mean is not None]
     columns = [name for name in shown[0][1] if name != "answers"] if shown else []
     lines = [f"  {'':<12} {'answers':>7}" + "".join(f"  {name:>14}" for name in columns)]

@@ -1,12 +1,12 @@
-"""An offline proxy: how likely a model finds answers, and how sure it is of each next token. It measures no quality.
+"""An offline proxy for a judge: the likelihood of answers under a model, and the entropy of its next tokens.
 
-It needs no judge and no network. Likely is not good: a model finds its own repetitions likely. What it is for: comparing answers to the same questions
-under one fixed model, and noticing that decoding settings or scales changed them at all.
+The proxy needs no judge and no network, and it does not measure quality: a model's own repetitions are likely under it. Use
+the proxy to compare answers to the same questions under one fixed model, and to find out whether decoding settings or head
+scales changed the answers at all.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.models.device_maps import input_device
-from zerotuning.mt_bench.conversation import Conversation
+from zerotuning.models.inspection import forward_arguments
+from zerotuning.mt_bench.conversation import Conversation, tokens_left
 from zerotuning.mt_bench.means import Row, means
 from zerotuning.mt_bench.questions import TURNS, Answer
 
@@ -28,47 +29,46 @@ POSITIONS = 256
 
 
 def measure_proxy(model: Any, tokenizer: Any, answers: Sequence[Answer], *, progress: bool = False) -> dict[str, Any]:
-    """Figures of answers under a model as it stands, each answer in the dialogue that it was given in.
+    """Measure answers under a model as it stands, each answer in its own dialogue.
 
-    Of each answer: log_likelihood, the mean log-probability of its tokens, and entropy, the mean entropy of the distribution
-    that each was drawn from at temperature 1, both in nats. These are averaged by turn and category, every answer counting
-    alike. Answers without a token are left out and counted as empty; an answer is cut where the model's context ends and
-    counted as cut.
-    Returns: {"proxy", "answers", "empty", "cut", "mean", "turns", "categories"}.
-    Errors: ZeroTuningError for a prompt longer than the model's context, and for scores that are NaN.
+    An answer's log_likelihood is the mean log-probability of its tokens, its entropy the mean entropy of the model's
+    distributions of these tokens at temperature 1, both in nats. Answers without a token are left out and counted as empty.
+    An answer is cut where the model's context ends, and counted as cut.
+
+    Args:
+        model: A transformers causal language model.
+        tokenizer: Its tokenizer.
+        answers: The answers; their model may be another one.
+        progress: Draw a bar on stderr, if stderr is a terminal.
+
+    Returns:
+        {"proxy", "answers", "empty", "cut", "mean", "turns", "categories"}: the figures are averaged by turn and category
+        with equal weights (see `means`).
+
+    Raises:
+        ZeroTuningError: A prompt is longer than the model's context, or the model's scores are NaN.
     """
     conversation = Conversation(tokenizer)
     rows: list[Row] = []
     empty = cut = 0
-    hidden = not (progress and sys.stderr.isatty())
-    for answer in tqdm(answers, desc="proxy", unit=" dialogues", disable=hidden, leave=False):
+    no_bar = not (progress and sys.stderr.isatty())
+    for answer in tqdm(answers, desc="proxy", unit=" dialogues", disable=no_bar, leave=False):
         for turn in range(TURNS):
             prompt = conversation.prompt_tokens(
                 conversation.prompt(answer.question.turns[: turn + 1], answer.turns[:turn])
             )
             tokens = conversation.answer_tokens(answer.turns[turn])
-            kept = tokens[: _room(model, len(prompt), answer, turn)]
-            cut += len(kept) < len(tokens)
-            if not kept:
+            scored = tokens[: tokens_left(model, prompt, _place(answer, turn))]
+            cut += len(scored) < len(tokens)
+            if not scored:
                 empty += 1
                 continue
-            log_likelihood, entropy = _figures(model, prompt, kept)
+            log_likelihood, entropy = _figures(model, prompt, scored)
             if log_likelihood != log_likelihood:
                 raise ZeroTuningError(f"{_place(answer, turn)}: the model's scores are NaN")
             figures = {"log_likelihood": log_likelihood, "entropy": entropy}
             rows.append((turn + 1, answer.question.category, figures))
     return {"proxy": PROXY, "answers": len(rows), "empty": empty, "cut": cut, **means(rows)}
-
-
-def _room(model: Any, prompt: int, answer: Answer, turn: int) -> int | None:
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(context, int) or context <= 0:
-        return None
-    if prompt >= context:
-        raise ZeroTuningError(
-            f"{_place(answer, turn)}: the prompt takes {prompt} tokens, the model's context is {context}"
-        )
-    return context - prompt
 
 
 def _place(answer: Answer, turn: int) -> str:
@@ -77,10 +77,9 @@ def _place(answer: Answer, turn: int) -> str:
 
 @torch.no_grad()
 def _figures(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[float, float]:
-    """Mean log-probability of the tokens after the prompt, and mean entropy where they stand, nats."""
+    """Mean log-probability of the tokens after the prompt, and mean entropy of the model's distributions there, in nats."""
     ids = torch.tensor([[*prompt, *tokens]], device=input_device(model))
-    known = inspect.signature(model.forward).parameters
-    options = {"logits_to_keep": len(tokens) + 1} if "logits_to_keep" in known else {}
+    options = {"logits_to_keep": len(tokens) + 1} if "logits_to_keep" in forward_arguments(model) else {}
     logits = model(input_ids=ids, use_cache=False, **options).logits[0, -len(tokens) - 1 : -1]
     chosen, entropies = [], []
     for part, target in zip(logits.split(POSITIONS), ids[0, -len(tokens) :].split(POSITIONS), strict=True):

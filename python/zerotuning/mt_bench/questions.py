@@ -17,7 +17,7 @@ TURNS = 2
 
 @dataclass(frozen=True)
 class Question:
-    """Two turns of a user; `category` is one of eight, such as writing or math."""
+    """A user's two turns; `category` is one of eight, such as writing or math."""
 
     question_id: int
     category: str
@@ -26,7 +26,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said in both turns to a question; `record` is its line as the file has it."""
+    """A model's answers in both turns of a question; `record` is the answer's line in its file."""
 
     question: Question
     model_id: str
@@ -35,22 +35,23 @@ class Answer:
 
 
 def load_questions(limit: int | None = None) -> list[Question]:
-    """The 80 questions in their order, or the first so many."""
+    """The 80 questions in order, or the first `limit` of them."""
     records = read_examples(DATA / "question.jsonl")
     questions = [Question(record["question_id"], record["category"], tuple(record["turns"])) for record in records]
     return questions[:limit]
 
 
 def read_answers(path: str | os.PathLike[str]) -> list[Answer]:
-    """The answers of a file in FastChat's format: question_id, model_id, choices[0].turns; further fields are kept.
+    """Read a file of answers in FastChat's format: question_id, model_id, choices[0].turns; further fields are kept.
 
-    Errors: ZeroTuningError for a missing file, and for a line of another shape, which it names.
+    Raises:
+        ZeroTuningError: The file is missing, or a line has another shape; the error names the line.
     """
     return parse_answers(read_examples(path))
 
 
 def parse_answers(records: Iterable[Record]) -> list[Answer]:
-    """The lines of such a file as answers; errors as of `read_answers`."""
+    """Convert the lines of such a file to answers; the errors are those of `read_answers`."""
     questions = {question.question_id: question for question in load_questions()}
     answers: dict[int, Answer] = {}
     for record in records:
