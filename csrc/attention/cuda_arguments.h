@@ -80,21 +80,4 @@ struct CudaAttentionGradients {
   void* scratch;         // as many bytes as the launcher's *_scratch function returns
 };
 
-// Whether rows of query, key and value can be read 16 bytes at a time. Those of results can be
-// then: csrc/ops allocates results with rows that begin at multiples of 16 bytes.
-inline bool has_16_byte_rows(const CudaAttention& c) {
-  const auto fits = [](const Strided4<const void>& array, int64_t batch, int64_t heads,
-                       int64_t rows) {
-    const auto stride_fits = [](int64_t stride, int64_t size) {
-      return size == 1 || (stride > 0 && stride % 8 == 0);
-    };
-    return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 &&
-           stride_fits(array.batch_stride, batch) && stride_fits(array.head_stride, heads) &&
-           stride_fits(array.row_stride, rows);
-  };
-  return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && c.head_size % 8 == 0 &&
-         c.value_head_size % 8 == 0 && fits(c.query, c.batch, c.heads, c.queries) &&
-         fits(c.key, c.batch, c.key_heads, c.keys) && fits(c.value, c.batch, c.key_heads, c.keys);
-}
-
 }  // namespace zerotuning::attention

@@ -11,9 +11,7 @@ int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // by
 cudaError_t attention_backward_plain(const CudaAttention& arguments,
                                      const CudaAttentionGradients& gradients, cudaStream_t stream);
 
-// Whatever attention_hopper supports, up to this head size.
-constexpr int32_t max_hopper_backward_head_size = 128;
-bool supports_hopper_backward(const CudaAttention& arguments);
+// Whatever attention_hopper supports, up to head size 128.
 int64_t attention_backward_hopper_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t attention_backward_hopper(const CudaAttention& arguments,
                                       const CudaAttentionGradients& gradients,

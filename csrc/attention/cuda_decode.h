@@ -2,21 +2,13 @@
 #pragma once
 
 #include "attention/cuda_arguments.h"
+#include "attention/decode_route.h"
 
 namespace zerotuning::attention {
-
-// How K and V are copied into shared memory.
-enum class DecodeRoute : int64_t {
-  automatic = 0,  // bulk for caches much larger than the level-2 cache, else rings
-  rings = 1,      // each warp copies its own tiles into a ring of its own
-  bulk = 2,  // Hopper's bulk copy engine copies for the whole block: sm_90a, head size 64 or 128
-};
 
 // The keys are split over blocks. A block reads K and V once for up to 32 rows (heads of a key head
 // times queries; 16 above head size 128), and the splits are merged in a fixed order. 16-bit
 // dtypes, head sizes that are multiples of 8 up to 256.
-bool supports_decode(const CudaAttention& arguments);
-bool supports_bulk_decode(const CudaAttention& arguments);
 int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
 
 // Counters in the current device's memory with which blocks find out which of them ends last. A
@@ -24,9 +16,9 @@ int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);
 constexpr int32_t decode_counter_sets = 64;
 cudaError_t decode_counters(int32_t set, uint32_t*& first);
 
-// counters: a set of decode_counters, or null: a second kernel then merges the splits.
+// counters: a set of decode_counters, or null: a second kernel then merges the splits. route: rings
+// or bulk, which ops/cuda_routes.h chooses.
 cudaError_t decode(const CudaAttention& arguments, void* scratch, uint32_t* counters,
-                   const CudaDevice& device, cudaStream_t stream,
-                   DecodeRoute route = DecodeRoute::automatic);
+                   const CudaDevice& device, cudaStream_t stream, DecodeRoute route);
 
 }  // namespace zerotuning::attention

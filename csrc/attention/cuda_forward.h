@@ -11,7 +11,6 @@ cudaError_t attention_plain(const CudaAttention& arguments, cudaStream_t stream)
 
 // Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),
 // strides and pointers that are multiples of 16 bytes; any geometry.
-bool supports_hopper_forward(const CudaAttention& arguments);
 cudaError_t attention_hopper(const CudaAttention& arguments, int32_t multiprocessors,
                              cudaStream_t stream);
 

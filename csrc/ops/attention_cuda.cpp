@@ -16,6 +16,7 @@
 #include "attention/cuda_forward.h"
 #include "attention/cuda_initial_token.h"
 #include "attention/cuda_key_mask.h"
+#include "ops/cuda_routes.h"
 #include "ops/layout.h"
 
 namespace zerotuning::ops {
@@ -152,107 +153,49 @@ void read_key_mask(const Problem& p, Call& call, bool find = true) {
         "key_mask");
 }
 
-// As many queries as keys, no window, no chosen keys.
-bool square(const Problem& p) {
-  return p.queries == p.keys && !p.query_start && !p.span && (p.window == 0 || p.window >= p.keys);
+// Whether a condition holds for every stride of query, key and value along which there is a step.
+template <typename Holds>
+bool all_strides(const CudaAttention& a, const Holds& holds) {
+  const auto strides_of = [&](const Strided4<const void>& array, int32_t heads, int32_t rows) {
+    return (a.batch == 1 || holds(array.batch_stride)) &&
+           (heads == 1 || holds(array.head_stride)) && (rows == 1 || holds(array.row_stride));
+  };
+  return strides_of(a.query, a.heads, a.queries) && strides_of(a.key, a.key_heads, a.keys) &&
+         strides_of(a.value, a.key_heads, a.keys);
 }
 
-// A square causal problem, which is torch's kernels' too.
-bool ordinary(const Problem& p, const Call& call) {
-  return attention::has_16_byte_rows(call.arguments) && square(p) && p.queries > 1;
+// Whether rows of 16-bit numbers begin at multiples of 16 bytes.
+bool has_aligned_rows(const CudaAttention& a) {
+  const auto aligned = [](const Strided4<const void>& array) {
+    return reinterpret_cast<uintptr_t>(array.data) % 16 == 0;
+  };
+  return aligned(a.query) && aligned(a.key) && aligned(a.value) &&
+         all_strides(a, [](int64_t stride) { return stride % 8 == 0; });
 }
 
-// cuDNN's kernels are built for cards from sm_90 on, not for sm_120.
-bool has_cudnn(int32_t capability) { return capability >= 90 && capability < 120; }
-
-// The faster one of torch's kernels. cuDNN's know larger heads on Hopper's forward alone.
-constexpr int64_t largest_cudnn_head = 128;
-Route stock_of(const Problem& p, int32_t capability) {
-  const bool cudnn = has_cudnn(capability) && p.head_size <= largest_cudnn_head;
-  return cudnn ? Route::cudnn : Route::flash;
+// The call as the choice of a route sees it (cuda_routes.h).
+CudaCall cuda_call(const Problem& p, const Call& call) {
+  return {
+      .fixed = {.dtype = p.dtype,
+                .head_size = p.head_size,
+                .value_head_size = p.value_head_size,
+                .has_key_mask = p.key_mask.has_value(),
+                .has_span = p.span.has_value(),
+                .has_query_start = p.query_start.has_value()},
+      .batch = p.batch,
+      .heads = p.heads,
+      .key_heads = p.key_heads,
+      .queries = p.queries,
+      .keys = p.keys,
+      .window = call.arguments.geometry.window,
+      .positive_scale = p.scale > 0,
+      .aligned_rows = has_aligned_rows(call.arguments),
+      .positive_strides = all_strides(call.arguments, [](int64_t stride) { return stride > 0; }),
+  };
 }
 
-// By the card, the sizes and the mask. Batch and heads are dimensions of torch's grids.
-bool stock_knows(const Problem& p, Route stock, int32_t capability) {
-  constexpr int64_t most_sequences = 65535, largest_head = 256;
-  if (p.batch > most_sequences || p.heads > most_sequences) return false;
-  if (p.head_size != p.value_head_size || p.head_size > largest_head) return false;
-  return stock == Route::cudnn ? has_cudnn(capability) : !p.key_mask;
-}
-
-bool stock_takes(const Problem& p, const Call& call, Route stock) {
-  return !p.key_mask && ordinary(p, call) && stock_knows(p, stock, call.device.capability);
-}
-
-// Of shorter sequences the plain kernels take no more time than the stock route's launches.
-constexpr int64_t shortest_stock = 16;
-
-Route choose_forward(const Problem& p, const Call& call) {
-  if (call.device.capability == 90 && attention::supports_hopper_forward(call.arguments))
-    return Route::hopper;
-  const Route stock = stock_of(p, call.device.capability);
-  return p.queries >= shortest_stock && stock_takes(p, call, stock) ? stock : Route::plain;
-}
-
-// Up to here one kernel for all keys is no slower than torch's own and the launches around it (on
-// an H100, forward + backward over untuned cuDNN's, `bench attention`: 4 x 1024 0.87 against 1.22,
-// 1 x 4096 1.07 against 1.06, 4 x 4096 1.05 against 1.09, 1 x 8192 1.09 against 1.05), and γ's
-// gradient is exacter; with padding always, of which torch's kernels skip nothing.
-constexpr int64_t longest_hopper_backward = 4096;
-
-// Where Hopper's own kernel takes a backward that torch's could take as well.
-bool hopper_is_faster(const Problem& p) {
-  return p.head_size <= attention::max_hopper_backward_head_size &&
-         (p.key_mask || p.queries <= longest_hopper_backward);
-}
-
-bool hopper_takes_backward(const Call& call) {
-  return call.device.capability == 90 && attention::supports_hopper_backward(call.arguments);
-}
-
-// cuDNN's backward with a bias can give NaN where the last of its tiles of 128 keys is half empty
-// (logsumexp below -88: pytorch issue 196678, on Hopper).
-bool cudnn_may_fail(const Problem& p) { return p.key_mask && p.keys % 128 == 64; }
-
-// What torch's flash kernel cannot differentiate: head sizes that it wants more shared memory for
-// than some cards have, and float32 sums of grad_query that 32 bits do not count.
-bool flash_may_fail(const Problem& p, int32_t capability) {
-  const bool large_memory = capability == 80 || (capability >= 90 && capability < 120);
-  const int64_t rows = (p.queries + 127) / 128 * 128;
-  const int64_t columns = p.head_size > 192 ? 256 : (p.head_size + 31) / 32 * 32;
-  return (p.head_size > 192 && p.head_size <= 224 && !large_memory) ||
-         p.batch * p.heads * rows * columns > std::numeric_limits<int32_t>::max();
-}
-
-bool stock_knows_backward(const Problem& p, Route stock, int32_t capability) {
-  return stock_knows(p, stock, capability) &&
-         (stock == Route::cudnn ? p.head_size <= largest_cudnn_head
-                                : !flash_may_fail(p, capability));
-}
-
-bool stock_takes_backward(const Problem& p, const Call& call, Route stock) {
-  return ordinary(p, call) && stock_knows_backward(p, stock, call.device.capability);
-}
-
-// Where torch's kernel may make the gradients, by the card and the shapes.
-bool stock_may_differentiate(const Problem& p, int32_t capability) {
-  return p.queries >= shortest_stock &&
-         stock_knows_backward(p, stock_of(p, capability), capability) && !cudnn_may_fail(p);
-}
-
-Route choose_backward(const Problem& p, const Call& call) {
-  const bool stock = ordinary(p, call) && stock_may_differentiate(p, call.device.capability);
-  if ((!stock || hopper_is_faster(p)) && hopper_takes_backward(call)) return Route::hopper;
-  return stock ? stock_of(p, call.device.capability) : Route::plain;
-}
-
-// Whether backward will want the output_minus_initial_value: output minus the initial token's
-// value, of which the 16-bit output alone holds nothing where that token has all the weight. By
-// shapes and the card: fake kernels know no more (python/zerotuning/ops.py has the same rule).
-bool needs_output_minus_initial_value(const Problem& p, int32_t capability) {
-  const bool narrow = p.dtype == attention::DType::bfloat16 || p.dtype == attention::DType::float16;
-  return narrow && square(p) && p.head_size % 8 == 0 && stock_may_differentiate(p, capability) &&
-         !(capability == 90 && hopper_is_faster(p));
+Card card_of(const CudaDevice& device) {
+  return {.capability = device.capability, .l2_bytes = device.l2_bytes};
 }
 
 Tensor scratch(const Tensor& like, int64_t bytes) {
@@ -389,10 +332,12 @@ Tensor aligned_rows(const Tensor& t) {
 
 ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minus_initial_value) {
   Call call = begin(p);
+  const CudaCall shape = cuda_call(p, call);
+  const Card card = card_of(call.device);
   const Tensor output = new_output(p);
   const bool wanted =
       with_output_minus_initial_value &&
-      (route != Route::automatic || needs_output_minus_initial_value(p, call.device.capability));
+      (route != Route::automatic || torch_gradient_lengths(shape.fixed, card).contain(shape));
   const Tensor output_minus_initial_value =
       wanted ? new_output(p) : aten::empty(p.query, Sizes{0}, p.query.scalar_type());
   const Tensor logsumexp =
@@ -403,16 +348,16 @@ ThreeTensors attention_cuda(const Problem& p, Route route, bool with_output_minu
   a.logsumexp = mutable_array(logsumexp);
   if (wanted) a.output_minus_initial_value = mutable_array(output_minus_initial_value);
   read_key_mask(p, call);
-  if (route == Route::automatic) route = choose_forward(p, call);
+  if (route == Route::automatic) route = forward_route(shape, card);
+  require(supports_forward(route, shape, card), "the ", name_of(route),
+          " route does not support this call");
+  print_route("forward", shape, card, name_of(route));
   switch (route) {
     case Route::hopper:
-      require(call.device.capability == 90 && attention::supports_hopper_forward(a),
-              "the hopper route does not take this call");
       check(attention::attention_hopper(a, call.device.multiprocessors, call.stream), "attention");
       break;
     case Route::cudnn:
     case Route::flash: {
-      require(stock_takes(p, call, route), "torch's kernel does not take this call");
       const auto [part, part_logsumexp] = stock_forward(p, call, route);
       check(attention::initial_token_merge(a, const_array(part), const_array(part_logsumexp), 1,
                                            call.device, call.stream),
@@ -443,7 +388,12 @@ FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& b
   std::optional<Tensor> departure_rows;
   CudaAttention& a = call.arguments;
   read_key_mask(p, call);
-  if (route == Route::automatic) route = choose_backward(p, call);
+  const CudaCall shape = cuda_call(p, call);
+  const Card card = card_of(call.device);
+  if (route == Route::automatic) route = backward_route(shape, card);
+  require(supports_backward(route, shape, card), "the ", name_of(route),
+          " route does not support this call");
+  print_route("backward", shape, card, name_of(route));
   Tensor memory;
   attention::CudaAttentionGradients gradients{};
   const auto write_to = [&](const Gradients& g, int64_t scratch_bytes) {
@@ -462,7 +412,6 @@ FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& b
     };
   };
   if (route == Route::cudnn || route == Route::flash) {
-    require(stock_takes_backward(p, call, route), "torch's kernel does not take this call");
     if (output_minus_initial_value && output_minus_initial_value->numel() > 0) {
       departure_rows = aligned_rows(*output_minus_initial_value);
     }
@@ -478,7 +427,6 @@ FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& b
   }
   const Gradients g = new_gradients(p);
   if (route == Route::hopper) {
-    require(hopper_takes_backward(call), "the hopper route does not take this call");
     write_to(g, attention::attention_backward_hopper_scratch(a));
     check(attention::attention_backward_hopper(a, gradients, call.device.multiprocessors,
                                                call.stream),
@@ -490,28 +438,29 @@ FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& b
   return {g.query, g.key, g.value, grad_log_scale};
 }
 
-Tensor decode_attention_cuda(const Problem& p, attention::DecodeRoute route, bool transpose) {
-  constexpr int64_t most_queries = 16;
+Tensor decode_attention_cuda(const Problem& p, DecodeRoute route, bool transpose) {
   Call call = begin(p);
+  const CudaCall shape = cuda_call(p, call);
+  const Card card = card_of(call.device);
   CudaAttention& a = call.arguments;
-  // Made as it is returned: a view of it would cost a step more than making it does.
+  // Allocated in the layout that is returned: a view of it would cost more than the allocation.
   const Tensor output = transpose
                             ? aten::empty(p.query, {p.batch, p.queries, p.heads, p.value_head_size},
                                           p.query.scalar_type())
                             : new_output(p);
   a.output = mutable_array(output);
   if (transpose) std::swap(a.output.head_stride, a.output.row_stride);
-  if (empty(p) || p.queries > most_queries || call.device.capability < 80 ||
-      !attention::supports_decode(a)) {
+  if (empty(p) || !supports_decode(DecodeRoute::rings, shape, card)) {
     const Tensor result = std::get<0>(attention_cuda(p));
     return transpose ? transposed(result) : result;
   }
   read_key_mask(p, call, !p.span);
   const int64_t scratch_bytes = attention::decode_scratch(a, call.device.multiprocessors);
   const Tensor memory = scratch(p.query, scratch_bytes);
-  require(route != attention::DecodeRoute::bulk ||
-              (call.device.capability == 90 && attention::supports_bulk_decode(a)),
-          "the bulk route does not take this call");
+  if (route == DecodeRoute::automatic) route = decode_route(shape, card);
+  require(supports_decode(route, shape, card), "the ", name_of(route),
+          " route does not support this call");
+  print_route("decode", shape, card, name_of(route));
   uint32_t* counters = scratch_bytes > 0 ? counters_of(call) : nullptr;
   check(attention::decode(a, memory.mutable_data_ptr(), counters, call.device, call.stream, route),
         "decode_attention");

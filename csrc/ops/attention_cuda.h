@@ -1,22 +1,11 @@
-// Attention with a scaled initial token on NVIDIA GPUs: which kernel takes which call.
+// Attention with a scaled initial token on NVIDIA GPUs. Without a route, cuda_routes.h chooses the
+// kernel.
 #pragma once
 
-#include <tuple>
-
-#include "attention/cuda_decode.h"
+#include "ops/cuda_routes.h"
 #include "ops/problem.h"
 
 namespace zerotuning::ops {
-
-// Ways to compute the same. `automatic` is what choose_forward and choose_backward pick.
-enum class Route : int64_t {
-  automatic = 0,
-  plain = 1,   // our kernels without tensor cores: any dtype, shape and geometry
-  hopper = 2,  // our kernels for sm_90a: 16-bit, any geometry; backward up to head size 128
-  // Torch's kernel on all keys but the initial one, which is then added.
-  cudnn = 3,
-  flash = 4,  // flash-attention 2
-};
 
 // (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous,
 // output_minus_initial_value: output minus the initial token's value, like output where it is asked
@@ -30,8 +19,7 @@ FourTensors attention_backward_cuda(const Problem& problem, const BackwardArgume
 
 // output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]; up to 16 queries read a key and value once
 // for up to 32 of the rows, heads times queries, that share it.
-Tensor decode_attention_cuda(const Problem& problem,
-                             attention::DecodeRoute route = attention::DecodeRoute::automatic,
+Tensor decode_attention_cuda(const Problem& problem, DecodeRoute route = DecodeRoute::automatic,
                              bool transpose = false);
 
 // What attention::StepWords says, [batch, 1, 1, words], without waiting for the device.

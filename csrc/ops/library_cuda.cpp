@@ -7,8 +7,6 @@
 namespace zerotuning::ops {
 namespace {
 
-using attention::DecodeRoute;
-
 ThreeTensors attention_by_route(const Problem& problem, bool output_minus_initial_value,
                                 int64_t route) {
   return attention_cuda(problem, static_cast<Route>(route), output_minus_initial_value);

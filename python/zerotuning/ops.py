@@ -8,18 +8,18 @@ section 3), without a [Tq, Tk] matrix.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from zerotuning.cuda_routes import LIBRARIES, torch_gradient_lengths
+
 __all__ = ["attention", "decode_attention", "runs_on"]
 
-_LIBRARIES = Path(__file__).parent / "lib"
-torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops.so"))
-if torch.version.cuda is not None and (_LIBRARIES / "libzerotuning_ops_cuda.so").exists():
-    torch.ops.load_library(str(_LIBRARIES / "libzerotuning_ops_cuda.so"))
+torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops.so"))
+if torch.version.cuda is not None and (LIBRARIES / "libzerotuning_ops_cuda.so").exists():
+    torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops_cuda.so"))
 
 # The overloads, which Python then need not look up at every call.
 _attention = torch.ops.zerotuning.attention.default
@@ -34,9 +34,6 @@ _decode_attention_transposed = torch.ops.zerotuning._decode_attention_transposed
 #: [B, 1, 1, words], of a bool key mask [B, any number], the number of keys, and where the queries begin if they are not
 #: the last keys.
 step_geometry = torch.ops.zerotuning._step_geometry.default
-# Of csrc/ops/attention_cuda.cpp: queries and head sizes that decide which kernel makes the gradients.
-SHORTEST_STOCK, LARGEST_CUDNN_HEAD, LARGEST_HOPPER_HEAD, LONGEST_HOPPER_BACKWARD = 16, 128, 128, 4096
-MOST_SEQUENCES = 65535
 
 
 class Geometry(NamedTuple):
@@ -185,35 +182,17 @@ def _(query, key, value, log_scale, *rest):  # type: ignore[no-untyped-def]
 
 
 def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> bool:
-    """needs_output_minus_initial_value of csrc/ops/attention_cuda.cpp: a traced graph with gradients is of the card it was traced on.
+    """Whether backward will need output_minus_initial_value: where a kernel of torch computes the gradients.
 
-    Sizes are asked last, and only where they matter: each question becomes a condition of a graph of symbolic sizes.
+    A traced graph with gradients belongs to the card that it was traced on. Its lengths may be symbolic; its dtype, head
+    sizes and the presence of optional arguments are fixed.
     """
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if not query.is_cuda:
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
-    capability = 10 * major + minor
-    batch, heads, rows, size = query.shape
-    keys = key.shape[2]
-    hopper = capability == 90 and size <= LARGEST_HOPPER_HEAD
-    stock_is_cudnn = 90 <= capability < 120 and size <= LARGEST_CUDNN_HEAD
-    if capability < 80 or geometry.span is not None or geometry.query_start is not None:
-        return False
-    if geometry.key_mask is not None and (not stock_is_cudnn or hopper):
-        return False
-    if size % 8 or size != value.shape[3] or size > 256:
-        return False
-    if rows <= LONGEST_HOPPER_BACKWARD if hopper else rows < SHORTEST_STOCK:
-        return False
-    if batch > MOST_SEQUENCES or heads > MOST_SEQUENCES:
-        return False
-    if not stock_is_cudnn:  # flash-attention 2
-        if 192 < size <= 224 and not (capability == 80 or 90 <= capability < 120):
-            return False
-        columns = 256 if size > 192 else (size + 31) // 32 * 32
-        if batch * heads * ((rows + 127) // 128 * 128) * columns > torch.iinfo(torch.int32).max:
-            return False
-    return rows == keys and not 0 < geometry.window < keys and (geometry.key_mask is None or keys % 128 != 64)
+    given = (argument is not None for argument in geometry[:3])
+    lengths = torch_gradient_lengths(10 * major + minor, query.dtype, int(query.shape[3]), int(value.shape[3]), *given)
+    return lengths.contain(*query.shape[:3], key.shape[2], geometry.window)
 
 
 @torch.library.register_fake("zerotuning::attention")

@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"plots", "patching", "evaluation"},
     {"attention", "models", "tasks"},
     {"_search", "ops", "files", "output", "hub_access", "machine", "statistics"},
-    {"errors", "version"},
+    {"errors", "version", "cuda_routes"},
 ]
 LAYER_OF = {member: depth for depth, layer in enumerate(LAYERS) for member in layer}
 #: Modules that only name objects of other modules: the lazy public names, and paths kept for one version.

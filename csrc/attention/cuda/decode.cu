@@ -26,10 +26,8 @@ namespace {
 
 using namespace decoding;
 
-constexpr int most_queries = 16;
 constexpr int most_warps = 4;
 constexpr int most_splits = 128;
-constexpr int most_grid = 65535;  // of its second and third dimension
 constexpr int counters_of_set = 2048;
 
 __device__ uint32_t counter_sets[decode_counter_sets * counters_of_set];  // zeros
@@ -199,9 +197,9 @@ struct Cut {
   int size, row_tiles, row_groups, splits;
 };
 
-// Keys that a sample's queries can see, windows considered.
+// The number of keys that a sample's queries can attend to.
 int reach_of(const CudaAttention& c) {
-  return c.geometry.window ? std::min(c.geometry.window + c.queries - 1, c.keys) : c.keys;
+  return static_cast<int>(visible_keys(c.queries, c.keys, c.geometry.window));
 }
 
 // The fewest splits that fill whole rounds of blocks well, and leave each warp a tile at least.
@@ -295,15 +293,6 @@ Arguments arguments_of(const CudaAttention& c, const Cut& cut, void* scratch, ui
   return a;
 }
 
-// Whether K and V are so much larger than the level-2 cache that it does not matter what they push
-// out of it. Smaller ones had better leave first: on an H100 whose cache is full of written lines 1
-// x 8192 and 16 x 1024 keys then take 0.85 of the time, 16 x 8192, ten times the cache, 1.03.
-bool floods_level2(const CudaAttention& c, const CudaDevice& device) {
-  constexpr int64_t times = 4;
-  return int64_t{2} * c.batch * c.key_heads * reach_of(c) * (c.head_size + c.value_head_size) >
-         times * device.l2_bytes;
-}
-
 template <typename T>
 cudaError_t launch_merge(const CudaAttention& c, const Arguments& a, bool dependent,
                          cudaStream_t stream) {
@@ -354,12 +343,8 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
                       const CudaDevice& device, DecodeRoute route, cudaStream_t stream) {
   const Cut cut = cut_of(c, device.multiprocessors);
   Arguments a = arguments_of(c, cut, scratch, counters);
-  const bool floods = floods_level2(c, device);
-  a.read_once = !floods;
-  if (route == DecodeRoute::automatic) {
-    const bool bulk = floods && device.capability == 90 && supports_bulk_decode(c);
-    route = bulk ? DecodeRoute::bulk : DecodeRoute::rings;
-  }
+  a.read_once = !exceeds_level2(c.batch, c.key_heads, reach_of(c), c.head_size, c.value_head_size,
+                                device.l2_bytes);
   const dim3 grid(cut.splits * cut.row_groups, c.key_heads, c.batch);
   const cudaError_t error = route == DecodeRoute::bulk
                                 ? attend_in_bulk(c, a, cut.row_tiles, grid, device, stream)
@@ -368,25 +353,7 @@ cudaError_t decode_as(const CudaAttention& c, void* scratch, uint32_t* counters,
   return launch_merge<T>(c, a, device.supports_dependent_launch(), stream);
 }
 
-// Rows that begin at multiples of 16 bytes.
-bool aligned(const Strided4<const void>& array, int batch, int heads, int rows) {
-  const auto fits = [](int64_t stride, int size) { return size == 1 || stride % 8 == 0; };
-  return reinterpret_cast<uintptr_t>(array.data) % 16 == 0 && fits(array.batch_stride, batch) &&
-         fits(array.head_stride, heads) && fits(array.row_stride, rows);
-}
-
 }  // namespace
-
-bool supports_decode(const CudaAttention& c) {
-  const auto takes_size = [](int size) { return size > 0 && size % 8 == 0 && size <= 256; };
-  return (c.dtype == DType::bfloat16 || c.dtype == DType::float16) && takes_size(c.head_size) &&
-         takes_size(c.value_head_size) && c.queries >= 1 && c.queries <= most_queries &&
-         c.batch <= most_grid && c.key_heads <= most_grid &&
-         aligned(c.query, c.batch, c.heads, c.queries) &&
-         aligned(c.key, c.batch, c.key_heads, c.keys) &&
-         aligned(c.value, c.batch, c.key_heads, c.keys) &&
-         aligned(c.output, c.batch, c.heads, c.queries);
-}
 
 int64_t decode_scratch(const CudaAttention& c, int32_t multiprocessors) {
   const Cut cut = cut_of(c, multiprocessors);

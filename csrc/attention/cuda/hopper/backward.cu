@@ -849,11 +849,6 @@ cudaError_t launch_backward(const CudaAttention& c, const CudaAttentionGradients
 }  // namespace
 }  // namespace hopper
 
-bool supports_hopper_backward(const CudaAttention& c) {
-  return has_16_byte_rows(c) && c.head_size <= max_hopper_backward_head_size &&
-         c.value_head_size <= max_hopper_backward_head_size && c.scale > 0 && c.keys > 0;
-}
-
 int64_t attention_backward_hopper_scratch(const CudaAttention& c) {
   return hopper::Scratch(c, nullptr).bytes;
 }

@@ -220,11 +220,6 @@ cudaError_t launch_for_size(const CudaAttention& c, const Arguments& a, int row_
 
 }  // namespace
 
-bool supports_bulk_decode(const CudaAttention& c) {
-  return supports_decode(c) && has_16_byte_rows(c) && c.head_size == c.value_head_size &&
-         (c.head_size == 64 || c.head_size == 128);
-}
-
 cudaError_t decoding::attend_in_bulk(const CudaAttention& c, const Arguments& a, int row_tiles,
                                      const dim3& grid, const CudaDevice& device,
                                      cudaStream_t stream) {

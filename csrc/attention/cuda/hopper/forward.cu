@@ -485,11 +485,6 @@ cudaError_t launch_for_size(const CudaAttention& c, int multiprocessors, cudaStr
 }  // namespace
 }  // namespace hopper
 
-bool supports_hopper_forward(const CudaAttention& c) {
-  return has_16_byte_rows(c) && c.head_size <= 256 && c.value_head_size <= 256 && c.scale > 0 &&
-         c.keys > 0;
-}
-
 cudaError_t attention_hopper(const CudaAttention& c, int32_t multiprocessors, cudaStream_t stream) {
   return c.dtype == DType::float16
              ? hopper::launch_for_size<__half>(c, multiprocessors, stream)
