@@ -191,8 +191,9 @@ def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor,
         return False
     major, minor = torch.cuda.get_device_capability(query.device)
     given = (argument is not None for argument in geometry[:3])
-    lengths = torch_gradient_lengths(10 * major + minor, query.dtype, int(query.shape[3]), int(value.shape[3]), *given)
-    return lengths.contain(*query.shape[:3], key.shape[2], geometry.window)
+    batch, heads, rows, head_size = query.shape
+    lengths = torch_gradient_lengths(10 * major + minor, query.dtype, int(head_size), int(value.shape[3]), *given)
+    return lengths.contain(batch, heads, rows, key.shape[2], geometry.window)
 
 
 @torch.library.register_fake("zerotuning::attention")

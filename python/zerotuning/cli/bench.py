@@ -34,6 +34,11 @@ def add_to(commands: Any) -> None:
         "--output", metavar="FILE", help="write the figures to this .json or .csv file; an existing file is replaced"
     )
     parser.add_argument("--plot", metavar="FILE", help="draw the ratios to this .png or .svg file")
+    parser.add_argument(
+        "--routes",
+        action="store_true",
+        help="bench attention: measure nothing; print which kernel computes which call on which GPU",
+    )
     _add_search(parser.add_argument_group("bench search"))
 
 
@@ -93,6 +98,13 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Carry the command out."""
+    if arguments.routes:
+        if arguments.kind != "attention":
+            raise ZeroTuningError(f"--routes: an option of bench attention alone, got bench {arguments.kind}")
+        from zerotuning.bench.routes import route_table
+
+        print(route_table())
+        return
     output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench.runner import run_bench
 
