@@ -44,6 +44,7 @@ class RecordedForward(Forward):
         self.recordings = recordings
 
     def logits(self, batch: Batch, positions: int, token_ids: tuple[int, ...] | None = None) -> Tensor:
+        """See Forward."""
         inputs = self.inner.inputs(batch)
         if self.recordings.supports(inputs["input_ids"], batch.copies, self.prefix_length):
             recordable = partial(self.inner.recordable, positions, token_ids)
@@ -54,6 +55,7 @@ class RecordedForward(Forward):
         return self.inner.logits_of(inputs, positions, token_ids)
 
     def wrap(self, inner: PlainForward) -> RecordedForward:
+        """A RecordedForward of `inner` with the same recordings."""
         return RecordedForward(inner, self.recordings)
 
 

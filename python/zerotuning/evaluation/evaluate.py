@@ -28,21 +28,22 @@ from zerotuning.tasks.task import Task
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found.
+    """The figures of a model on a task.
 
-    task        the task's name
-    examples    how many examples were scored
-    accuracy    fraction, in [0, 1], whose gold label is the most likely of the labels; of a task with a continuation:
-                which greedy decoding would write token for token; with scoring `generate`: whose text, written greedily,
-                begins with the gold label (generated_answers.py)
-    loss        mean cross entropy of the gold label among the labels, nats; of a continuation: per token; None with
-                scoring `generate`, since a text that was written has no probabilities to take it from
-    entropy     mean entropy of the distribution over the labels, nats; of a continuation: of the next token; None with
-                scoring `generate`
-    seconds     wall time of the model's passes
-    scoring     the task's: `sum`, `mean`, `first-token` or `generate`; loss and entropy are of labels scored so
-    shots       solved examples before each prompt
-    chat        whether prompts were turns of a chat
+    Attributes:
+        task: The task's name.
+        examples: How many examples were scored.
+        accuracy: Fraction, in [0, 1], whose gold label is the most likely of the labels. With a continuation: which greedy
+            decoding would generate token for token. With scoring `generate`: whose greedily generated text begins with
+            the gold label.
+        loss: Mean cross entropy of the gold label among the labels, nats; of a continuation, per token. None with scoring
+            `generate`: a generated text has no probabilities of labels.
+        entropy: Mean entropy of the distribution over the labels, nats; of a continuation, of the next token. None with
+            scoring `generate`.
+        seconds: Wall time of the model's passes.
+        scoring: The task's scoring, which loss and entropy follow: `sum`, `mean`, `first-token` or `generate`.
+        shots: Solved examples before each prompt.
+        chat: Whether prompts were turns of a chat.
     """
 
     task: str
@@ -77,16 +78,20 @@ def evaluate(
 ) -> Evaluation:
     """Score the examples of a task and compare with their labels.
 
-    model, tokenizer   a transformers causal language model as it stands: patched or not, scaled or not
-    task               a Task, a built-in name or the path of a YAML file
-    examples           mappings, the path of a JSON lines file or a name of the hub (hub_data.py); by default a
-                       built-in task's test sample
-    limit              use only the first so many
-    batch_size         sequences that go through the model together
-    truncate           shorten prompts that are longer than the model's context (scoring.LabelScorer), instead of an error
-    progress           draw a bar on stderr, if that is a terminal
-    Errors: ZeroTuningError for bad input (see tasks.py and scoring.py), and for a model whose scores are NaN or give the
-    right answer of an example the probability 0; it names the example.
+    Args:
+        model: A transformers causal language model as it stands: patched or not, scaled or not.
+        tokenizer: The model's tokenizer.
+        task: A Task, a built-in name or the path of a YAML file.
+        examples: Mappings, the path of a JSON lines file or a name of the hub (tasks/hub.py); by default a built-in
+            task's test sample.
+        limit: Use only the first examples, so many of them.
+        batch_size: The most sequences that go through the model together.
+        truncate: Shorten prompts that are longer than the model's context (see LabelScorer) instead of an error.
+        progress: Draw a progress bar on stderr, if that is a terminal.
+
+    Raises:
+        ZeroTuningError: The input is bad (see Task and LabelScorer), or the model's scores are NaN or give the gold
+            answer of an example the probability 0. The error names the example.
     """
     task = task if isinstance(task, Task) else Task.load(task)
     if examples is None:
@@ -127,9 +132,9 @@ def _label_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
 
 @torch.no_grad()
 def _continuation_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]:
-    found = [scorer.continuations(batch) for batch in _with_bar(scorer, progress)]
+    by_batch = [scorer.continuations(batch) for batch in _with_bar(scorer, progress)]
     log_probability, exact, entropy = (
-        torch.cat([column.double().cpu() for column in part]) for part in zip(*found, strict=True)
+        torch.cat([column.double().cpu() for column in columns]) for columns in zip(*by_batch, strict=True)
     )
     _check_finite(scorer, scorer.gather([log_probability]))
     return {
@@ -140,7 +145,7 @@ def _continuation_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]
 
 
 def _check_finite(scorer: LabelScorer, log_probability: Tensor) -> None:
-    """log_probability [N], in the examples' order, of the right answers."""
+    """Refuses gold answers whose log_probability, [N] in the examples' order, is not finite."""
     bad = (~log_probability.isfinite()).nonzero()
     if len(bad) > 0:
         place = int(bad[0])
@@ -151,12 +156,12 @@ def _check_finite(scorer: LabelScorer, log_probability: Tensor) -> None:
 def _generation_figures(
     scorer: LabelScorer, tokenizer: Any, records: Sequence[Record], progress: bool
 ) -> dict[str, Any]:
-    right = 0.0
+    correct = 0.0
     for batch in _with_bar(scorer, progress):
         texts = generate_answers(scorer, tokenizer, batch, max_answer_tokens(scorer))
         chosen = [records[place] for place in batch.indices.tolist()]
-        right += generated_accuracy(scorer.task, texts, chosen) * len(chosen)
-    return {"accuracy": round(right) / len(records), "loss": None, "entropy": None}
+        correct += generated_accuracy(scorer.task, texts, chosen) * len(chosen)
+    return {"accuracy": round(correct) / len(records), "loss": None, "entropy": None}
 
 
 def _with_bar(scorer: LabelScorer, progress: bool) -> Iterable[Batch]:

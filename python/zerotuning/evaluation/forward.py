@@ -67,9 +67,11 @@ class PlainForward(Forward):
         self._accepted = forward_arguments(model)
 
     def logits(self, batch: Batch, positions: int, token_ids: tuple[int, ...] | None = None) -> Tensor:
+        """See Forward."""
         return self.logits_of(self.inputs(batch), positions, token_ids)
 
     def wrap(self, inner: PlainForward) -> PlainForward:
+        """`inner` itself."""
         return inner
 
     def inputs(self, batch: Batch) -> Inputs:

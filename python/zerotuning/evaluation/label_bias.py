@@ -1,4 +1,4 @@
-"""A bias for each label, fitted to some examples' scores: calibration without touching the model.
+"""A bias for each label, fitted to some examples' scores: calibration that leaves the model as it is.
 
 Zhao et al., "Calibrate Before Use" (2021).
 """
@@ -8,13 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-#: Weight of the squared biases: what keeps them finite where a label never occurs.
+#: Weight of the squared biases, which keeps the bias of a label finite that never occurs.
 RIDGE = 1e-3
 
 
 def fit_label_bias(scores: Tensor, labels: Tensor, *, ridge: float = RIDGE) -> Tensor:
-    """b [C] that minimises the mean cross entropy of scores [n, C] + b, plus ridge/2 · |b|²; scores float, labels int64,
-    b float32."""
+    """The bias b that minimizes the mean cross entropy of `scores` + b, plus ridge/2 · |b|².
+
+    Args:
+        scores: Log-probabilities of labels, float [n, C].
+        labels: Gold labels, int64 [n].
+        ridge: The weight of the squared biases.
+
+    Returns:
+        float32 [C].
+    """
     bias = torch.zeros(scores.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [bias], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-13, line_search_fn="strong_wolfe"

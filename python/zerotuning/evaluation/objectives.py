@@ -1,8 +1,10 @@
-"""What a calibration minimises: functions of label log-probabilities.
+"""Objectives of a calibration: functions of label log-probabilities that a search minimizes.
 
-Every function takes `scores` [N, C], float, one row an example and one column a label: log-probabilities up
-to a constant of each row, -inf in the columns beyond an example's own labels. All are differentiable in
-`scores`; a -inf column contributes nothing and gets gradient 0. Values are in nats.
+The argument `scores` is float [N, C], one row for each example and one column for each label: log-probabilities up to a
+constant of each row, -inf in the columns beyond an example's own labels. All functions are differentiable in `scores`; a
+-inf column contributes nothing and gets gradient 0. Values are in nats.
+
+To add an objective, write its function and enter it in OBJECTIVES.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ def _check_labels(scores: Tensor, labels: Tensor) -> None:
 
 
 def _log_probabilities(scores: Tensor) -> Tensor:
-    """log softmax over the labels, 0 at absent ones: finite, so that p · log p makes no NaN there."""
+    """Log softmax over the labels; 0 for absent labels, so that p · log p is not NaN there."""
     return torch.log_softmax(scores, dim=-1).masked_fill(scores == -torch.inf, 0.0)
 
 
 def _probabilities(scores: Tensor) -> Tensor:
-    """softmax over the labels, exactly 0 at absent ones."""
+    """Softmax over the labels; exactly 0 for absent labels."""
     return torch.softmax(scores, dim=-1)
 
 
@@ -52,26 +54,42 @@ def entropy_per_example(scores: Tensor) -> Tensor:
 
 
 def task_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy of the gold label among the labels. labels: int64 [N]."""
+    """Mean cross entropy of the gold label among the labels.
+
+    Args:
+        scores: Log-probabilities of labels, float [N, C].
+        labels: Gold labels, int64 [N].
+
+    Raises:
+        ZeroTuningError: A shape or dtype is wrong, or a label is not in [0, C).
+    """
     _check_labels(scores, labels)
     return -torch.log_softmax(scores, dim=-1).gather(1, labels[:, None]).mean()
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """Mean entropy of the predictions, the paper's unsupervised objective. It may collapse onto one label."""
+    """Mean entropy of the predictions, the paper's unsupervised objective. Its minimum may predict one label always."""
     return entropy_per_example(scores).mean()
 
 
 def information(scores: Tensor, prior: Tensor | None = None, weight: float = 1.0) -> Tensor:
     """Minus the mutual information between example and predicted label.
 
-    mean_n H(p_n) - weight · H(p̄), with p̄ = mean_n p_n: low where each prediction is sure and all labels are
-    used. With a class `prior` [C] (positive, sum 1): mean_n H(p_n) + weight · KL(p̄ ‖ prior). A uniform prior
-    differs from none by the constant weight · log C only.
+    mean_n H(p_n) - weight · H(p̄), with p̄ = mean_n p_n: low where each prediction is confident and all labels are
+    predicted. With a class prior: mean_n H(p_n) + weight · KL(p̄ ‖ prior). A uniform prior differs from none by the
+    constant weight · log C.
+
+    Args:
+        scores: Log-probabilities of labels, float [N, C].
+        prior: Shares of the classes, [C], positive with sum 1.
+        weight: The weight of the second term.
+
+    Raises:
+        ZeroTuningError: A shape is wrong, or the prior is not positive with sum 1.
     """
     conditional = entropy_per_example(scores).mean()
     mean = _probabilities(scores).mean(dim=0)
-    # clamp: the derivative of p log p at p = 0 is -inf, which would turn into NaN upstream.
+    # Clamped: the derivative of p log p at p = 0 is -inf, which becomes NaN in the backward pass.
     log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()
     if prior is None:
         return conditional + weight * (mean * log_mean).sum()
@@ -83,10 +101,10 @@ def information(scores: Tensor, prior: Tensor | None = None, weight: float = 1.0
 
 
 def estimated_prior(scores: Tensor) -> Tensor:
-    """Shares of the classes as untuned predictions suggest them: halfway from their mean to equal shares, [C].
+    """Shares of the classes, estimated from untuned predictions: halfway from their mean to equal shares, [C].
 
-    Halfway, because an untuned model's mean prediction shows its own preference for a label no less than the
-    classes' shares.
+    Halfway, because an untuned model's mean prediction reflects the model's preference for a label as well as the shares
+    of the classes.
     """
     _check_scores(scores)
     mean = _probabilities(scores).mean(dim=0)
@@ -94,16 +112,18 @@ def estimated_prior(scores: Tensor) -> Tensor:
 
 
 def continuation_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Minus the mean of `scores` [N, 1]: mean log-probability per token of gold continuations, nats.
+    """Minus the mean log-probability per token of gold continuations.
 
-    `labels` is not read: it is there so that this can take the place of `task_loss`.
+    Args:
+        scores: Mean log-probabilities per token, [N, 1].
+        labels: Not used; the function has the signature of an Objective.
     """
     _check_scores(scores)
     return -scores.mean()
 
 
 def accuracy(scores: Tensor, labels: Tensor) -> float:
-    """Fraction, in [0, 1], of the examples whose gold label has the largest score (the first of equals)."""
+    """Fraction, in [0, 1], of the examples whose gold label has the largest score (the first label of a tie)."""
     _check_labels(scores, labels)
     return float((scores.argmax(dim=-1) == labels).double().mean())
 
@@ -116,13 +136,10 @@ def _information_objective(scores: Tensor, labels: Tensor) -> Tensor:
     return information(scores)
 
 
-#: Objectives by the name the command line gives them; each is called as `objective(scores, labels)` and
-#: returns a scalar to minimise. Only `task-loss` reads `labels`.
+#: Objectives by their names in options; each is called as `objective(scores, labels)` and returns a scalar to minimize.
+#: Only `task-loss` reads `labels`. `calibration.options.OBJECTIVES` lists the same names, without importing torch.
 OBJECTIVES: dict[str, Objective] = {
     "task-loss": task_loss,
     "entropy": _entropy_objective,
     "information": _information_objective,
 }
-
-#: Names of the objectives that need gold labels.
-SUPERVISED_OBJECTIVES = frozenset({"task-loss"})

@@ -1,4 +1,4 @@
-"""Which solved examples stand before a prompt, drawn by a seed."""
+"""Few-shot prompts: a draw of solved examples by a seed, and examples apart from those that are drawn."""
 
 from __future__ import annotations
 
@@ -12,51 +12,58 @@ from zerotuning.tasks.examples import Record, as_records
 from zerotuning.tasks.prompts import MOST_SHOTS
 from zerotuning.tasks.task import Task
 
-#: Sets this draw apart from the others that one seed drives (example_folds.py).
+#: The random stream of this draw, apart from other draws by the same seed (calibration/folds.py).
 _STREAM = 2
 
 
 def draw_shots(task: Task, records: Iterable[Mapping[str, Any]], count: int, seed: int = 0) -> list[Record]:
-    """`count` (0 to 16) of the records, for `task.with_shots`.
+    """Draw solved examples for `task.with_shots`.
 
-    The seed puts the records in an order. Where the task has fixed labels the draw goes round by round: each takes
-    the next record of every label, the labels in an order drawn for that round. So no label comes up more than once
-    more often than another unless its records run out, and with one seed the first four of eight shots are the four
-    of a draw of four. Elsewhere it takes the first `count`.
+    The seed puts the records in an order. For a task with fixed labels the draw goes round by round: a round draws the
+    next record of every label, with the labels in a random order. So the numbers of two labels differ by one at most
+    unless the records of one run out, and with the same seed the first four of eight shots are the shots of a draw of
+    four. For other tasks the draw is the first `count` records.
 
-    Errors: ZeroTuningError for another count, more than there are records, a record without its label.
+    Args:
+        task: The task.
+        records: The examples to draw from.
+        count: How many, 0 to 16.
+        seed: The seed, at least 0.
+
+    Raises:
+        ZeroTuningError: The count or the seed is out of range, there are fewer records, or a record lacks its label.
     """
     if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_SHOTS:
         raise ZeroTuningError(f"shots must be an integer from 0 to {MOST_SHOTS}, got {count!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ZeroTuningError(f"shot seed must be an integer of at least 0, got {seed!r}")
-    known = as_records(records)
-    if count > len(known):
+    candidates = as_records(records)
+    if count > len(candidates):
         raise ZeroTuningError(
-            f"shots must be at most {len(known)}, the examples that they can be drawn from, got {count}"
+            f"shots must be at most {len(candidates)}, the examples that they can be drawn from, got {count}"
         )
     random = np.random.default_rng((seed, _STREAM))
-    shuffled = [known[place] for place in random.permutation(len(known))]
+    shuffled = [candidates[place] for place in random.permutation(len(candidates))]
     if not isinstance(task.labels, tuple) or not task.labels:
         return shuffled[:count]
-    left: list[list[Record]] = [[] for _ in task.labels]
+    by_label: list[list[Record]] = [[] for _ in task.labels]
     for record in shuffled if count else ():
         label = task.render(record, require_label=True).label
         assert label is not None
-        left[label].append(record)
+        by_label[label].append(record)
     drawn: list[Record] = []
     while len(drawn) < count:
-        drawn.extend(left[label].pop(0) for label in random.permutation(len(left)) if left[label])
+        drawn.extend(by_label[label].pop(0) for label in random.permutation(len(by_label)) if by_label[label])
     return drawn[:count]
 
 
 def without_shots(task: Task, records: Sequence[Record]) -> list[Record]:
-    """The records whose prompt is none of the task's shots."""
-    taken = {shot.prompt for shot in task.shots}
-    return [record for record in records if task.render(record).own not in taken] if taken else list(records)
+    """The records whose prompt is not that of one of the task's shots."""
+    prompts = {shot.prompt for shot in task.shots}
+    return [record for record in records if task.render(record).own not in prompts] if prompts else list(records)
 
 
 def without_prompts_of(task: Task, records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
-    """The records whose prompt is none of the others'."""
-    taken = {task.render(record).own for record in others}
-    return [record for record in records if task.render(record).own not in taken]
+    """The records whose prompt is not that of one of `others`."""
+    prompts = {task.render(record).own for record in others}
+    return [record for record in records if task.render(record).own not in prompts]

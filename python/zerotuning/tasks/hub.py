@@ -1,4 +1,4 @@
-"""Examples from the Hugging Face hub, read by the library `datasets` (the extra zerotuning[datasets]).
+r"""Examples from the Hugging Face hub, read by the library `datasets` (the extra zerotuning[datasets]).
 
 Data are named `hub` (the data set that the task names), `hub:owner/name`, `hub:owner/name/config`, or a local folder of
 data files `hub:FOLDER`; each may end in `:split`. In a task file `hub:` locates the task's data set and maps its columns
@@ -9,7 +9,7 @@ to the task's fields:
       config: ARC-Easy                              # if the data set has several
       splits: {validation: validation, test: test}  # the data set's names of our splits, where they differ
       columns: {question: question, choices: choices.text, label: answerKey}
-      choice: "[a-e] \\\\) (.*)"                      # the part of a choice to keep, if not all of it
+      choice: "[a-e] \\) (.*)"                      # the part of a choice to keep, if not all of it
       answers: {A: 0, B: 1, C: 2, D: 3}             # where labels are not zero-based numbers
 
 The name of a column inside a column has a dot. `choices` may also be a list of columns, one for each choice, or one

@@ -1,12 +1,12 @@
-"""Tasks: a prompt template and labels, read from YAML files.
+r"""Tasks: a prompt template and labels, read from YAML files.
 
     name: agnews
-    prompt: "Classify the article into World, Sports, Business, or Technology.\\nArticle: {text}\\nCategory:"
+    prompt: "Classify the article into World, Sports, Business, or Technology.\nArticle: {text}\nCategory:"
     labels: [" World", " Sports", " Business", " Technology"]
 
 A built-in task is such a file in the package's data. `{field}` names a field of an example; `{{` and `}}` stand for
 braces. An example is one line of a JSON lines file with the fields of the prompt and `label`, a zero-based index into
-`labels`. With `labels: letters` each example has its own `choices`: `{choices}` becomes "A. ...\\nB. ..." and the labels
+`labels`. With `labels: letters` each example has its own `choices`: `{choices}` becomes "A. ...\nB. ..." and the labels
 are " A", " B", and so on.
 
 With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.

@@ -1,4 +1,4 @@
-"""Prompts and labels as token ids: special tokens, chat templates, and what is cut where the context is too short."""
+"""Prompts and labels as token ids: special tokens, chat templates, and prompts shortened to the model's context."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from zerotuning.tasks.task import Task
 
 Tokens = tuple[int, ...]
 
-#: Tokens that a written answer may take beyond the longest label's: space before it, another spelling of it.
+#: Tokens of a generated answer beyond the longest label's, for space before the label or another spelling of it.
 SPARE_TOKENS = 4
 
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """One example as token ids: its prompt, and for each of its labels the tokens that follow the prompt."""
+    """One example as token ids.
+
+    Attributes:
+        prompt: The prompt's tokens.
+        labels: For each label the tokens that follow the prompt.
+        label: The index of the gold label, -1 where the example has none.
+        origin: What an error calls the example.
+    """
 
     prompt: Tokens
     labels: tuple[Tokens, ...]
@@ -28,11 +35,13 @@ class TokenizedPrompt:
 
     @property
     def beginnings(self) -> list[Tokens]:
-        """What the model must read after the prompt to score every label: the labels without their last
-        tokens, less those that another one starts with. One empty beginning when all labels are single
-        tokens."""
-        beginnings = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
-        return [one for one in beginnings if not any(other != one and other[: len(one)] == one for other in beginnings)]
+        """The token runs that the model must read after the prompt to score every label.
+
+        They are the labels without their last tokens, except for those that another run starts with: a single empty run
+        when all labels are single tokens.
+        """
+        runs = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
+        return [run for run in runs if not any(other != run and other[: len(run)] == run for other in runs)]
 
     @property
     def longest(self) -> int:
@@ -49,25 +58,35 @@ def tokenize(
     context: int | None = None,
     truncate: bool = False,
 ) -> list[TokenizedPrompt]:
-    """The examples as token ids: what LabelScorer, which documents the arguments, works with.
+    """The examples as token ids.
 
-    context   tokens that the model can read of prompt and label (or what it writes in the label's place); None: any
+    Args:
+        tokenizer: The model's tokenizer.
+        task: Supplies prompts and labels.
+        records: The examples, one at least.
+        require_labels: Whether an example without its label is an error.
+        context: The most tokens of prompt and label (or of prompt and generated answer); None for no limit.
+        truncate: Shorten a prompt that is longer than `context`, as LabelScorer describes.
+
+    Raises:
+        ZeroTuningError: There are no examples; a record is bad; the tokenizer cannot distinguish two labels; a chat has
+            no template; prompt and label are longer than `context`. The error names the example.
     """
     if not records:
         raise ZeroTuningError(f"task {task.name!r} was given no examples")
     prompts = [task.render(record, require_label=require_labels) for record in records]
     origins = [record.origin for record in records]
-    reader = _Reader(tokenizer, task)
-    examples = list(reader.read(prompts, origins))
+    prompt_tokenizer = _PromptTokenizer(tokenizer, task)
+    examples = list(prompt_tokenizer.tokenize(prompts, origins))
     if context is None:
         return examples
     for place, example in enumerate(examples):
-        if reader.needed(example) <= context:
+        if prompt_tokenizer.tokens_needed(example) <= context:
             continue
-        shorter = reader.shortened(prompts[place], example.origin, context) if truncate else None
+        shorter = prompt_tokenizer.shortened(prompts[place], example.origin, context) if truncate else None
         if shorter is None:
             raise ZeroTuningError(
-                f"{example.origin}: prompt and label take {reader.needed(example)} tokens,"
+                f"{example.origin}: prompt and label take {prompt_tokenizer.tokens_needed(example)} tokens,"
                 f" more than the model's context of {context}"
             )
         examples[place] = shorter
@@ -75,7 +94,7 @@ def tokenize(
 
 
 def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
-    """How many tokens all prompts begin with, at least one of each left over."""
+    """How many tokens all prompts begin with; at least one token of each prompt follows them."""
     shortest = min(len(example.prompt) for example in examples) - 1
     first = examples[0].prompt
     for place in range(shortest):
@@ -84,24 +103,25 @@ def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
     return shortest
 
 
-class _Reader:
-    """Turns prompts of one task into tokens."""
+class _PromptTokenizer:
+    """Tokenizes the prompts of one task."""
 
     def __init__(self, tokenizer: Any, task: Task) -> None:
         self._tokenizer, self._task = tokenizer, task
         self._alone = _LabelsAlone(tokenizer)
-        # A chat template writes the special tokens into its text, all of them.
+        # The text of a chat template contains all special tokens already.
         self._appended = 0 if task.chat else tokens_after_text(tokenizer)
 
-    def needed(self, example: TokenizedPrompt) -> int:
-        """Tokens of the longest sequence that the model reads for an example."""
+    def tokens_needed(self, example: TokenizedPrompt) -> int:
+        """Tokens of the longest sequence that the model reads or generates for an example."""
         spare = SPARE_TOKENS if self._task.scoring == "generate" else 0
         return example.longest + spare
 
-    def read(self, prompts: Sequence[Prompt], origins: Sequence[str]) -> Iterator[TokenizedPrompt]:
-        beginnings = [chat_text(self._tokenizer, prompt) if prompt.chat else prompt.text for prompt in prompts]
+    def tokenize(self, prompts: Sequence[Prompt], origins: Sequence[str]) -> Iterator[TokenizedPrompt]:
+        """The prompts as token ids; an error calls each prompt by its origin."""
+        before_label = [chat_text(self._tokenizer, prompt) if prompt.chat else prompt.text for prompt in prompts]
         texts = [
-            text + label for prompt, text in zip(prompts, beginnings, strict=True) for label in ("", *prompt.labels)
+            text + label for prompt, text in zip(prompts, before_label, strict=True) for label in ("", *prompt.labels)
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._task.chat)["input_ids"]
         tokens = iter([tuple(one[: len(one) - self._appended]) for one in ids])
@@ -123,27 +143,27 @@ class _Reader:
             yield TokenizedPrompt(prompt_tokens, labels, -1 if prompt.label is None else prompt.label, origin)
 
     def shortened(self, prompt: Prompt, origin: str, context: int) -> TokenizedPrompt | None:
-        """The prompt with as few shots and characters gone as makes it fit; None where nothing does."""
+        """The prompt without as few shots and characters as make it fit; None where no cut does."""
 
         def fitting(changed: Prompt) -> TokenizedPrompt | None:
-            (found,) = self.read([changed], [origin])
-            return found if self.needed(found) <= context else None
+            (tokenized,) = self.tokenize([changed], [origin])
+            return tokenized if self.tokens_needed(tokenized) <= context else None
 
-        for gone in range(1, len(prompt.shots) + 1):
-            found = fitting(replace(prompt, shots=prompt.shots[gone:]))
-            if found is not None:
-                return found
+        for removed in range(1, len(prompt.shots) + 1):
+            tokenized = fitting(replace(prompt, shots=prompt.shots[removed:]))
+            if tokenized is not None:
+                return tokenized
         alone = replace(prompt, shots=())
-        # By halving the characters to cut; at least one stays.
-        fits, low, high = None, 1, len(prompt.own) - 1
+        # Bisection of the number of characters to cut; one character stays at least.
+        longest, low, high = None, 1, len(prompt.own) - 1
         while low <= high:
             middle = (low + high) // 2
-            found = fitting(replace(alone, own=prompt.own[middle:]))
-            if found is None:
+            tokenized = fitting(replace(alone, own=prompt.own[middle:]))
+            if tokenized is None:
                 low = middle + 1
             else:
-                fits, high = found, middle - 1
-        return fits
+                longest, high = tokenized, middle - 1
+        return longest
 
     def _check_labels_differ(self, prompt: Prompt, labels: tuple[Tokens, ...], origin: str) -> None:
         seen: dict[Tokens, str] = {}
@@ -164,7 +184,7 @@ class _Reader:
 
 
 def _check_texts_differ(prompt: Prompt, origin: str) -> None:
-    """A written answer is compared with labels whatever its case and the space around it."""
+    """Refuses labels that differ by case or surrounding space only: a generated answer is compared without both."""
     seen: dict[str, str] = {}
     for label in prompt.labels:
         other = seen.setdefault(label.strip().casefold(), label)
@@ -178,7 +198,10 @@ def _check_texts_differ(prompt: Prompt, origin: str) -> None:
 def chat_text(tokenizer: Any, prompt: Prompt) -> str:
     """The prompt's turns in the tokenizer's chat template, up to where the model's answer begins.
 
-    Templates that let a model think first (Qwen3's) are asked not to: a label must be able to follow at once.
+    Thinking before the answer, which some templates allow (Qwen3's), is disabled: a label must be able to follow.
+
+    Raises:
+        ZeroTuningError: The tokenizer has no chat template, or its template refuses the prompt.
     """
     name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
     if not getattr(tokenizer, "chat_template", None):
@@ -187,7 +210,7 @@ def chat_text(tokenizer: Any, prompt: Prompt) -> str:
         text = tokenizer.apply_chat_template(
             prompt.messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
-    except Exception as error:  # a template is a program of its own, that raises what it likes
+    except Exception as error:  # a template is a program, which may raise any error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ZeroTuningError(f"the chat template of {name} refuses the prompt: {reason}") from error
     assert isinstance(text, str)
@@ -195,7 +218,7 @@ def chat_text(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def tokens_after_text(tokenizer: Any) -> int:
-    """How many tokens the tokenizer appends to a text, such as an end-of-text token: no label may follow."""
+    """How many tokens the tokenizer appends to a text, such as an end-of-text token, which no label may follow."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for before in range(len(whole) - len(plain) + 1):
@@ -205,25 +228,24 @@ def tokens_after_text(tokenizer: Any) -> int:
 
 
 class _LabelsAlone:
-    """Tokens of labels by themselves, without special tokens, each worked out once."""
+    """Tokens of labels by themselves, without special tokens, each label tokenized once."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, Tokens] = {}
+        self._tokens_of: dict[str, Tokens] = {}
 
     def __getitem__(self, label: str) -> Tokens:
-        if label not in self._known:
-            self._known[label] = tuple(self._tokenizer(label, add_special_tokens=False)["input_ids"])
-        return self._known[label]
+        if label not in self._tokens_of:
+            self._tokens_of[label] = tuple(self._tokenizer(label, add_special_tokens=False)["input_ids"])
+        return self._tokens_of[label]
 
 
 def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelsAlone, label: str) -> Tokens:
     """The tokens of `label` after the prompt.
 
-    Prompt and label are tokenised as one text, since that is what the model was trained on, and the label is
-    what comes after the prompt's tokens. Where the tokenizer merges across the border ("Answer: " + "A" has
-    one token " A"), the prompt's tokens no longer begin the text's, and the label is tokenised alone: the
-    prompt must be the same for all labels.
+    Prompt and label are tokenized as one text, as in the model's training data, and the label's tokens are those after
+    the prompt's. Where the tokenizer merges across the border ("Answer: " + "A" has one token " A"), the tokens of the
+    whole text do not begin with the prompt's. The label is then tokenized alone, since all labels need the same prompt.
     """
     if both[: len(prompt)] == prompt and len(both) > len(prompt):
         return both[len(prompt) :]
