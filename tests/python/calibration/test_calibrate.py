@@ -1,4 +1,4 @@
-"""Calibration of a tiny random model: folds, what is refused, what may change, several tasks, text, memory."""
+"""Calibration of a tiny random model: what is found, which heads change, tasks, metrics, what is refused."""
 
 from __future__ import annotations
 
@@ -11,93 +11,11 @@ import numpy as np
 import pytest
 import torch
 import zerotuning as zt
-from limited_memory import memory_for
-from zerotuning.calibration.folds import draw_examples, make_folds
-from zerotuning.calibration.options import CalibrationOptions
-from zerotuning.calibration.out_of_memory import checkpointed_layers
+from film_reviews import FILMS, FIRST, RECORDS, SECOND, calibrate, loss_of
+from zerotuning.calibration.folds import make_folds
 from zerotuning.errors import ZeroTuningError
-from zerotuning.patching.patch import head_parameters, patch, unpatch
 from zerotuning.tasks.examples import as_records
 from zerotuning.tasks.task import Task
-
-FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
-FIRST = ("good", "bad", "a good story", "far too long")
-SECOND = ("told", "long", "well told", "far too well told", "a story")
-# One label for all: what helps one example helps the others, so that a search finds something.
-RECORDS = [{"text": f"the film is {one} and {two}", "label": 1} for one in FIRST for two in SECOND]
-
-
-@pytest.fixture
-def tiny(tiny_model: Any, tiny_tokenizer: Any) -> tuple[Any, Any]:
-    return tiny_model, tiny_tokenizer
-
-
-def calibrate(tiny: tuple[Any, Any], task: Any = FILMS, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"records": RECORDS, "steps": 4, "folds": 2}
-    return zt.calibrate(*tiny, task, **(settings | changes))
-
-
-def loss_of(tiny: tuple[Any, Any], scales: Any, records: Any = RECORDS, task: Task = FILMS) -> float:
-    zt.patch(tiny[0])
-    zt.apply_scales(tiny[0], scales)
-    try:
-        return float(zt.evaluate(*tiny, task, records).loss)
-    finally:
-        zt.unpatch(tiny[0])
-
-
-# Folds.
-
-
-def test_every_example_is_held_out_once_and_labels_keep_their_shares() -> None:
-    records = as_records([{"text": str(i), "label": int(i % 4 == 0)} for i in range(40)])
-    folds = make_folds(records, 4, seed=3)
-    assert sorted(place for fold in folds for place in fold.held_out) == list(range(40))
-    for fold in folds:
-        assert sorted(fold.fit + fold.held_out) == list(range(40))
-        assert sum(records[place]["label"] for place in fold.held_out) in (2, 3)
-    assert make_folds(records, 4, seed=3) == folds
-    assert make_folds(records, 4, seed=4) != folds
-
-
-def test_one_fold_holds_out_a_fifth() -> None:
-    (fold,) = make_folds(as_records(RECORDS), 1, seed=0)
-    assert (len(fold.fit), len(fold.held_out)) == (16, 4)
-
-
-def test_few_examples_make_few_folds() -> None:
-    folds = make_folds(as_records(RECORDS[:4]), 4, seed=0)
-    assert [len(fold.held_out) for fold in folds] == [2, 2]
-
-
-@pytest.mark.parametrize(
-    ("count", "options", "searches", "folds"),
-    [
-        (128, {}, 3, 1),
-        (128, {"num_searches": 2}, 2, 1),
-        (128, {"folds": 2}, 1, 2),
-        (128, {"folds": 1}, 3, 1),
-        (127, {}, 1, 4),
-    ],
-)
-def test_many_examples_take_three_searches_of_one_fold(
-    tiny: Any, count: int, options: dict[str, int], searches: int, folds: int
-) -> None:
-    records = (RECORDS * 7)[:count]
-    report = zt.calibrate(*tiny, FILMS, records=records, steps=1, **options).report
-    assert (report["num_searches"], report["seeds"], report["folds"]) == (searches, searches, folds)
-
-
-def test_only_a_gradient_search_with_labels_makes_several_searches() -> None:
-    for options in ({"objective": "information"}, {"method": "paper"}, {"method": "cma-es"}):
-        assert CalibrationOptions(**options).resolved(200).search_count == 1
-
-
-def test_the_draw_depends_on_the_seed_alone() -> None:
-    drawn = draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1))
-    assert drawn == draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1, folds=3))
-    assert drawn != draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=2))
-
 
 # What is found.
 
@@ -220,6 +138,18 @@ def test_information_takes_a_prior(tiny: Any, prior: Any) -> None:
     assert found.report["baseline"]["loss"] != plain.report["baseline"]["loss"]
 
 
+def test_a_prior_for_letters_has_a_number_for_each_choice(tiny: Any) -> None:
+    task = Task("asked", "{text}\n{choices}\nAnswer:", "letters")
+    records = [{**record, "choices": ["good", "bad", "long"]} for record in RECORDS]
+    options = {"objective": "information", "guard": False, "steps": 1}
+    report = calibrate(tiny, task, records=records, prior=(0.2, 0.5, 0.3), **options).report
+    assert report["options"]["prior"] == [0.2, 0.5, 0.3]
+    with pytest.raises(
+        ZeroTuningError, match="prior must be one number for each of the 3 labels of task 'asked', got 7"
+    ):
+        calibrate(tiny, task, records=records, prior=(0.1,) * 6 + (0.4,), **options)
+
+
 # Which heads.
 
 
@@ -231,31 +161,6 @@ def test_only_the_heads_asked_for_change(tiny: Any) -> None:
     gamma = calibrate(tiny, heads=[(1, 3)]).scales.gamma
     assert gamma[1, 3] != 1
     assert int((gamma != 1).sum()) == 1
-
-
-def test_options_may_come_as_arrays_and_sets() -> None:
-    plain = CalibrationOptions(layers=(0, 1), heads=((0, 1), (1, 2)), exclude_heads=((1, 0),), examples=8)
-    given = CalibrationOptions(
-        layers=np.array([0, 1]), heads={(1, 2), (0, 1)}, exclude_heads=torch.tensor([[1, 0]]), examples=np.int64(8)
-    )
-    assert given == plain
-    shares = CalibrationOptions(
-        prior=np.array([0.5, 0.5]), l2_penalties=np.array([0.25]), objective="information", seconds=np.float32(2.5)
-    )
-    assert (shares.prior, shares.l2_penalties) == ((0.5, 0.5), (0.25,))
-    assert json.loads(json.dumps([given.to_json(), shares.to_json()])) == [given.to_json(), shares.to_json()]
-
-
-def test_a_prior_for_letters_has_a_number_for_each_choice(tiny: Any) -> None:
-    task = Task("asked", "{text}\n{choices}\nAnswer:", "letters")
-    records = [{**record, "choices": ["good", "bad", "long"]} for record in RECORDS]
-    options = {"objective": "information", "guard": False, "steps": 1}
-    report = calibrate(tiny, task, records=records, prior=(0.2, 0.5, 0.3), **options).report
-    assert report["options"]["prior"] == [0.2, 0.5, 0.3]
-    with pytest.raises(
-        ZeroTuningError, match="prior must be one number for each of the 3 labels of task 'asked', got 7"
-    ):
-        calibrate(tiny, task, records=records, prior=(0.1,) * 6 + (0.4,), **options)
 
 
 def test_tied_heads_share_their_scale(tiny: Any) -> None:
@@ -333,81 +238,6 @@ def test_a_metric_may_return_a_number_of_any_library(tiny: Any, number: Any) -> 
 def test_a_metric_that_returns_no_finite_number_is_refused(tiny: Any, number: Any) -> None:
     with pytest.raises(ZeroTuningError, match="metric must return a finite number, got "):
         calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
-
-
-# OutOfMemoryRetry.
-
-
-def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any) -> None:
-    whole = calibrate(tiny)
-    with memory_for(tiny[0], 3):
-        found = calibrate(tiny)
-    assert any("not enough memory for a batch of" in note for note in found.report["warnings"])
-    assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
-
-
-def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any, monkeypatch: Any) -> None:
-    whole = calibrate(tiny)
-    forward = type(tiny[0]).forward
-    block = tiny[0].model.layers[0]
-
-    def checkpointed_only(self: Any, *arguments: Any, **more: Any) -> Any:
-        if torch.is_grad_enabled() and "forward" not in vars(block):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, *arguments, **more)
-
-    checkpointed_only.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(tiny[0]), "forward", checkpointed_only)
-    found = calibrate(tiny)
-    assert any("activations are computed twice" in note for note in found.report["warnings"])
-    assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
-    assert "forward" not in vars(block)
-
-
-def test_checkpointed_layers_keep_less_and_give_the_same_gradient(tiny: Any) -> None:
-    model = patch(tiny[0])
-    ids = torch.arange(24)[None]
-
-    def kept_and_gradient() -> tuple[int, torch.Tensor]:
-        sizes: list[int] = []
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            sizes.append(tensor.numel())
-            return tensor
-
-        with head_parameters(model) as parameters:
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                loss = model(ids, use_cache=False).logits[0, -1].square().sum()
-            kept = sum(sizes)
-            return kept, torch.stack(torch.autograd.grad(loss, parameters))
-
-    plain, gradient = kept_and_gradient()
-    with checkpointed_layers(model):
-        less, again = kept_and_gradient()
-    unpatch(model)
-    assert less < plain / 2
-    assert torch.equal(gradient, again)
-
-
-def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tiny: Any, monkeypatch: Any) -> None:
-    forward, calls = type(tiny[0]).forward, [0]
-
-    def sometimes_nan(self: Any, input_ids: Any = None, **more: Any) -> Any:
-        output = forward(self, input_ids=input_ids, **more)
-        # Once gradients are on, one example's logits are no numbers.
-        bad = (input_ids == marked).any(dim=-1) if torch.is_grad_enabled() else torch.zeros(len(input_ids), dtype=bool)
-        calls[0] += int(bad.any())
-        output.logits = output.logits.masked_fill(bad[:, None, None], math.nan)
-        return output
-
-    marked = tiny[1]("#")["input_ids"][0]
-    sometimes_nan.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
-    monkeypatch.setattr(type(tiny[0]), "forward", sometimes_nan)
-    records = [{"text": "the film # is bad", "label": 1}, *RECORDS]
-    found = calibrate(tiny, records=records)
-    assert calls[0] > 0
-    assert found.improved
-    assert any("example 0: no finite loss" in note for note in found.report["warnings"])
 
 
 # What is refused.
