@@ -51,21 +51,23 @@ _OPTIONS = frozenset(
 
 @register_model("zerotuning")
 class ZeroTuningLM(HFLM):
-    """A patched model as lm-eval evaluates it; one process.
+    """A patched model for lm-evaluation-harness, in one process.
 
     Args:
-        pretrained: what `load_model` takes: demo, a .gguf file, a folder, a hub name; or a model, patched or not.
-        scales: HeadScales, their folder or owner/name on the hub; None: every γ is 1, and of a model that is patched
-            already, as it is.
-        tokenizer: for a model given as an object (default: its name's).
-        dtype, device: as of `load_model`; dtype "auto" is its default, and so is a GPU where there is none, since lm-eval
-            names cuda:0 where the user names nothing. Not for a model given as an object.
-        device_map: as of `load_model`, in place of device. Not for a model given as an object.
-        batch_size, max_batch_size: as of lm-eval, "auto" among them.
-        options: those arguments of lm-eval's `hf` model that say how to use a model, not how to load it.
+        pretrained: A model that is patched or not, or what `load_model` accepts: demo, a .gguf file, a folder, a hub name.
+        scales: HeadScales, their folder or owner/name on the hub. None: every γ is 1; a model that is patched already
+            keeps its scales.
+        tokenizer: For a model that is given as an object (default: the tokenizer of its name).
+        dtype: As of `load_model`; "auto" is its default. Not for a model that is given as an object.
+        device: As of `load_model`. A GPU on a machine without one means the default device: lm-eval passes cuda:0 when
+            the user names no device. Not for a model that is given as an object.
+        device_map: As of `load_model`, in place of device. Not for a model that is given as an object.
+        batch_size: As of lm-eval, "auto" included.
+        max_batch_size: As of lm-eval.
+        options: Further arguments of lm-eval's `hf` model that concern the use of a model, not its loading.
 
     Raises:
-        ZeroTuningError: a model or scales that cannot be read, scales of another shape, an argument that is not known.
+        ZeroTuningError: A model or scales cannot be read, scales have another shape, or an argument is unknown.
     """
 
     def __init__(
