@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from formula import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,17 +17,9 @@ from zerotuning import ops
 from zerotuning.attention import dense_masks, packed_sequences
 from zerotuning.bench import attention_cuda as bench_cuda
 from zerotuning.bench.peers import attention_inputs
-from zerotuning.calibration.batched_candidates import CandidateScorer
-from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
-from zerotuning.evaluation.cuda_graphs import RecordedForward, Recordings, supports_recording
-from zerotuning.evaluation.evaluate import label_scores
-from zerotuning.evaluation.forward import PlainForward
-from zerotuning.evaluation.label_scorer import LabelScorer
-from zerotuning.evaluation.prefix_cache import behind_prefix, scores_behind_prefix
 from zerotuning.patching import packed_mask
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.patch import apply_scales, head_parameters, patch, unpatch
-from zerotuning.tasks.task import Task
 
 pytestmark = pytest.mark.gpu
 PLAIN, HOPPER, CUDNN, FLASH = 1, 2, 3, 4
@@ -811,146 +799,3 @@ def test_scales_expanded_over_the_batch_get_a_gradient_for_each_sample() -> None
         whole = [query, key, value, log_scale.repeat(3, 1)]
         for a, b in zip(by_route(expanded, grad_output, 0, 0), by_route(whole, grad_output, 0, 0), strict=True):
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-def _loss_and_gradient(
-    model: Any, tokenizer: Any, recorded: bool, told: str = "", read_once: bool = False
-) -> tuple[list[float], list[Tensor], list[str]]:
-    """Of 21 examples, in batches of two lengths, at three points; replayed or not. What is told before each of them may
-    be read once a batch."""
-    task = Task("reviews", prompt=told + "Review: {text} Sentiment:", labels=[" positive", " negative"])
-    records = [{"text": "good " * (1 + n % 3 * 6), "label": n % 2} for n in range(21)]
-    losses, gradients, notes = [], [], []
-    with torch.device("cpu"), head_parameters(model) as parameters:
-        scorer = LabelScorer(model, tokenizer, task, records, batch_size=8)
-        if recorded:
-            assert supports_recording(model)
-            scorer = scorer.using(RecordedForward(PlainForward(model), Recordings(model, parameters, notes.append)))
-        for value in (0.0, -0.7, 0.4):
-            with torch.no_grad():
-                for leaf in parameters:
-                    leaf.fill_(value)
-            for batch in scorer.batches:
-                at_batch = behind_prefix(scorer) if read_once else scorer
-                loss = F.cross_entropy(at_batch.scores(batch), batch.labels.cuda())
-                gradients.append(torch.stack(torch.autograd.grad(loss, parameters)).cpu().clone())
-            at_point = behind_prefix(scorer) if read_once else scorer
-            with torch.no_grad():
-                losses += [
-                    float(F.cross_entropy(at_point.scores(batch), batch.labels.cuda())) for batch in scorer.batches
-                ]
-    return losses, gradients, notes
-
-
-def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(tiny_tokenizer) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    plain, recorded = (_loss_and_gradient(model, tiny_tokenizer, way) for way in (False, True))
-    assert recorded[2] == []
-    torch.testing.assert_close(torch.tensor(recorded[0]), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(recorded[1]), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("recorded", [False, True])
-def test_what_all_prompts_begin_with_is_read_once_a_pass(tiny_tokenizer, recorded: bool) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    told = "a good story, well told " * 8
-    whole = _loss_and_gradient(model, tiny_tokenizer, False, told)
-    read: Counter[torch.Size] = Counter()
-    hook = model.register_forward_pre_hook(
-        lambda _, args, options: read.update([options["input_ids"].shape]), with_kwargs=True
-    )
-    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, recorded, told, read_once=True)
-    hook.remove()
-    assert notes == []
-    beginnings = sum(times for shape, times in read.items() if shape[0] == 1)
-    rests = {shape: times for shape, times in read.items() if shape[0] > 1}
-    if recorded:  # two rehearsals, one recording of each shape
-        assert set(rests.values()) == {3}
-        assert beginnings == sum(rests.values())
-    else:  # once a batch with gradients, once for all without
-        assert beginnings == 3 * (3 + 1)
-        assert sum(rests.values()) == 3 * (3 + 3)
-    assert max(shape[1] for shape in rests) < 40
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(whole[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(gradients), torch.stack(whole[1]), rtol=1e-3, atol=1e-5)
-
-
-def test_recorded_candidates_side_by_side_score_as_each_by_itself(tiny_tokenizer) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative", " none at all"])
-    records = [{"text": "good " * (1 + n % 3), "label": n % 3} for n in range(21)]
-    with torch.device("cpu"), head_parameters(model) as parameters:
-        scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
-        memory = OutOfMemoryRetry()
-        candidates = CandidateScorer(model, parameters, memory)
-        size = sum(len(leaf) for leaf in parameters)
-        points = list(np.random.default_rng(0).normal(0.0, 0.8, (11, size)))
-        expected = [
-            [scores for _, _, scores in candidates.scores(scorer, [batch], [point])]
-            for batch in scorer.batches
-            for point in points
-        ]
-        recordings = Recordings(model, parameters, memory.note)
-        scorer = scorer.using(RecordedForward(PlainForward(model), recordings))
-        for _ in range(2):  # recorded, replayed
-            found = candidates.scores(scorer, scorer.batches, points)
-            assert [index for index, _, _ in found] == list(range(11)) * len(scorer.batches)
-            for (_, _, scores), (one,) in zip(found, expected, strict=True):
-                torch.testing.assert_close(scores, one, rtol=1e-4, atol=1e-5)
-    assert memory.notes == []
-    assert any(copies > 1 for _, _, copies, *_ in recordings._recorded)
-
-
-def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(tiny_tokenizer) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    task = Task("reviews", prompt="a good story, well told " * 8 + "{text}:", labels=[" positive", " none at all"])
-    records = [{"text": "good " * (1 + n % 5), "label": n % 2} for n in range(21)]
-    with torch.device("cpu"), head_parameters(model) as parameters, torch.no_grad():
-        scorer = LabelScorer(model, tiny_tokenizer, task, records, batch_size=8)
-        for leaf in parameters:
-            leaf.copy_(torch.linspace(-1.0, 1.5, len(leaf)))
-        whole = label_scores(scorer)
-        torch.testing.assert_close(scores_behind_prefix(scorer), whole, rtol=1e-4, atol=1e-4)
-
-
-def test_graphs_that_nobody_holds_do_not_disturb_a_recording(tiny_tokenizer) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    threshold = gc.get_threshold()
-    gc.collect()
-    gc.disable()
-    try:  # garbage in cycles, as after each search
-        for _ in range(2):
-            assert _loss_and_gradient(model, tiny_tokenizer, True)[2] == []
-        gc.enable()
-        gc.set_threshold(1)  # collects all the time
-        assert _loss_and_gradient(model, tiny_tokenizer, True)[2] == []
-    finally:
-        gc.enable()
-        gc.set_threshold(*threshold)
-
-
-def test_lengths_for_which_no_memory_is_left_are_not_recorded(tiny_tokenizer, monkeypatch) -> None:
-    model = patch(tiny_llama(vocab_size=len(tiny_tokenizer)).float())
-    plain = _loss_and_gradient(model, tiny_tokenizer, False)
-    free = iter([8])  # room for the first length alone
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free, 1), 10))
-    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, True)
-    assert len(set(notes)) == 1
-    assert "a quarter of the GPU's memory is left" in notes[0]
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)
-
-
-def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(tiny_tokenizer) -> None:
-    model = tiny_llama(vocab_size=len(tiny_tokenizer)).float()
-    inner = model.model.layers[0].mlp.forward
-    # The host waits for the GPU, as models with experts do.
-    model.model.layers[0].mlp.forward = lambda hidden: inner(hidden) * float(hidden.abs().max() > 0)
-    patch(model)
-    losses, gradients, notes = _loss_and_gradient(model, tiny_tokenizer, True)
-    assert len(notes) == 1
-    assert "not recorded" in notes[0]
-    torch.rand(3)  # as before: the recording that broke off is not waited for
-    plain = _loss_and_gradient(model, tiny_tokenizer, False)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)

@@ -20,7 +20,6 @@ from zerotuning.calibration.objective import Measurement, TaskExamples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
-from zerotuning.evaluation.prefix_cache import supports_prefix_cache
 from zerotuning.models.process_group import Processes
 from zerotuning.patching.patch import head_parameters, patch
 from zerotuning.tasks.examples import as_records
@@ -254,11 +253,3 @@ def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tin
         with memory_for(tiny_model, 2):
             assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
         assert measurement.memory.max_batch_size == 2
-
-
-def test_a_window_that_padding_would_move_keeps_prompts_whole(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    task, records = with_many_shots(tiny_model)
-    scorer = LabelScorer(patch(tiny_model), tiny_tokenizer, task, records)
-    assert supports_prefix_cache(scorer)
-    tiny_model.config.sliding_window = 64
-    assert not supports_prefix_cache(scorer)
