@@ -21,7 +21,7 @@ from zerotuning.evaluation.evaluate import label_scores
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.tasks.examples import Record
 
-#: Learning rates of the adapters, chosen by the loss of a fifth of the examples, as the head scales' step is.
+#: Learning rates that are tried; a held-out fifth of the examples decides, as it does for the step of the head scales.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
 ADAPTER_EPOCHS = 8
 ADAPTER_BATCH = 16
@@ -32,9 +32,12 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 class AdapterRun:
     """What an adapter is fitted to.
 
-    task_name  for errors
-    records    drawn in a random order: the first fifth is held out
-    scorer     makes a scorer of these records on this model, with this batch size (None: the run's own)
+    Attributes:
+        model: The model without the adapter.
+        task_name: For errors.
+        records: Examples in a random order; the first fifth is held out.
+        seed: Of the adapter's initial weights and of the order of batches.
+        scorer: Makes a scorer from (records, model, batch size); None is the default batch size.
     """
 
     model: Any
@@ -45,12 +48,14 @@ class AdapterRun:
 
 
 def lora_config() -> Any:
+    """LoRA of rank 8 on query and value projections."""
     from peft import LoraConfig
 
     return LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 
 
 def ia3_config() -> Any:
+    """IA3 on key, value and down projections."""
     from peft import IA3Config
 
     modules = ["k_proj", "v_proj", "down_proj"]
@@ -59,30 +64,41 @@ def ia3_config() -> Any:
 
 @contextmanager
 def fitted_adapter(run: AdapterRun, config: Any, rates: Sequence[float]) -> Iterator[tuple[Any, int]]:
-    """The model with an adapter fitted to the labels' loss, and how many numbers were fitted.
+    """Fit an adapter to the task loss; within the context the model has the adapter.
 
-    Of all learning rates and epochs the one with the least loss on a held-out fifth of the records.
+    Of all learning rates and epochs, the weights with the least loss on a held-out fifth of the records are chosen.
+
+    Args:
+        run: Model and examples.
+        config: Of peft.
+        rates: Learning rates.
+
+    Yields:
+        The model with the adapter, and how many numbers were fitted.
+
+    Raises:
+        ZeroTuningError: No epoch ended with a finite loss.
     """
-    held = max(1, len(run.records) // 5)
-    fit, judge = run.records[held:], run.records[:held]
+    count = max(1, len(run.records) // 5)
+    fit, held_out = run.records[count:], run.records[:count]
     best: tuple[float, dict[str, Tensor]] | None = None
-    # cuDNN's backward pass of masked attention gives NaN at some lengths (pytorch issue 196678).
+    # Without cuDNN: the backward pass of its masked attention gives NaN at some lengths (pytorch issue 196678).
     with _adapted(run, config) as model, sdpa_kernel(NOT_CUDNN):
-        first = _weights(model)
+        initial = _weights(model)
         for rate in rates:
-            _set_weights(model, first)
-            for loss, weights in _epochs(run, model, fit, judge, rate):
+            _set_weights(model, initial)
+            for loss, weights in _epochs(run, model, fit, held_out, rate):
                 if math.isfinite(loss) and (best is None or loss < best[0]):
                     best = loss, weights
         if best is None:
             raise ZeroTuningError(f"no epoch of {config.peft_type.value} on {run.task_name} ended with a finite loss")
         _set_weights(model, best[1])
-        yield model, sum(weight.numel() for weight in first.values())
+        yield model, sum(weight.numel() for weight in initial.values())
 
 
 @contextmanager
 def _adapted(run: AdapterRun, config: Any) -> Iterator[Any]:
-    """The model with an adapter in float32, its own weights untouched; without it again afterwards."""
+    """Within the context the model has an adapter in float32; the model's own weights are not changed."""
     from peft import get_peft_model
 
     torch.manual_seed(run.seed)
@@ -112,19 +128,19 @@ def _set_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _epochs(
-    run: AdapterRun, model: Any, fit: list[Record], judge: list[Record], rate: float
+    run: AdapterRun, model: Any, fit: list[Record], held_out: list[Record], rate: float
 ) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """Held-out loss and weights after each epoch of AdamW."""
-    chosen = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(chosen, lr=rate, weight_decay=0.0)
-    scorer, judges = run.scorer(fit, model, ADAPTER_BATCH), run.scorer(judge, model, None)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    scorer, held_out_scorer = run.scorer(fit, model, ADAPTER_BATCH), run.scorer(held_out, model, None)
     generator = np.random.default_rng(run.seed)
     for _ in range(ADAPTER_EPOCHS):
         for batch in generator.permutation(np.array(scorer.batches, dtype=object)).tolist():
             optimizer.zero_grad()
             _label_loss(scorer, batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        yield float(objectives.task_loss(label_scores(judges), judges.labels)), _weights(model)
+        yield float(objectives.task_loss(label_scores(held_out_scorer), held_out_scorer.labels)), _weights(model)
 
 
 def _label_loss(scorer: LabelScorer, batch: Batch) -> Tensor:

@@ -22,12 +22,12 @@ from zerotuning.bench.peers import (
 from zerotuning.bench.rows import OURS, UNTUNED, Row
 from zerotuning.bench.timing import take_turns
 
-#: Query heads, key heads, head size: SmolLM2-135M's and Llama-3.1-8B's.
+#: Query heads, key heads and head size of SmolLM2-135M and of Llama-3.1-8B.
 HEADS = ((9, 3, 64), (32, 8, 128))
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-#: Peers that keep a [H, T, T] matrix are left out where it would take more.
+#: Peers that allocate a float32 [H, T, T] matrix are left out where the matrix would exceed this many bytes.
 LARGEST_MATRIX = 2**29
-#: FlexAttention is compiled anew for every shape, half a minute each on the CPU.
+#: FlexAttention is compiled for every shape, which takes half a minute each on the CPU.
 FLEX_LENGTHS = (1024,)
 
 
@@ -37,7 +37,14 @@ def attention_rows(
     seconds: float = 2.0,
     flex: bool = True,
 ) -> Iterator[Row]:
-    """Forward, and forward + backward, of every peer; then our peak memory by length."""
+    """Measure forward, and forward + backward, of every peer; then the memory of our operator by length.
+
+    Args:
+        all_heads: Query heads, key heads and head size of each shape.
+        lengths: Tokens of each shape.
+        seconds: Of each measurement.
+        flex: Measure FlexAttention too.
+    """
     torch.manual_seed(0)
     compiled = flex_attention_peer() if flex else None
     for heads in all_heads:
@@ -84,7 +91,11 @@ def _row(
 
 
 def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> Iterator[Row]:
-    """What one forward + backward of ours allocates in all, 4/2/64 float32: linear in the length."""
+    """Measure how much one forward + backward of our operator allocates in total: linear in the length.
+
+    Args:
+        lengths: Tokens; the heads are 4/2/64, in float32.
+    """
     for length in lengths:
         call = _backward_calls({OURS: ours}, attention_inputs((4, 2, 64), length, torch.float32))[OURS]
         call()
@@ -96,7 +107,12 @@ def memory_rows(lengths: Sequence[int] = (1024, 2048, 4096, 8192)) -> Iterator[R
 
 
 def decode_rows(lengths: Sequence[int] = (1024, 8192, 32768), seconds: float = 2.0) -> Iterator[Row]:
-    """One query of 32/8/128 heads against a long cache, bfloat16."""
+    """Measure one query of 32/8/128 heads against a long cache, in bfloat16.
+
+    Args:
+        lengths: Keys in the cache.
+        seconds: Of each measurement.
+    """
     torch.manual_seed(0)
     for batch in (1, 4):
         for length in lengths:

@@ -1,4 +1,4 @@
-"""`zerotuning bench attention` and `bench decode` on a GPU: time beside the peers, by route, accuracy."""
+"""`zerotuning bench attention` and `bench decode` on a GPU: time beside the peers, time by route, accuracy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from zerotuning.bench.peers import (
     untuned_by,
 )
 from zerotuning.bench.rows import OURS, Row
-from zerotuning.bench.timing import ROUNDS, Peers, free_memory, turns_of_graphs, turns_on_gpu
+from zerotuning.bench.timing import ROUNDS, Peers, free_memory, take_turns_by_graph, take_turns_on_gpu
 
 CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
@@ -47,11 +47,11 @@ LARGEST_MATRIX = 8 * 2**30
 
 
 def card() -> dict[str, Any]:
-    """The GPU, and the two rates that bound what it can do, measured."""
+    """The GPU's name and versions, and its measured rates of copying and of bfloat16 matrix products."""
     source = torch.empty(2**30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
     matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    times = turns_on_gpu({"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, flush=False)
+    times = take_turns_on_gpu({"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, flush=False)
     return {
         "gpu": torch.cuda.get_device_name(),
         "cuda": torch.version.cuda,
@@ -62,11 +62,11 @@ def card() -> dict[str, Any]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """Forward and forward + backward at HEADS and SHAPES, head size 64 at two of them; the routes; accuracy."""
+    """Measure forward and forward + backward at HEADS and SHAPES (head size 64 at two of them), routes and accuracy."""
     torch.manual_seed(0)
     for heads, shapes in ((HEADS, SHAPES), ((9, 3, 64), ((16, 128), (4, 1024)))):
         for batch, length in shapes:
-            torch.compiler.reset()  # FlexAttention is compiled for each shape; past a limit it would run dense
+            torch.compiler.reset()  # FlexAttention is compiled for each shape; after too many it would run uncompiled
             flex = flex_attention_peer()
             inputs = attention_inputs(heads, length, torch.bfloat16, batch, "cuda")
             peers = {
@@ -84,7 +84,7 @@ def attention_rows() -> Iterator[Row]:
                 ("forward", forward_calls(peers, inputs)),
                 ("forward + backward", _backward_calls(peers, inputs)),
             ):
-                yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": turns_of_graphs(calls)}
+                yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": take_turns_by_graph(calls)}
             free_memory()
     yield from route_rows()
     yield from merge_rows()
@@ -92,7 +92,7 @@ def attention_rows() -> Iterator[Row]:
 
 
 def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
-    """Gradients of query, key and value, and of log γ where the peer has them."""
+    """The peers' forward + backward passes: gradients of query, key and value, and of log γ where the peer has them."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     grad_output = torch.randn_like(inputs[0])
 
@@ -104,8 +104,8 @@ def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
 
         return run
 
-    # FlexAttention sums a captured tensor's gradient by atomics on one address: shown without γ's gradient and, where
-    # that takes less than half a second a call, with it.
+    # FlexAttention sums the gradient of a captured tensor by atomics on one address. It is measured without γ's gradient
+    # and, where a call takes less than half a second, with γ's gradient too.
     fixed = [*leaves[:3], inputs[3]]
     calls = {name: call(peer, fixed if name == FLEX else leaves) for name, peer in peers.items()}
     if FLEX in peers and inputs[0].shape[0] * inputs[0].shape[2] ** 2 <= LONGEST_ATOMICS**2:
@@ -114,7 +114,7 @@ def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
 
 
 def _forward_by_route(inputs: list[Tensor], route: int, keep: bool = False) -> Any:
-    """output, logsumexp and, where backward is to find it, the output_minus_initial_value."""
+    """(output, logsumexp, output_minus_initial_value); the last one only where `keep` is set, for backward."""
     scale = inputs[0].shape[-1] ** -0.5
     return torch.ops.zerotuning._attention_by_route(*inputs, None, None, None, 0, scale, keep, route)
 
@@ -126,7 +126,7 @@ def _backward_by_route(inputs: list[Tensor], route: int, grad_output: Tensor, ke
 
 
 def route_rows() -> Iterator[Row]:
-    """What choose_forward and choose_backward choose from, as far as this card has it."""
+    """Measure each route that choose_forward and choose_backward can choose on this GPU."""
     for batch, length in ROUTE_SHAPES:
         inputs = attention_inputs(HEADS, length, torch.bfloat16, batch, "cuda")
         grad_output = torch.randn_like(inputs[0])
@@ -145,23 +145,26 @@ def route_rows() -> Iterator[Row]:
             try:
                 call()
             except RuntimeError as error:
-                if "does not take this call" not in str(error):
+                if "this call" not in str(error):  # the operator refuses a route that does not support the call
                     raise
                 continue
             forward[name] = call
-            # The fastest forward before each backward; our own kernels' wants no output_minus_initial_value.
+            # Each backward follows the fastest forward. Only routes around torch's kernels keep output_minus_initial_value.
             own_forward = ROUTES["hopper"] if "hopper" in forward else route
             backward[name] = partial(both, own_forward, route, name in ("cuDNN", "flash"))
         shape = f"{batch} x {length}, {'/'.join(map(str, HEADS))}"
-        yield {"what": "forward, by route", "shape": shape, "dtype": "bfloat16", "peers": turns_of_graphs(forward)}
+        yield {"what": "forward, by route", "shape": shape, "dtype": "bfloat16", "peers": take_turns_by_graph(forward)}
         what = "forward + backward, by backward's route"
-        yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": turns_of_graphs(backward)}
+        yield {"what": what, "shape": shape, "dtype": "bfloat16", "peers": take_turns_by_graph(backward)}
         free_memory()
 
 
 def merge_rows() -> Iterator[Row]:
-    """Our two kernels around torch's, one pass over memory each: their own time, the rate at which they read and write,
-    and that as a part of the card's copy rate and of a copy's of as many bytes."""
+    """Measure our two kernels around torch's kernel, each of which passes over its memory once.
+
+    A row has their time and their rate of reading and writing, also as a fraction of the GPU's copy rate and of the rate of a
+    copy of as many bytes.
+    """
     copy_rate = card()["copy TB/s"]
     route = ROUTES["cuDNN" if (9, 0) <= torch.cuda.get_device_capability() < (12, 0) else "flash"]
     for batch, length in ((4, 1024), (4, 4096), (1, 16384)):
@@ -169,7 +172,8 @@ def merge_rows() -> Iterator[Row]:
         forward = partial(_forward_by_route, inputs, route)
         backward = partial(_backward_by_route, inputs, route, torch.randn_like(inputs[0]), forward(True))
         peers: dict[str, dict[str, float]] = {}
-        # Of query, torch's output and the result; of query, its gradient before and after, the output's and output_minus_initial_value.
+        # merge reads query and torch's output and writes the result. backward reads query, its gradient, the output's
+        # gradient and output_minus_initial_value, and writes query's gradient.
         calls: tuple[tuple[str, int, Callable[[], object]], ...] = (("merge", 3, forward), ("backward", 5, backward))
         for kernel, count, call in calls:
             source = torch.empty(count * inputs[0].numel() // 2, dtype=torch.bfloat16, device="cuda")
@@ -184,7 +188,7 @@ def merge_rows() -> Iterator[Row]:
 
 
 def _kernel_ms(calls: list[Callable[[], object]], names: list[str]) -> list[float]:
-    """Median milliseconds of the kernels whose names contain these, while the calls take turns."""
+    """Median milliseconds of the kernels whose names contain `names`, while the calls take turns."""
     cache = torch.empty(2**26, dtype=torch.int32, device="cuda")
     for call in calls:
         call()
@@ -198,8 +202,11 @@ def _kernel_ms(calls: list[Callable[[], object]], names: list[str]) -> list[floa
 
 
 def accuracy_rows() -> Iterator[Row]:
-    """Relative error of output and gradients against the formula in float64, by length, γ and mean a_0; of torch's own
-    attention with an additive mask as well, whose gradients of a saturated sink are what rounding its output leaves."""
+    """Measure the relative error of output and gradients against the formula in float64, by length, γ and mean a_0.
+
+    torch's attention with an additive mask is measured too: with a saturated sink its gradients are what the rounding of its
+    output leaves.
+    """
     for length, sink in product((1024, FIRST_TORCH_LENGTH + 127), (0.05, 0.5, 0.9, 0.99)):
         query, key, value = _inputs_with_sink(sink, length)
         for gamma in (0.02, 0.3, 3.0, 50.0):
@@ -208,14 +215,14 @@ def accuracy_rows() -> Iterator[Row]:
             wide = [t.double().requires_grad_() for t in inputs]
             grad_output = torch.randn_like(query)
             expected = reference.attention(*wide)[0]
-            want = (expected, *torch.autograd.grad(expected, wide, grad_output.double()))
+            exact = (expected, *torch.autograd.grad(expected, wide, grad_output.double()))
             errors = {}
             for name, peer in ((OURS, ours), ("additive mask", additive_mask)):
                 output = peer(*leaves)
-                got = (output, *torch.autograd.grad(output, leaves, grad_output, allow_unused=True))
+                computed = (output, *torch.autograd.grad(output, leaves, grad_output, allow_unused=True))
                 errors[name] = {
                     of: ((a.double() - b).norm() / b.norm()).item()
-                    for of, a, b in zip(("output", "query", "key", "value", "log_scale"), got, want, strict=True)
+                    for of, a, b in zip(("output", "query", "key", "value", "log_scale"), computed, exact, strict=True)
                     if a is not None
                 }
             shape = f"1 x {length}, γ {gamma}, a_0 {sink}"
@@ -234,7 +241,7 @@ def _inputs_with_sink(sink: float, length: int) -> list[Tensor]:
         :, :, 1:
     ]
     low, high = -40.0, 60.0
-    for _ in range(40):  # strength of key 0 along the queries' common direction, by bisection
+    for _ in range(40):  # bisection of key 0's component along the queries' common direction
         middle = (low + high) / 2
         logits[..., 0] = middle
         low, high = (middle, high) if torch.softmax(logits, -1)[..., 0].mean().item() < sink else (low, middle)
@@ -243,8 +250,10 @@ def _inputs_with_sink(sink: float, length: int) -> list[Tensor]:
 
 
 def decode_rows() -> Iterator[Row]:
-    """One query of HEADS against CACHES, from a cold level-2 cache and in replays of a CUDA graph; ours also as a step of
-    `generate` calls it, with a key mask."""
+    """Measure one query of HEADS against CACHES, with a cold level-2 cache and in replays of a graph of ten calls.
+
+    Our operator is also measured with a key mask, as a step of `generate` calls it.
+    """
     torch.manual_seed(0)
     copy_rate = card()["copy TB/s"]
     for batch, length in CACHES:
@@ -261,8 +270,8 @@ def decode_rows() -> Iterator[Row]:
             "repeat_kv": repeated_keys,
         }
         for what, calls in (("decode", 1), ("decode, 10 calls", 10)):
-            figures = turns_of_graphs(forward_calls(peers, inputs), calls, flush=calls == 1)
-            for own in figures.values():
-                own["of copy"] = 4 * key.numel() / own["ms"] / 1e9 / copy_rate
+            figures = take_turns_by_graph(forward_calls(peers, inputs), calls, flush=calls == 1)
+            for of_peer in figures.values():
+                of_peer["of copy"] = 4 * key.numel() / of_peer["ms"] / 1e9 / copy_rate
             yield {"what": what, "shape": f"{batch} x {length}", "dtype": "bfloat16", "peers": figures}
         free_memory()

@@ -1,9 +1,10 @@
-"""The methods that `zerotuning bench search` compares, and what each of them is given."""
+"""The methods that `zerotuning bench search` compares, and what each method is given."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -21,47 +22,55 @@ from zerotuning.tasks.task import Task
 
 #: Test scores float32 [n, C], numbers tuned, seconds of tuning.
 Outcome = tuple[Tensor, int, float]
+#: Methods that see the examples' texts but not their labels.
 WITHOUT_LABELS = ("information",)
 
 
+@dataclass
 class MethodRun:
-    """One method's model, examples and tests.
+    """What one method is given.
 
-    task      with its shots
-    drawn     examples that the method has, the shots among them
-    choosing  seconds that choosing the shots took
-    count     of the examples; 0 for a method that has none
-    limit     test examples
-    ours      the row of `gradient` on the same examples, if there is one
-    records   those that are no shots, in the order that `calibrate` draws them with the same number and seed
+    Attributes:
+        model: Unpatched.
+        tokenizer: The model's tokenizer.
+        task: The task with its shots.
+        drawn: The examples that the method may use, shots included.
+        choosing: Seconds that the choice of the shots took.
+        count: How many examples; 0 for a method that uses none.
+        seed: Of the draw of examples.
+        batch_size: Prompts of one pass.
+        limit: How many test examples.
+        gradient_row: The row of the method `gradient` on the same examples, if there is one.
+        records: The examples that are no shots, in the order that `calibrate` draws them with this count and seed.
+        tests: The test examples.
+        test_scorer: Their scorer.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        task: Task,
-        drawn: list[Record],
-        choosing: float,
-        count: int,
-        seed: int,
-        batch_size: int,
-        limit: int,
-        ours: Row | None,
-    ) -> None:
-        self.model, self.tokenizer, self.task, self.choosing = model, tokenizer, task, choosing
-        self.count, self.seed, self.batch_size, self.ours = count, seed, batch_size, ours
-        self.records = without_shots(self.task, drawn)
-        self.tests = task.examples("test", limit)
+    model: Any
+    tokenizer: Any
+    task: Task
+    drawn: list[Record]
+    choosing: float
+    count: int
+    seed: int
+    batch_size: int
+    limit: int
+    gradient_row: Row | None
+
+    def __post_init__(self) -> None:
+        self.records = without_shots(self.task, self.drawn)
+        self.tests = self.task.examples("test", self.limit)
         self.test_scorer = self.scorer(self.tests)
 
     def scorer(self, records: list[Record], model: Any = None, batch_size: int | None = None) -> LabelScorer:
+        """A scorer of these records, by default on the run's model and with the run's batch size."""
         return LabelScorer(
             model or self.model, self.tokenizer, self.task, records, batch_size=batch_size or self.batch_size
         )
 
     def calibrated(self, **options: Any) -> Outcome:
-        """`calibrate` with these options, on the run's examples: without shots as the command line draws them."""
+        """The outcome of `calibrate` with these options on the run's examples."""
+        # Without shots `calibrate` draws the examples itself, as it does for the command line.
         draw: dict[str, Any] = {"records": self.records}
         if not self.task.shots:
             draw = {"records": self.task.examples("validation"), "examples": self.count}
@@ -85,7 +94,7 @@ def _untuned(run: MethodRun) -> Outcome:
 
 
 def _label_bias(run: MethodRun) -> Outcome:
-    """A number added to each label's log-probability, fitted to the examples: calibration without touching the model."""
+    """A number added to each label's log-probability, fitted to the examples; the model stays untouched."""
     started = time.perf_counter()
     scorer = run.scorer(run.records)
     bias = fit_label_bias(label_scores(scorer), scorer.labels)
@@ -111,7 +120,7 @@ def _paper(run: MethodRun) -> Outcome:
 
 def _paper_in_time(run: MethodRun) -> Outcome:
     """The paper's method stopped after the seconds that `gradient` took on the same examples."""
-    seconds = run.ours["peers"]["gradient"]["s"] - run.choosing if run.ours else run.calibrated()[2]
+    seconds = run.gradient_row["peers"]["gradient"]["s"] - run.choosing if run.gradient_row else run.calibrated()[2]
     return run.calibrated(method="paper", seconds=seconds)
 
 

@@ -1,4 +1,4 @@
-"""`zerotuning bench calibration` on the CPU: what a patched model and every head's gradient cost, with and without shots."""
+"""`zerotuning bench calibration` on a CPU: the cost of a patched model and of every head's gradient."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ SHOTS = 4
 
 
 def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
-    """The embedded model, 16 prompts of SST-2 together: forward untuned and patched, and with every head's gradient. Then
-    behind solved examples, which the model reads with every prompt, or once for all."""
+    """Measure 16 prompts of SST-2 together on the embedded model: forward untuned and patched, and every head's gradient.
+
+    Then the same behind solved examples, which the model reads with every prompt, or once for all prompts.
+
+    Args:
+        seconds: Of each measurement.
+    """
     model, tokenizer = load_model("demo")
     task, records = Task.load("sst2"), Task.load("sst2").examples("validation", 64)
     for shots in (0, SHOTS):

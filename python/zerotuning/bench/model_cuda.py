@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import statistics
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import product
@@ -18,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zerotuning.bench.generation_steps import steps_by_turns
 from zerotuning.bench.rows import OURS, Row
 from zerotuning.bench.timing import Peers, free_memory, take_turns
 from zerotuning.evaluation import objectives
@@ -36,12 +32,12 @@ GRADIENT = "forward + gradient of every head"
 
 
 def calibration_rows() -> Iterator[Row]:
-    """A model of Llama-3.1-8B's shape with random weights, bf16: prefill, the objective and its gradient, generation."""
+    """Measure prefill, the objective and its gradient, and generation, in bfloat16."""
     model = _llama_8b()
     for part in (_prefill, _objective, _behind_shots, _sensitivities, _generation):
         try:
             yield from part(model)
-        except Exception as error:  # one part's failure leaves the others' figures
+        except Exception as error:  # the other parts are measured even so
             failure = {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}
             yield {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16", "peers": failure}
         free_memory()
@@ -80,7 +76,7 @@ Within = Callable[[], AbstractContextManager[None]]
 
 
 def _compared(peers: Peers, within: Mapping[str, Within] | None = None, rounds: int = 7) -> dict[str, dict[str, Any]]:
-    """Milliseconds on the clock, by turns: a card that is hot is slower."""
+    """`take_turns` on the GPU: peers take turns because a hot GPU is slower."""
     return {**take_turns(peers, 0.0, rounds, within, torch.cuda.synchronize)}
 
 
@@ -96,8 +92,10 @@ def _prefill(model: Any) -> Iterator[Row]:
 
 
 def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
-    """Tokens a second of `generate` after a prompt of `context` tokens, of the median step. With a growing cache also of
-    a first run: cuDNN plans each length that it has not seen."""
+    """Measure the tokens per second of `generate` after a prompt of `context` tokens, from the median step.
+
+    With a growing cache the first run has a figure of its own: cuDNN makes a plan for each new length.
+    """
     for batch, cache in product((1, 16), ("dynamic", "static")):
         ids = torch.randint(1, 128000, (batch, context), device="cuda")
         peers: dict[str, dict[str, Any]] = {"sdpa": {}, OURS: {}}
@@ -119,18 +117,18 @@ def _generation(model: Any, context: int = 8192) -> Iterator[Row]:
 def _growing_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 96, runs: int = 4) -> None:
     tuned = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     with _tuned(tuned):
-        found = steps_by_turns({"sdpa": model, OURS: tuned}, ids, new, runs)
-    seconds = {name: [step for steps in of_runs[1:] for step in steps] for name, of_runs in found.items()}
+        steps = steps_by_turns({"sdpa": model, OURS: tuned}, ids, new, runs)
+    seconds = {name: [step for of_run in of_runs[1:] for step in of_run] for name, of_runs in steps.items()}
     for name, figures in peers.items():
         figures["tokens/s"] = len(ids) / statistics.median(seconds[name])
-        figures["tokens/s, first run"] = len(ids) / statistics.median(found[name][0])
+        figures["tokens/s, first run"] = len(ids) / statistics.median(steps[name][0])
         pairs = zip(seconds[name], seconds["sdpa"], strict=True)
         low, figures["ratio"], high = statistics.quantiles((step / of_sdpa for step, of_sdpa in pairs), n=4)
         figures |= {"ratio, lower quartile": low, "ratio, upper quartile": high}
 
 
 def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new: int = 24, runs: int = 3) -> None:
-    # A compiled model runs again before the other one is compiled.
+    # One model after the other: a compiled model makes all its runs before the next model is compiled.
     for name, figures in peers.items():
         try:
             with _tuned(model) if name == OURS else nullcontext():
@@ -141,81 +139,17 @@ def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new
         figures["tokens/s"] = len(ids) / min(statistics.median(steps) for steps in of_runs[1:])
 
 
-def steps_by_turns(
-    models: Mapping[str, Any], ids: Tensor, new: int, runs: int, **options: Any
-) -> dict[str, list[list[float]]]:
-    """Seconds of each model's steps in several runs of `generate`, of `new` tokens behind ids [B, T] each, the first
-    token's left out.
-
-    Several models take their steps by turns, one at a time on one core: a host that others use is half as fast for seconds
-    at a time, one core more than another, and so it is for all of them. Each has a thread of its own, as cuDNN's plans are
-    a thread's.
-    """
-    wait = torch.cuda.synchronize if ids.is_cuda else lambda: None
-    order = deque(models)
-    turn = threading.Condition()
-    seconds: dict[str, list[list[float]]] = {name: [[] for _ in range(runs)] for name in models}
-    began = dict.fromkeys(models, 0.0)
-
-    def take_turn(name: str) -> None:
-        with turn:
-            turn.wait_for(lambda: order[0] == name)
-        began[name] = time.perf_counter()
-
-    def generate(name: str, steps: list[float]) -> None:
-        def stop(ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-            wait()
-            steps.append(time.perf_counter() - began[name])
-            with turn:
-                order.rotate(-1)
-                turn.notify_all()
-            take_turn(name)
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-
-        models[name].generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            max_length=None,
-            stopping_criteria=[stop],
-            **options,
-        )
-
-    def all_runs(name: str) -> None:
-        try:
-            take_turn(name)
-            for steps in seconds[name]:
-                generate(name, steps)
-        finally:
-            with turn:
-                order.remove(name)
-                turn.notify_all()
-
-    def share_a_core() -> None:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # the calling thread's
-
-    if len(models) == 1:  # in this thread, of which a compiled model's CUDA graphs are
-        all_runs(*models)
-    else:
-        with ThreadPoolExecutor(len(models), initializer=share_a_core) as threads:
-            for done in [threads.submit(all_runs, name) for name in models]:
-                done.result()
-    return {name: [steps[1:] for steps in of_runs] for name, of_runs in seconds.items()}
-
-
 def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:
-    """As `calibrate` makes one, of prompts of random tokens with two labels, behind so many more that are solved."""
+    """A scorer as `calibrate` makes it, of prompts of random tokens with two labels, behind `shots` solved ones."""
     records = [
         Record({"text": " ".join(map(str, torch.randint(2, 10000, (tokens,)).tolist())), "label": n % 2}, f"prompt {n}")
         for n in range(prompts + shots)
     ]
     task = Task("numbers", "{text}", (" 0", " 1"))
     behind = task.with_shots(records[:shots]) if shots else task
-    return LabelScorer(model, _numbers(), behind, records[shots:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS)
+    return LabelScorer(
+        model, _number_tokenizer(), behind, records[shots:], batch_size=prompts, batch_tokens=GRADIENT_TOKENS
+    )
 
 
 @torch.no_grad()
@@ -234,8 +168,10 @@ def _gradient_passes(
 
 
 def _objective(model: Any) -> Iterator[Row]:
-    """The task loss of 16 prompts: as a search computes it, replaying passes that it recorded as CUDA graphs, and with
-    passes that are launched from Python. A pass has GRADIENT_TOKENS tokens at most."""
+    """Measure the task loss of 16 prompts, and its gradient, in passes of at most GRADIENT_TOKENS tokens.
+
+    First as a search computes them, by replaying recorded CUDA graphs, then by passes that Python launches.
+    """
     for tokens in (64, 128, 512):
         plain = _scorer(model, 16, tokens)
         for recorded in (True, False):
@@ -259,7 +195,7 @@ def _objective(model: Any) -> Iterator[Row]:
 
 
 def _behind_shots(model: Any) -> Iterator[Row]:
-    """Prompts of 64 tokens behind four more that are solved, which are read with each prompt or once a pass."""
+    """Measure prompts of 64 tokens behind SHOTS solved ones, which are read with each prompt or once a pass."""
     for prompts in (16, 64):
         scorer = _scorer(model, prompts, shots=SHOTS)
         whole = scorer.batches
@@ -279,7 +215,7 @@ def _behind_shots(model: Any) -> Iterator[Row]:
         free_memory()
 
 
-def _numbers() -> Any:
+def _number_tokenizer() -> Any:
     """A tokenizer whose tokens are numbers from 0 to 9,999."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -1,6 +1,6 @@
-"""The ways to compute attention that are compared.
+"""The ways to compute attention that the benchmarks compare.
 
-Each takes query (B, H, T, D), key and value (B, Hkv, T, D), log_scale (H) and returns (B, H, T, D).
+Shapes: query (B, H, T, D), key and value (B, Hkv, T, D), log_scale (H) -> output (B, H, T, D).
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zerotuning import ops
 
+#: (query, key, value, log_scale) -> output.
 Peer = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def untuned_sdpa(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
-    """torch's attention with every γ = 1."""
+    """torch's attention, untuned: every γ is 1."""
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
+    """zerotuning::attention."""
     return ops.attention(query, key, value, log_scale)[0]
 
 
 def paper_eager(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
-    """The paper's published code: repeated keys, a dense softmax in float32, scaled column, renormalised."""
+    """The paper's published code: repeated keys, a dense softmax in float32, a scaled column, renormalized rows."""
     groups, length = query.shape[1] // key.shape[1], query.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     mask = torch.full((length, length), -torch.inf, dtype=query.dtype, device=query.device).triu(1)
@@ -47,7 +49,7 @@ def additive_mask(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) 
 
 
 def flex_attention_peer() -> Peer:
-    """FlexAttention, compiled, with the bias as score_mod (forward only on the CPU)."""
+    """FlexAttention, compiled, with the bias as its score_mod (forward only on the CPU)."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
@@ -72,14 +74,25 @@ def flex_attention_peer() -> Peer:
 def attention_inputs(
     heads: tuple[int, int, int], length: int, dtype: torch.dtype, batch: int = 1, device: str = "cpu"
 ) -> list[Tensor]:
-    """Random query, key, value as a model lays them out (heads inside rows), and log γ."""
+    """Random inputs of attention, in a model's memory layout (the heads of a token are adjacent).
+
+    Args:
+        heads: Query heads, key heads, head size.
+        length: Tokens of query, key and value.
+        dtype: Of query, key and value; log_scale is float32.
+        batch: Samples.
+        device: Of all inputs.
+
+    Returns:
+        [query, key, value, log_scale].
+    """
     shapes = [(batch, length, count, heads[2]) for count in (heads[0], heads[1], heads[1])]
     tensors = [torch.randn(shape, device=device).to(dtype).transpose(1, 2) for shape in shapes]
     return [*tensors, torch.randn(heads[0], device=device)]
 
 
 def untuned_by(backend: SDPBackend) -> Peer:
-    """torch's attention with every γ = 1, by one of its kernels."""
+    """torch's attention, untuned, restricted to one of its kernels."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -90,7 +103,7 @@ def untuned_by(backend: SDPBackend) -> Peer:
 
 
 def flash_attention_4() -> dict[str, Peer]:
-    """FlashAttention-4, untuned, where it is installed."""
+    """FlashAttention-4, untuned, by its name in rows; nothing where it is not installed."""
     try:
         from flash_attn.cute import flash_attn_func
     except ImportError:
@@ -99,21 +112,21 @@ def flash_attention_4() -> dict[str, Peer]:
     def attend(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
         rows = [tensor.transpose(1, 2) for tensor in (query, key, value)]
         output = flash_attn_func(*rows, causal=True)
-        output = output[0] if isinstance(output, tuple) else output  # some releases return the log-sum-exp as well
+        output = output[0] if isinstance(output, tuple) else output  # some releases also return the log-sum-exp
         return output.transpose(1, 2)
 
     return {"untuned FlashAttention-4": attend}
 
 
 def repeated_keys(query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
-    """transformers' way: keys and values repeated for every query head, untuned."""
+    """transformers' way of decoding, untuned: keys and values are repeated for every query head."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(query, key, value)
 
 
 def forward_calls(peers: Mapping[str, Peer], inputs: Sequence[Tensor]) -> dict[str, Callable[[], object]]:
-    """Calls of the peers on these inputs, without autograd."""
+    """The peers' forward passes on these inputs, without autograd."""
 
     def call(peer: Peer) -> Callable[[], object]:
         @torch.no_grad()

@@ -1,4 +1,8 @@
-"""What a benchmark measures: rows of figures by peer, as text and as CSV."""
+"""The rows of a benchmark: figures of peers that were measured side by side, as text and as CSV.
+
+A row has the keys "what", "shape" and "dtype", and "peers": for each peer its figures by unit. The first peer of a row is the
+one that ratios are to.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +11,29 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-#: what, shape, dtype, and by peer its figures {unit: value}.
 Row = dict[str, Any]
+#: Names of peers: torch's attention with every γ = 1, and ours.
 UNTUNED = "untuned sdpa"
 OURS = "zerotuning"
 
 
 def as_line(row: Row) -> str:
-    """Each peer's milliseconds and its ratio to the untuned attention."""
+    """A row as one line of text: each peer with its figures."""
     cells = []
     for name, figures in row["peers"].items():
-        values = [_shown(unit, value) for unit, value in figures.items()]
+        values = [_figure_text(unit, value) for unit, value in figures.items()]
         cells.append(f"{name} {' '.join(values)}")
     return f"{row['what']:<19} {row['shape']:<22} {row['dtype']:<9} " + " | ".join(cells)
 
 
-def _shown(unit: str, value: object) -> str:
+def _figure_text(unit: str, value: object) -> str:
     if not isinstance(value, float | int):
         return f"{unit}: {value}"
     return f"{value:.2f}x" if unit == "ratio" else f"{value:.3g} {unit}"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line for each figure: what, shape, dtype, peer, unit, value."""
+    """Rows as CSV, with a line for each figure: what, shape, dtype, peer, unit, value."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("what", "shape", "dtype", "peer", "unit", "value"))

@@ -1,4 +1,4 @@
-"""`zerotuning bench`: chooses the rows of a benchmark, prints them and writes them."""
+"""`zerotuning bench`: choose the rows of a benchmark, print them and write them."""
 
 from __future__ import annotations
 
@@ -25,32 +25,39 @@ def run_bench(
     plot: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Runs one of BENCHMARKS, prints its table and writes it.
+    """Run a benchmark, print its rows and write them.
 
     Args:
-        options: of `search`, the fields of bench_search.SearchBench. Its rows are written one by one, and those that a
-            .json `output` holds already are not made again.
-        output: a .json file, or a .csv file with a line for each peer's figure.
-        device: "cpu" or "cuda"; by default the GPU if there is one that the operators run on.
-        plot: a picture of the ratios, .png or .svg.
+        kind: One of BENCHMARKS.
+        output: A .json file, or a .csv file with a line for each figure.
+        device: "cpu" or "cuda". Default: the GPU if there is one that the operators run on.
+        plot: A picture of the ratios (of `search`: the accuracies), .png or .svg.
+        options: Of `search`: the fields of SearchBench. Its rows are written one by one, and those that a .json `output`
+            holds already are not measured again.
+
+    Returns:
+        {"benchmark": kind, "machine": …, "rows": […]}, as in the .json file.
+
+    Raises:
+        ZeroTuningError: An argument is wrong, or there is no GPU that the operators run on.
     """
     on_cuda = torch.cuda.is_available() and ops.runs_on("cuda")
     device = device or ("cuda" if on_cuda else "cpu")
     if device == "cuda" and not on_cuda:
-        raise ZeroTuningError("device cuda: no GPU is there that this build of zerotuning has operators for")
+        raise ZeroTuningError("device cuda: there is no GPU that this build of zerotuning has operators for")
     if output is not None and output.suffix.lower() not in (".json", ".csv"):
         raise ZeroTuningError(f"output must end in .json or .csv, got {output}")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise ZeroTuningError(f"plot must end in .png or .svg, got {plot}")
-    where, rows_of = _measurements(kind, device, output, options)
-    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    machine_facts, measure = _measurements(kind, device, output, options)
+    print(", ".join(f"{name} {value}" for name, value in machine_facts.items()), flush=True)
     rows: list[Row] = []
-    for row in rows_of():
+    for row in measure():
         rows.append(row)
         print(as_line(row), flush=True)
         if kind == "search" and output is not None:
-            _write(output, {"benchmark": kind, "machine": where, "rows": rows})
-    result = {"benchmark": kind, "machine": where, "rows": rows}
+            _write(output, {"benchmark": kind, "machine": machine_facts, "rows": rows})
+    result = {"benchmark": kind, "machine": machine_facts, "rows": rows}
     if output is not None:
         _write(output, result)
     if plot is not None:
@@ -61,23 +68,23 @@ def run_bench(
 def _measurements(
     kind: str, device: str, output: Path | None, options: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Callable[[], Iterable[Row]]]:
-    """What the figures depend on, and what makes the rows."""
-    where = machine()
+    """The machine that the figures depend on, and the function that measures the rows."""
+    facts = machine()
     if device == "cuda":
         from zerotuning.bench.attention_cuda import card
 
-        where |= card()
+        facts |= card()
     if kind == "search":
         from zerotuning.bench.search import SearchBench, read_rows
 
         search = SearchBench(device=device, **options)
         done = read_rows(output) if output is not None and output.suffix.lower() == ".json" else []
-        return where, lambda: search.rows(done)
+        return facts, lambda: search.rows(done)
     if kind == "sensitivity":
         from zerotuning.bench.sensitivity import sensitivity_rows
 
-        return where, lambda: sensitivity_rows(device=device)
-    return where, _rows_by_device(kind, device)
+        return facts, lambda: sensitivity_rows(device=device)
+    return facts, _rows_by_device(kind, device)
 
 
 def _rows_by_device(kind: str, device: str) -> Callable[[], Iterable[Row]]:

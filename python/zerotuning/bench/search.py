@@ -1,8 +1,10 @@
-"""`zerotuning bench search`: what the same examples of the same tasks are worth to different methods.
-Each method sees labelled validation examples of a task (or their texts alone) and is judged on the same test examples.
-Some of a method's labelled examples stand solved before each prompt; `information`, which has no labels, and one row of
-the untuned model go without. The shots are the best of several draws and none, chosen once for all methods that see the same
-examples (shot_choice.py). A row holds accuracy with its 95 % interval, how many numbers were tuned, and seconds of tuning.
+"""`zerotuning bench search`: the accuracy that different methods reach with the same examples of the same tasks.
+
+Each method may use labelled validation examples of a task (or only their texts), and all are judged on the same test examples.
+Some of a method's labelled examples stand solved before each prompt (shots), except for `information`, which has no labels,
+and for one row of the untuned model. The shots are the best of several draws and of none; methods that use the same examples
+have the same shots (calibration/few_shot_choice.py). A row has the accuracy with its 95 % interval, how many numbers were
+tuned, and the seconds of tuning.
 """
 
 from __future__ import annotations
@@ -37,16 +39,23 @@ SHOT_DRAWS = 4
 
 @dataclass
 class SearchBench:
-    """What is measured, on which model.
+    """The benchmark of methods on one model.
 
-    model      as `load_model` takes it
-    tasks      built-in names or YAML files with validation and test examples
-    examples   numbers of labelled examples for `gradient`; the other methods take the largest
-    limit      test examples of a task
-    seeds      draws of the examples, 0, 1, …
-    methods    names of METHODS
-    shots      of a method's labelled examples stand solved before each prompt; it learns from those that are left
-    shot_draws draws of them that are compared, from more than one on with none; fewer where examples are few
+    Attributes:
+        model: As `load_model` accepts it.
+        tasks: Built-in names or YAML files with validation and test examples.
+        examples: Numbers of labelled examples for `gradient`; the other methods use the largest number.
+        limit: Test examples of a task.
+        seeds: How many draws of the examples: seeds 0, 1, …
+        methods: Names in METHODS; empty: all.
+        batch_size: Prompts of one pass.
+        shots: How many of a method's labelled examples stand solved before each prompt; the method tunes on the others.
+        shot_draws: How many draws of shots are compared, with no shots as another choice if more than one; fewer draws where
+            there are few examples.
+        device: As `load_model` accepts it.
+
+    Raises:
+        ZeroTuningError: A field has a wrong value.
     """
 
     model: str = "demo"
@@ -60,7 +69,7 @@ class SearchBench:
     shot_draws: int = SHOT_DRAWS
     device: str | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
-    #: By task, examples and seed: the task behind the chosen shots, and the seconds that it took to choose.
+    #: By task, number of examples and seed: the task with the chosen shots, and the seconds of the choice.
     _chosen: dict[tuple[str, int, int], tuple[Task, float]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -80,22 +89,29 @@ class SearchBench:
             raise ZeroTuningError(f"shot_draws must be at least 1, got {self.shot_draws}")
 
     def rows(self, done: Sequence[Row] = ()) -> Iterator[Row]:
-        """Those of `done` that belong here and the others as they are made; then the means over tasks."""
-        known = {_key(row): row for row in done if row["what"] == "search"}
+        """Measure the rows, one for each task, method, number of examples and seed; then average over tasks.
+
+        Args:
+            done: Rows of an earlier run, which are not measured again.
+
+        Yields:
+            The rows in order, those of `done` among them.
+        """
+        by_key = {_key(row): row for row in done if row["what"] == "search"}
         made = []
         for seed in range(self.seeds):
             for name in self.tasks:
                 for method, count, shots in self._plan(seed):
-                    row = known.get((name, method, count, seed, shots, self._draws_of(count, shots)))
+                    row = by_key.get((name, method, count, seed, shots, self._draws_of(count, shots)))
                     if row is None:
-                        row = self._row(name, method, count, seed, shots, known)
-                        known[_key(row)] = row
+                        row = self._row(name, method, count, seed, shots, by_key)
+                        by_key[_key(row)] = row
                     made.append(row)
                     yield row
         yield from mean_rows(made)
 
     def _plan(self, seed: int) -> Iterator[tuple[str, int, int]]:
-        """Method, examples, how many of them are shots."""
+        """(method, number of examples, how many of them are shots)."""
         for method in self.methods:
             if method == "untuned":
                 if seed == 0:
@@ -108,21 +124,21 @@ class SearchBench:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
     def _draws_of(self, count: int, shots: int) -> int:
-        """How many draws of shots a row chooses among: they show at most a quarter of its examples, and leave enough."""
+        """How many draws of shots a row compares: all draws use at most a quarter of its examples, and enough are left."""
         draws = min(self.shot_draws, count // (4 * shots)) if shots else 1
         return draws if draws > 1 and count - draws * shots >= MIN_COMPARISON_EXAMPLES else 1
 
-    def _row(self, name: str, method: str, count: int, seed: int, shots: int, known: dict[Any, Row]) -> Row:
+    def _row(self, name: str, method: str, count: int, seed: int, shots: int, by_key: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")
         row: Row = {"what": "search", "shape": shape, "dtype": "", "task": name, "method": method, "examples": count}
         draws = self._draws_of(count, shots)
         row |= {"seed": seed, "shots": shots, "shot_draws": draws, "peers": {}}
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
-        ours = known.get((name, "gradient", count, seed, shots, draws))
+        gradient_row = by_key.get((name, "gradient", count, seed, shots, draws))
         task, drawn, choosing = self._behind_shots(name, count, seed, shots)
         row["shot_seed"] = task.shot_seed
-        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self.batch_size, self.limit, ours)
+        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self.batch_size, self.limit, gradient_row)
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -131,10 +147,10 @@ class SearchBench:
         finally:
             unpatch(model)
         labels = run.test_scorer.labels
-        right = int((scores.argmax(dim=-1) == labels).sum())
-        low, high = wilson_interval(right, len(labels))
+        correct = int((scores.argmax(dim=-1) == labels).sum())
+        low, high = wilson_interval(correct, len(labels))
         row["peers"][method] = {
-            "accuracy": right / len(labels),
+            "accuracy": correct / len(labels),
             "low": low,
             "high": high,
             "loss": float(objectives.task_loss(scores, labels)),
@@ -144,10 +160,10 @@ class SearchBench:
         return row
 
     def _behind_shots(self, name: str, count: int, seed: int, shots: int) -> tuple[Task, list[Record], float]:
-        """The task with its shots, the examples that a method has, and the seconds that it took to choose the shots."""
+        """The task with its shots, the examples that a method may use, and the seconds that the choice of shots took."""
         task = Task.load(name)
-        learns = count > shots  # a method that does not still has its shots from the largest draw
-        drawing = CalibrationOptions(examples=count if learns else max(self.examples), seed=seed)
+        # A method that only has shots has those of the largest number of examples.
+        drawing = CalibrationOptions(examples=count if count > shots else max(self.examples), seed=seed)
         drawn = draw_examples(task.examples("validation"), drawing)
         if not shots:
             return task, drawn, 0.0
@@ -171,21 +187,28 @@ def _key(row: Row) -> tuple[str, str, int, int, int, int]:
 
 
 def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:
-    """For each method and number of examples: the mean over tasks of the mean over seeds, where all tasks have it."""
+    """Average over tasks the means over seeds, for each method and number of examples that all tasks have.
+
+    Args:
+        rows: Rows of SearchBench.
+
+    Yields:
+        One row for each method and number of examples, with "what" = "mean".
+    """
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     for method, count in dict.fromkeys((row["method"], row["examples"]) for row in rows):
-        own = [row["peers"][method] for row in rows if (row["method"], row["examples"]) == (method, count)]
+        of_method = [row["peers"][method] for row in rows if (row["method"], row["examples"]) == (method, count)]
         names = [row["task"] for row in rows if (row["method"], row["examples"]) == (method, count)]
-        if any("accuracy" not in one for one in own) or set(names) != set(tasks):
+        if any("accuracy" not in one for one in of_method) or set(names) != set(tasks):
             continue
-        by_task = [[one for one, name in zip(own, names, strict=True) if name == task] for task in tasks]
+        by_task = [[one for one, name in zip(of_method, names, strict=True) if name == task] for task in tasks]
         accuracies = [statistics.fmean(one["accuracy"] for one in part) for part in by_task]
         # Independent tasks: the variance of the mean is the mean variance over their number.
         variance = sum(((one["high"] - one["low"]) / 2 / Z95) ** 2 for part in by_task for one in part[:1])
         half = Z95 * math.sqrt(variance) / len(tasks)
         mean = statistics.fmean(accuracies)
         figures = {"accuracy": mean, "low": mean - half, "high": mean + half}
-        figures |= {"numbers": own[0]["numbers"], "s": statistics.fmean(one["s"] for one in own)}
+        figures |= {"numbers": of_method[0]["numbers"], "s": statistics.fmean(one["s"] for one in of_method)}
         yield {
             "what": "mean",
             "shape": f"{len(tasks)} tasks, {count} examples",
@@ -195,7 +218,11 @@ def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of an earlier run's JSON file; none if there is no such file."""
+    """The rows in an earlier run's JSON file; none if there is no such file.
+
+    Raises:
+        ZeroTuningError: The file holds something else.
+    """
     if not path.exists():
         return []
     try:

@@ -1,8 +1,8 @@
-"""How a benchmark measures time: peers take turns, round by round, on a CPU's clock or between a GPU's events.
+"""How the benchmarks measure time.
 
-Peers take turns round by round, so that whatever else the machine does hits all alike; a figure is the median of its
-rounds, a ratio the median of the rounds' ratios to the first peer of the same round. On a GPU a call is captured in a CUDA
-graph, so that no figure holds the time Python takes.
+Peers take turns, round by round, so that a disturbance of the machine affects all of them. A peer's figure is the median of its
+rounds; its ratio is the median of the rounds' ratios to the first peer in the same round. On a GPU a call is captured in a
+CUDA graph, which excludes the time of Python and of launches, and the level-2 cache is overwritten before each replay.
 """
 
 from __future__ import annotations
@@ -18,25 +18,31 @@ from typing import Any
 import torch
 
 Peers = Mapping[str, Callable[[], object]]
-#: Of a measurement between a GPU's events.
+#: Rounds of a measurement between a GPU's events.
 ROUNDS = 25
 
 
 def take_turns(
-    peers: Mapping[str, Callable[[], object]],
+    peers: Peers,
     seconds: float,
     rounds: int = 5,
     within: Mapping[str, Callable[[], AbstractContextManager[None]]] | None = None,
     wait: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, float]]:
-    """Median milliseconds of each peer and its median ratio to the first, from interleaved rounds.
+    """Measure peers by the CPU's clock, in interleaved rounds.
 
-    Each timed call follows one that is not timed: what the peer before it left in caches and page tables would count
-    for whoever comes next (up to 1.4 times the time after a peer that keeps a [H, T, T] matrix).
+    Each timed call follows an untimed call of the same peer. Otherwise the caches and page tables that the previous peer left
+    would count for the next one: up to 1.4 times the time after a peer that allocates a [H, T, T] matrix.
 
-    rounds    at least, however few seconds there are
-    within    what a peer's calls go on in; entering it is not timed
-    wait      returns when all work that was started is done: on a GPU `torch.cuda.synchronize`
+    Args:
+        peers: Calls by name.
+        seconds: How long to measure.
+        rounds: The least number of rounds, however few seconds there are.
+        within: Contexts of some peers' calls; entering them is not timed.
+        wait: Returns when all work that was started is done; on a GPU `torch.cuda.synchronize`.
+
+    Returns:
+        For each peer "ms", its median milliseconds, and "ratio", its median ratio to the first peer.
     """
     times: dict[str, list[float]] = {name: [] for name in peers}
     end = time.perf_counter() + seconds
@@ -49,21 +55,33 @@ def take_turns(
                 peer()
                 wait()
                 times[name].append(time.perf_counter() - started)
-    return summary(times)
+    return _medians(times)
 
 
-def summary(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    """Seconds by round of each peer -> median milliseconds, and median ratio to the first peer."""
     first = next(iter(times.values()))
     return {
         name: {
-            "ms": 1e3 * statistics.median(own),
-            "ratio": statistics.median(a / b for a, b in zip(own, first, strict=True)),
+            "ms": 1e3 * statistics.median(of_peer),
+            "ratio": statistics.median(a / b for a, b in zip(of_peer, first, strict=True)),
         }
-        for name, own in times.items()
+        for name, of_peer in times.items()
     }
 
 
-def turns_on_gpu(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]]:
+def take_turns_on_gpu(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]]:
+    """Measure peers between CUDA events, in ROUNDS rounds.
+
+    The order of a round's peers is random: the previous call leaves the GPU hotter or cooler.
+
+    Args:
+        peers: Calls by name, which launch work on the current stream.
+        flush: Overwrite the level-2 cache before each call.
+
+    Returns:
+        As `take_turns`.
+    """
     cache = torch.empty(2**26 if flush else 0, dtype=torch.int32, device="cuda")
     for peer in peers.values():
         for _ in range(3):
@@ -71,7 +89,7 @@ def turns_on_gpu(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]
     events: dict[str, list[Any]] = {name: [] for name in peers}
     order = random.Random(0)
     for _ in range(ROUNDS):
-        for name in order.sample(list(peers), len(peers)):  # what went before a call leaves the card hotter or cooler
+        for name in order.sample(list(peers), len(peers)):
             cache.zero_()
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
@@ -79,11 +97,27 @@ def turns_on_gpu(peers: Peers, flush: bool = True) -> dict[str, dict[str, float]
             end.record()
             events[name].append((start, end))
     torch.cuda.synchronize()
-    return summary({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
+    return _medians({name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in events.items()})
 
 
-def graph_of(call: Callable[[], object], calls: int = 1) -> Callable[[], object]:
-    """Replays a CUDA graph of so many calls."""
+def take_turns_by_graph(peers: Peers, calls: int = 1, flush: bool = True) -> dict[str, dict[str, float]]:
+    """Measure peers on a GPU by replays of CUDA graphs.
+
+    Args:
+        peers: Calls by name.
+        calls: How many calls a graph holds. With several, the later calls read from the level-2 cache what fits into it.
+        flush: Overwrite the level-2 cache before each replay.
+
+    Returns:
+        As `take_turns`; the milliseconds are those of one call.
+    """
+    replays = {name: _captured(peer, calls) for name, peer in peers.items()}
+    figures = take_turns_on_gpu(replays, flush)
+    return {name: {"ms": of_peer["ms"] / calls, "ratio": of_peer["ratio"]} for name, of_peer in figures.items()}
+
+
+def _captured(call: Callable[[], object], calls: int) -> Callable[[], object]:
+    """A function that replays a CUDA graph of so many calls."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -95,14 +129,7 @@ def graph_of(call: Callable[[], object], calls: int = 1) -> Callable[[], object]
     return graph.replay
 
 
-def turns_of_graphs(peers: Peers, calls: int = 1, flush: bool = True) -> dict[str, dict[str, float]]:
-    """`turns_on_gpu` over CUDA graphs of `calls` calls each; milliseconds of one call."""
-    replays = {name: graph_of(peer, calls) for name, peer in peers.items()}
-    figures = turns_on_gpu(replays, flush)
-    return {name: {"ms": own["ms"] / calls, "ratio": own["ratio"]} for name, own in figures.items()}
-
-
 def free_memory() -> None:
-    """Returns to the GPU what earlier calls left in torch's cache."""
+    """Collect garbage and return torch's cached memory to the GPU."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -8,7 +8,8 @@ import json
 import pytest
 import torch
 from zerotuning.attention import reference
-from zerotuning.bench import attention_cpu, model_cpu, model_cuda, peers, runner, timing
+from zerotuning.bench import attention_cpu, model_cpu, peers, runner, timing
+from zerotuning.bench.generation_steps import steps_by_turns
 from zerotuning.bench.rows import OURS, UNTUNED
 from zerotuning.errors import ZeroTuningError
 
@@ -58,7 +59,7 @@ def test_models_that_generate_by_turns_take_every_step_one_at_a_time(tiny_model)
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, name=name: calls.append(f"{name} begins"))
         model.register_forward_hook(lambda *_, name=name: calls.append(f"{name} ends"))
-    steps = model_cuda.steps_by_turns(models, torch.ones(2, 5, dtype=torch.long), new=4, runs=2)
+    steps = steps_by_turns(models, torch.ones(2, 5, dtype=torch.long), new=4, runs=2)
     assert calls == ["a begins", "a ends", "b begins", "b ends"] * 8
     assert {name: [len(run) for run in runs] for name, runs in steps.items()} == {"a": [3, 3], "b": [3, 3]}
     assert all(second > 0 for runs in steps.values() for run in runs for second in run)
@@ -70,7 +71,7 @@ def test_a_model_that_fails_leaves_the_turns_to_the_other_and_its_error_is_raise
             raise RuntimeError("no memory")
 
     with pytest.raises(RuntimeError, match="no memory"):
-        model_cuda.steps_by_turns({"a": Broken(), "b": tiny_model}, torch.ones(1, 5, dtype=torch.long), new=3, runs=1)
+        steps_by_turns({"a": Broken(), "b": tiny_model}, torch.ones(1, 5, dtype=torch.long), new=3, runs=1)
 
 
 def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, capsys) -> None:
