@@ -70,16 +70,6 @@ struct LogScaleGradientArguments {
   double* partial;  // [batch, heads, chunks], chunks = log_scale_gradient_chunks(query_rows)
 };
 
-// What is known of the keys of one generation step, in int64 words [batch, header + key_words]: the
-// key mask, a byte each (python/zerotuning/patching/patch.py reads it), and in front of it the
-// initial token as a span [first, end), and in front of that where the queries begin, if they are
-// not the last keys.
-struct StepWords {
-  static constexpr int64_t word_keys = 8;
-  int64_t key_words, header;  // header: 2, or 3 with query_start
-  int64_t query_start;
-};
-
 constexpr int64_t log_scale_gradient_chunk_rows = 256;
 constexpr int64_t log_scale_gradient_chunks(int64_t query_rows) {
   return (query_rows + log_scale_gradient_chunk_rows - 1) / log_scale_gradient_chunk_rows;

@@ -1,4 +1,5 @@
-// Reading key masks on the device: where the real keys lie, and the packed words of a decode step.
+// Reading key masks on the device: where the real keys lie, and encoding the key mask of a decode
+// step.
 #pragma once
 
 #include "attention/cuda_arguments.h"
@@ -14,10 +15,11 @@ cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t b
                            int32_t* first_key, int32_t* end_key, int32_t* past_key,
                            cudaStream_t stream);
 
-// Writes StepWords' encoding to words [batch, step.header + step.key_words]. key_mask has `length`
-// keys; keys from `length` on are encoded as padding.
-cudaError_t pack_step_words(const bool* key_mask, int64_t batch_stride, int32_t batch,
-                            int32_t length, const StepWords& step, int64_t* words,
+// Writes the encoding of key_mask_layout.h to encoded [batch, header + words(keys)], contiguous.
+// key_mask is [batch, length]; keys from `length` on are encoded as padding. The first real key of
+// each sample is the scaled one, or key 0 if there is none.
+cudaError_t encode_key_mask(const bool* key_mask, int64_t batch_stride, int32_t batch,
+                            int32_t length, int32_t keys, int64_t query_start, int64_t* encoded,
                             cudaStream_t stream);
 
 }  // namespace zerotuning::attention

@@ -16,6 +16,7 @@
 #include "attention/cuda_forward.h"
 #include "attention/cuda_initial_token.h"
 #include "attention/cuda_key_mask.h"
+#include "attention/key_mask_layout.h"
 #include "ops/cuda_routes.h"
 #include "ops/layout.h"
 
@@ -467,21 +468,22 @@ Tensor decode_attention_cuda(const Problem& p, DecodeRoute route, bool transpose
   return output;
 }
 
-Tensor step_geometry_cuda(const Tensor& key_mask, int64_t keys,
-                          const std::optional<int64_t>& query_start) {
-  const attention::StepWords step = check_step(key_mask, keys, query_start);
+Tensor encode_key_mask_cuda(const Tensor& key_mask, int64_t keys, int64_t query_start) {
+  using Layout = attention::KeyMaskLayout;
+  check_key_mask_to_encode(key_mask, keys);
   const int64_t batch = key_mask.size(0), length = std::min(key_mask.size(1), keys);
   const torch::stable::accelerator::DeviceGuard guard(key_mask.get_device_index());
   const Tensor mask = key_mask.stride(1) == 1 ? key_mask : aten::contiguous(key_mask);
-  const Tensor words =
-      aten::empty(mask, Sizes{batch, 1, 1, step.header + step.key_words}, ScalarType::Long);
-  if (batch == 0) return words;
-  check(attention::pack_step_words(static_cast<const bool*>(mask.const_data_ptr()), mask.stride(0),
-                                   static_cast<int32_t>(batch), static_cast<int32_t>(length), step,
-                                   words.mutable_data_ptr<int64_t>(),
+  const Sizes sizes{batch, 1, Layout::header + Layout::words(keys), 1};
+  const Tensor encoded = aten::empty(mask, sizes, ScalarType::Long);
+  if (batch == 0) return encoded;
+  check(attention::encode_key_mask(static_cast<const bool*>(mask.const_data_ptr()), mask.stride(0),
+                                   static_cast<int32_t>(batch), static_cast<int32_t>(length),
+                                   static_cast<int32_t>(keys), query_start,
+                                   encoded.mutable_data_ptr<int64_t>(),
                                    current_stream(mask.get_device_index())),
         "key_mask");
-  return words;
+  return encoded;
 }
 
 }  // namespace zerotuning::ops

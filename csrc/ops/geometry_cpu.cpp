@@ -11,26 +11,27 @@ namespace {
 void read_query_start(const Problem& p, Geometry& geometry) {
   geometry.query_start.assign(p.batch, p.keys - p.queries);
   if (!p.query_start) return;
-  const Tensor start = aten::dense(*p.query_start);
-  const int64_t* data = start.const_data_ptr<int64_t>();
+  const int64_t* data = p.query_start->const_data_ptr<int64_t>();
+  const int64_t stride = p.query_start->stride(0);
   for (int64_t b = 0; b < p.batch; ++b) {
-    require(data[b] >= 0 && data[b] + p.queries <= p.keys, "query_start[", b,
-            "] must be between 0 and Tk - Tq = ", p.keys - p.queries, ", got ", data[b]);
-    geometry.query_start[b] = data[b];
+    const int64_t start = data[b * stride];
+    require(start >= 0 && start + p.queries <= p.keys, "query_start[", b,
+            "] must be between 0 and Tk - Tq = ", p.keys - p.queries, ", got ", start);
+    geometry.query_start[b] = start;
   }
 }
 
 void read_span(const Problem& p, Geometry& geometry) {
   geometry.span.assign(2 * p.batch, 0);
   if (p.span) {
-    const Tensor span = aten::dense(*p.span);
-    const int64_t* data = span.const_data_ptr<int64_t>();
+    const int64_t* data = p.span->const_data_ptr<int64_t>();
+    const int64_t sample_stride = p.span->stride(0), stride = p.span->stride(1);
     for (int64_t b = 0; b < p.batch; ++b) {
-      require(0 <= data[2 * b] && data[2 * b] <= data[2 * b + 1] && data[2 * b + 1] <= p.keys,
-              "span[", b, "] must be [first, end) within the ", p.keys, " keys, got [", data[2 * b],
-              ", ", data[2 * b + 1], ")");
-      geometry.span[2 * b] = data[2 * b];
-      geometry.span[2 * b + 1] = data[2 * b + 1];
+      const int64_t first = data[b * sample_stride], end = data[b * sample_stride + stride];
+      require(0 <= first && first <= end && end <= p.keys, "span[", b,
+              "] must be [first, end) within the ", p.keys, " keys, got [", first, ", ", end, ")");
+      geometry.span[2 * b] = first;
+      geometry.span[2 * b + 1] = end;
     }
     return;
   }
@@ -108,26 +109,6 @@ Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int6
     write_bias<float>(p, geometry, begin, samples, keys, bias);
   }
   return bias;
-}
-
-Tensor step_geometry_cpu(const Tensor& key_mask, int64_t keys,
-                         const std::optional<int64_t>& query_start) {
-  const attention::StepWords step = check_step(key_mask, keys, query_start);
-  const Tensor mask = aten::dense(key_mask);
-  const int64_t batch = mask.size(0), length = std::min(mask.size(1), keys);
-  const int64_t width = step.header + step.key_words;
-  const Tensor result = aten::empty(mask, Sizes{batch, 1, 1, width}, ScalarType::Long);
-  for (int64_t b = 0; b < batch; ++b) {
-    const bool* real = static_cast<const bool*>(mask.const_data_ptr()) + b * mask.size(1);
-    int64_t* words = result.mutable_data_ptr<int64_t>() + b * width;
-    bool* key_bytes = reinterpret_cast<bool*>(words + step.header);
-    std::fill(std::copy_n(real, length, key_bytes), reinterpret_cast<bool*>(words + width), false);
-    const int64_t first = std::find(real, real + length, true) - real;
-    words[0] = step.query_start;
-    words[step.header - 2] = first < length ? first : 0;
-    words[step.header - 1] = words[step.header - 2] + 1;
-  }
-  return result;
 }
 
 }  // namespace zerotuning::ops

@@ -26,8 +26,4 @@ Geometry read_geometry(const Problem& problem);
 Tensor make_bias(const Problem& problem, const Geometry& geometry, int64_t begin, int64_t end,
                  int64_t keys);
 
-// What attention::StepWords says, [batch, 1, 1, words].
-Tensor step_geometry_cpu(const Tensor& key_mask, int64_t keys,
-                         const std::optional<int64_t>& query_start);
-
 }  // namespace zerotuning::ops

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cpu.h"
-#include "ops/geometry_cpu.h"
+#include "ops/encode_key_mask_cpu.h"
 #include "ops/layout.h"
 #include "ops/registration.h"
 
@@ -28,8 +28,8 @@ Tensor decode_attention_transposed(const Problem& problem) {
   return transposed(decode_attention_cpu(problem));
 }
 
-Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
-  return step_geometry_cpu(key_mask, keys, query_start);
+Tensor encode_key_mask(Tensor key_mask, int64_t keys, int64_t query_start) {
+  return encode_key_mask_cpu(key_mask, keys, query_start);
 }
 
 }  // namespace
@@ -60,8 +60,8 @@ STABLE_TORCH_LIBRARY(zerotuning, library) {
       "log_scale, Tensor? "
       "key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> (Tensor output, "
       "Tensor logsumexp, Tensor output_minus_initial_value)");
-  // What a patched model's mask function says of a generation step (attention/arguments.h).
-  library.def("_step_geometry(Tensor key_mask, int keys, int? query_start) -> Tensor");
+  // The key mask of a decode step, int64 [B, 1, words, 1] (attention/key_mask_layout.h).
+  library.def("_encode_key_mask(Tensor key_mask, int keys, int query_start) -> Tensor");
   // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_decode.h), for
   // tests and benchmarks.
   library.def(
@@ -90,7 +90,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
   library.impl("_decode_attention_transposed",
                TORCH_BOX(&Forward<decode_attention_transposed>::call));
   library.impl("_attention_by_route", TORCH_BOX(&Forward<attention_by_route>::call));
-  library.impl("_step_geometry", TORCH_BOX(&step_geometry));
+  library.impl("_encode_key_mask", TORCH_BOX(&encode_key_mask));
 }
 
 }  // namespace zerotuning::ops

@@ -40,8 +40,8 @@ Tensor decode_attention_transposed(const Problem& problem) {
   return decode_attention_cuda(problem, DecodeRoute::automatic, true);
 }
 
-Tensor step_geometry(Tensor key_mask, int64_t keys, std::optional<int64_t> query_start) {
-  return step_geometry_cuda(key_mask, keys, query_start);
+Tensor encode_key_mask(Tensor key_mask, int64_t keys, int64_t query_start) {
+  return encode_key_mask_cuda(key_mask, keys, query_start);
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ STABLE_TORCH_LIBRARY_IMPL(zerotuning, CUDA, library) {
   library.impl("_attention_backward_by_route",
                TORCH_BOX(&Backward<attention_backward_by_route>::call));
   library.impl("_decode_attention_by_route", TORCH_BOX(&Forward<decode_attention_by_route>::call));
-  library.impl("_step_geometry", TORCH_BOX(&step_geometry));
+  library.impl("_encode_key_mask", TORCH_BOX(&encode_key_mask));
 }
 
 }  // namespace zerotuning::ops

@@ -159,15 +159,12 @@ Problem check_problem(const AttentionArguments& arguments) {
   return p;
 }
 
-attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
-                                const std::optional<int64_t>& query_start) {
+void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys) {
   require(key_mask.dim() == 2, "key_mask must be [B, keys], got ", Shape{key_mask});
   check_dtype("key_mask", key_mask, ScalarType::Bool);
   constexpr int64_t most = std::numeric_limits<int32_t>::max();
   require(keys >= 0 && keys <= most && key_mask.size(0) <= most, "batch and keys must be 0 to ",
           most, ", got ", key_mask.size(0), " and ", keys);
-  constexpr int64_t word_keys = attention::StepWords::word_keys;
-  return {(keys + word_keys - 1) / word_keys, query_start ? 3 : 2, query_start.value_or(0)};
 }
 
 void check_backward(const Problem& p, const BackwardArguments& backward) {

@@ -50,9 +50,8 @@ struct Problem : AttentionArguments {
 // Throws std::invalid_argument that names the argument, what was expected and what came.
 Problem check_problem(const AttentionArguments& arguments);
 
-// The words of a step over `keys` keys, of which key_mask [batch, any number] says which are real.
-attention::StepWords check_step(const Tensor& key_mask, int64_t keys,
-                                const std::optional<int64_t>& query_start);
+// Throws like check_problem, for the arguments of _encode_key_mask (encode_key_mask_cpu.h).
+void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys);
 
 // A call's gradient: what its forward pass returned, and the gradient of its output.
 struct BackwardArguments {

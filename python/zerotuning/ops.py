@@ -30,10 +30,9 @@ _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
 _decode_attention_transposed = torch.ops.zerotuning._decode_attention_transposed.default
-#: What a patched model's mask function says of a generation step: the words of csrc/attention/arguments.h, int64
-#: [B, 1, 1, words], of a bool key mask [B, any number], the number of keys, and where the queries begin if they are not
-#: the last keys.
-step_geometry = torch.ops.zerotuning._step_geometry.default
+#: The key mask of a decode step as a patched model's layers get it, int64 [B, 1, words, 1] (csrc/attention/key_mask_layout.h):
+#: of a bool attention mask [B, any number], the number of keys, and the position of the first query among the keys.
+encode_key_mask = torch.ops.zerotuning._encode_key_mask.default
 
 
 class Geometry(NamedTuple):
@@ -126,7 +125,7 @@ def decode_attention_transposed(
     key: Tensor,
     value: Tensor,
     log_scale: Tensor,
-    geometry: Geometry,
+    geometry: tuple[Tensor | None, Tensor | None, Tensor | None, int],
     scale: float | None,
 ) -> Tensor:
     """:func:`decode_attention`'s output as models go on with it, (B, Tq, H, Dv): a view of it costs a step time."""
@@ -217,10 +216,9 @@ def _(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     return query.new_empty(batch, rows, heads, value.shape[-1])
 
 
-@torch.library.register_fake("zerotuning::_step_geometry")
+@torch.library.register_fake("zerotuning::_encode_key_mask")
 def _(key_mask, keys, query_start):  # type: ignore[no-untyped-def]
-    header = 2 if query_start is None else 3
-    return key_mask.new_empty(key_mask.shape[0], 1, 1, header + (keys + 7) // 8, dtype=torch.int64)
+    return key_mask.new_empty(key_mask.shape[0], 1, 3 + (keys + 7) // 8, 1, dtype=torch.int64)
 
 
 @torch.library.register_fake("zerotuning::attention_backward")

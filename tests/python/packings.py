@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import masking_utils
 from transformers.masking_utils import and_masks, causal_mask_function
-from zerotuning.patching.packed_mask import packed_code
+from zerotuning.attention.mask_encoding import PackedMask, decode
+from zerotuning.patching.packed_mask import read_packed_mask
 
 #: Lengths of the sequences of each row.
 PACKINGS = {
@@ -35,11 +36,18 @@ def packed_mask_function(numbers: Tensor, positions: Tensor, window: int = 0, ba
     return and_masks(base, masking_utils.packed_sequence_mask_function(numbers))
 
 
-def code_of(lengths: Sequence[Sequence[int]], window: int = 0, real: Tensor | None = None) -> Tensor:
+def encoded_packed_mask(lengths: Sequence[Sequence[int]], window: int = 0, real: Tensor | None = None) -> Tensor:
     numbers, positions = numbers_and_positions(lengths)
-    code = packed_code(packed_mask_function(numbers, positions, window), real, *numbers.shape, "cpu")
-    assert code is not None
-    return code
+    encoded = read_packed_mask(packed_mask_function(numbers, positions, window), real, *numbers.shape, "cpu")
+    assert encoded is not None
+    return encoded
+
+
+def packed_mask(lengths: Sequence[Sequence[int]], window: int = 0, real: Tensor | None = None) -> PackedMask:
+    length = sum(lengths[0])
+    mask = decode(encoded_packed_mask(lengths, window, real), length, length)
+    assert isinstance(mask, PackedMask)
+    return mask
 
 
 def ids_of(lengths: Sequence[Sequence[int]], seed: int = 5) -> tuple[Tensor, Tensor]:

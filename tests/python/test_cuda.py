@@ -689,7 +689,7 @@ def test_a_compiled_model_without_a_mask_follows_the_sequences_of_each_run(mode,
     model = apply_scales(tiny_llama().float(), random_scales())
     ids, packed = packed_batch()
     whole = torch.arange(200).expand(3, -1)
-    for name in ("_by_formula", "_gradients_by_formula"):
+    for name in ("attention_by_formula", "gradients_by_formula"):
         monkeypatch.delattr(dense_masks, name)  # are not needed
 
     def loss(positions: Tensor) -> Tensor:
@@ -714,15 +714,16 @@ def test_layers_of_packed_sequences_do_not_wait_for_the_gpu() -> None:
     function = masking_utils.and_masks(
         masking_utils.causal_mask_function, masking_utils.packed_sequence_mask_function(numbers)
     )
-    code = packed_mask.packed_code(function, None, 3, 200, "cuda")
-    assert code is not None
+    encoded = packed_mask.read_packed_mask(function, None, 3, 200, "cuda")
+    assert encoded is not None
+    layout = packed_sequences.layout_of(encoded)
     inputs = [t.requires_grad_() for t in random_inputs((3, 4, 2, 200, 200, 64, 64), torch.bfloat16)]
     grad_output = torch.randn(3, 4, 200, 64, dtype=torch.bfloat16)
-    torch.autograd.grad(packed_sequences.attend(*inputs, code), inputs, grad_output)  # plans are made at first use
+    torch.autograd.grad(packed_sequences.attend(*inputs, layout), inputs, grad_output)  # plans are made at first use
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(packed_sequences.attend(*inputs, code), inputs, grad_output)
+        torch.autograd.grad(packed_sequences.attend(*inputs, layout), inputs, grad_output)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

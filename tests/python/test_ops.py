@@ -222,7 +222,7 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
     torch.library.opcheck(torch.ops.zerotuning._decode_attention_transposed.default, (*plain, *options))
     torch.library.opcheck(torch.ops.zerotuning._attention_by_route.default, (*plain, *options, True, 0))
     mask = torch.arange(12) >= torch.tensor([[0], [3]])
-    torch.library.opcheck(torch.ops.zerotuning._step_geometry.default, (mask, 12, geometry.get("window")))
+    torch.library.opcheck(torch.ops.zerotuning._encode_key_mask.default, (mask, 12, geometry.get("window", 0)))
     output, logsumexp = torch.ops.zerotuning.attention(*plain, *options)
     arguments = (torch.randn_like(output), *plain, output, logsumexp, *options)
     torch.library.opcheck(torch.ops.zerotuning.attention_backward.default, arguments)

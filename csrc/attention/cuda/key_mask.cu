@@ -1,5 +1,7 @@
-// What is found in a key mask once for all kernels that read it.
+// Key masks on the device: their first and last real keys, found once for all kernels that read a
+// mask, and the encoding of a decode step's mask.
 #include "attention/cuda_key_mask.h"
+#include "attention/key_mask_layout.h"
 
 namespace zerotuning::attention {
 namespace {
@@ -38,32 +40,33 @@ __global__ void __launch_bounds__(threads)
 }
 
 __global__ void __launch_bounds__(threads)
-    pack_step(const bool* key_mask, int64_t batch_stride, int length, const StepWords step,
-              int64_t* words) {
+    write_encoding(const bool* key_mask, int64_t batch_stride, int length, int64_t words,
+                   int64_t query_start, int64_t* encoded) {
+  using Layout = KeyMaskLayout;
   const bool* mask = key_mask + blockIdx.x * batch_stride;
-  words += blockIdx.x * (step.header + step.key_words);
+  encoded += blockIdx.x * (Layout::header + words);
   __shared__ int first;
   if (threadIdx.x == 0) first = length;
   __syncthreads();
-  bool found = false;
-  for (int64_t word = threadIdx.x; word < step.key_words; word += threads) {
+  bool has_real_key = false;
+  for (int64_t word = threadIdx.x; word < words; word += threads) {
     uint64_t bytes = 0;
 #pragma unroll
-    for (int i = 0; i < StepWords::word_keys; ++i) {
-      const int64_t key = word * StepWords::word_keys + i;
+    for (int i = 0; i < Layout::keys_per_word; ++i) {
+      const int64_t key = word * Layout::keys_per_word + i;
       if (key >= length || !mask[key]) continue;
       bytes |= uint64_t{1} << 8 * i;
-      if (!found) atomicMin(&first, static_cast<int>(key));
-      found = true;
+      if (!has_real_key) atomicMin(&first, static_cast<int>(key));
+      has_real_key = true;
     }
-    words[step.header + word] = static_cast<int64_t>(bytes);
+    encoded[Layout::header + word] = static_cast<int64_t>(bytes);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     const int initial = first < length ? first : 0;
-    words[0] = step.query_start;
-    words[step.header - 2] = initial;
-    words[step.header - 1] = initial + 1;
+    encoded[Layout::query_start] = query_start;
+    encoded[Layout::first_scaled_key] = initial;
+    encoded[Layout::end_of_scaled_keys] = initial + 1;
   }
 }
 
@@ -77,10 +80,11 @@ cudaError_t find_real_keys(const bool* key_mask, int64_t batch_stride, int32_t b
   return cudaGetLastError();
 }
 
-cudaError_t pack_step_words(const bool* key_mask, int64_t batch_stride, int32_t batch,
-                            int32_t length, const StepWords& step, int64_t* words,
+cudaError_t encode_key_mask(const bool* key_mask, int64_t batch_stride, int32_t batch,
+                            int32_t length, int32_t keys, int64_t query_start, int64_t* encoded,
                             cudaStream_t stream) {
-  pack_step<<<batch, threads, 0, stream>>>(key_mask, batch_stride, length, step, words);
+  write_encoding<<<batch, threads, 0, stream>>>(key_mask, batch_stride, length,
+                                                KeyMaskLayout::words(keys), query_start, encoded);
   return cudaGetLastError();
 }
 

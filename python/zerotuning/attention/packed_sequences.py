@@ -1,8 +1,7 @@
 """Packed sequences: several in one row of the batch, none of which sees another; each has an initial token of its own.
 
-transformers says so in a mask function, which it would have evaluated for every query and key. Here that function is
-recognised from the parts that it is made of, and what it says is written down in O(T) numbers, the code. The attention
-function then lays the sequences out as a batch of their own, padded on the right, and hands that to `ops.attention`.
+A `PackedMask` describes them in O(T) numbers. A `SequenceLayout` takes the sequences out of their rows into a batch of
+their own, padded on the right, for which `ops.attention` computes the attention, and puts the results back.
 """
 
 from __future__ import annotations
@@ -16,130 +15,139 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zerotuning import ops
-
-#: Numbers of each token in a code: where its sequence begins in the row, whether it is real, the window (0: none).
-COLUMNS = 3
+from zerotuning.attention.mask_encoding import PACKED_COLUMNS, PackedMask
 
 
-def beginnings_in(visible: Tensor) -> Tensor:
-    """Where each token's sequence begins, (B, T), from which keys a query sees, bool (B, T, T): one that does not see the
-    key before it begins a sequence."""
+def sequence_starts(visible: Tensor) -> Tensor:
+    """Find where each token's sequence begins: a token that does not see the one before it begins a sequence.
+
+    Args:
+        visible: (B, T, T) bool, the keys that each query sees.
+
+    Returns:
+        (B, T) int64.
+    """
     begins = torch.nn.functional.pad(~visible.diagonal(offset=-1, dim1=-2, dim2=-1), (1, 0), value=True)
     return torch.where(begins, torch.arange(visible.shape[-1], device=visible.device), 0).cummax(dim=-1).values
 
 
-def is_packed_code(mask: Tensor, query: Tensor) -> bool:
-    """Whether the mask that reached a layer is a code of `packed_code` for its queries (B, H, T, D)."""
-    return mask.dtype == torch.long and mask.shape[1:] == (1, query.shape[2], COLUMNS) and query.shape[2] > 1
-
-
-def dense_codes(code: Tensor) -> Tensor:
-    """What a code says, one number a query and key: int8 (B, 1, T, T), 0 hidden, 1 visible, 2 visible and scaled.
-
-    For layers that are compiled alone: the shapes in a graph must not depend on the lengths of the sequences.
-    """
-    begin, real, window = code[:, 0].unbind(-1)
-    column = torch.arange(code.shape[2], device=code.device)
-    row = column[:, None]
-    visible = (begin[:, :, None] == begin[:, None]) & (column <= row) & (real[:, None] != 0)
-    visible = visible & ((column > row - window[:, :, None]) | (window[:, :, None] == 0))
-    seen = real.cumsum(dim=1)  # real tokens of the row up to and with each
-    before = (seen - real).gather(1, begin)
-    initial = (real != 0) & (seen - before == 1)
-    return (visible.to(torch.int8) + (visible & initial[:, None]).to(torch.int8))[:, None]
-
-
-# The layout: which token of the rows lies where in the batch of sequences. The same for all layers of a forward pass.
-
-
 @dataclass
-class Group:
-    """Sequences of about one length, which one call of the operator attends to."""
+class SequenceGroup:
+    """Sequences of similar length, which one call of the operator computes.
+
+    Attributes:
+        longest: number of tokens to which the sequences are padded.
+        window: number of keys that a query sees, its own included; 0: all.
+        row: (sequences) int64, the row of the batch that each sequence came from.
+        begin: (sequences) int64, where the sequence begins in that row.
+        key_mask: (sequences, longest) bool; None: all tokens are real.
+    """
 
     longest: int
-    window: int  # keys that a query sees, its own included; 0: all
-    row: Tensor  # [sequences] the row of the batch that each came from
-    begin: Tensor  # [sequences] where it begins there
-    key_mask: Tensor | None  # [sequences, longest] bool; None: all tokens are real
+    window: int
+    row: Tensor
+    begin: Tensor
+    key_mask: Tensor | None
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(sequences, longest)."""
         return len(self.row), self.longest
 
     def geometry(self, span: Tensor | None) -> dict[str, Any]:
-        """Arguments of `ops.attention`; span: in the rows, (B, 2)."""
+        """Return the keyword arguments of `ops.attention` for this group.
+
+        Args:
+            span: (B, 2) int64, scaled keys as positions in the rows.
+        """
         if span is not None:  # the part of its row's span that lies in each sequence, counted from its beginning
             span = (span.index_select(0, self.row) - self.begin[:, None]).clamp(0, self.longest)
         return {"key_mask": self.key_mask, "span": span, "window": self.window}
 
     def log_scale(self, of_rows: Tensor) -> Tensor:
-        """From [H] or [B, H], for the sequences: all of a row share its scales."""
+        """Return the sequences' scales from (H) or (B, H): all sequences of a row share its scales."""
         return of_rows if of_rows.dim() == 1 else of_rows.index_select(0, self.row)
 
 
 @dataclass
-class Layout:
-    """Groups that hold all sequences of the rows. Their slots laid end to end are the tokens of the rows, some repeated."""
+class SequenceLayout:
+    """Which token of the rows lies where in the groups of sequences; the same for all layers of a forward pass.
 
-    groups: list[Group]
-    source: Tensor  # [slots] the token of the rows laid end to end that each slot gets
-    slot: Tensor  # [B * T] the slot of each token
-    whole: bool  # each row is one sequence, and they are the one group
+    The slots of all groups, laid end to end, are the tokens of the rows; padding repeats some tokens.
 
-    def parts(self, *tensors: Tensor) -> Iterator[tuple[Group, list[Tensor]]]:
-        """Tensors (B, H, T, D) as each group's (sequences, H, longest, D)."""
-        if self.whole:
+    Attributes:
+        groups: they hold all sequences of the rows.
+        source: (slots) int64, the token of each slot, counted through all rows.
+        slot: (B * T) int64, the slot of each token.
+        is_identity: each row is one sequence, so that the rows are the only group as they are.
+    """
+
+    groups: list[SequenceGroup]
+    source: Tensor
+    slot: Tensor
+    is_identity: bool
+
+    def split(self, *tensors: Tensor) -> Iterator[tuple[SequenceGroup, list[Tensor]]]:
+        """Yield each group with its part of tensors (B, H, T, D), as (sequences, H, longest, D)."""
+        if self.is_identity:
             yield self.groups[0], list(tensors)
         else:
-            yield from self._cut([_tokens(tensor).index_select(0, self.source) for tensor in tensors])
+            yield from self._split_slots([_tokens(tensor).index_select(0, self.source) for tensor in tensors])
 
-    def parts_of_gradient(self, gradient: Tensor) -> Iterator[Tensor]:
-        """The same of an output's gradient, of which repeated tokens get none."""
-        if self.whole:
+    def split_gradient(self, gradient: Tensor) -> Iterator[Tensor]:
+        """Yield each group's part of an output's gradient; repeated tokens get zeros."""
+        if self.is_identity:
             yield gradient
             return
         tokens = _tokens(gradient)
         slots = tokens.new_zeros(len(self.source), *tokens.shape[1:]).index_copy(0, self.slot, tokens)
-        yield from (part for _, (part,) in self._cut([slots]))
+        yield from (part for _, (part,) in self._split_slots([slots]))
 
-    def _cut(self, slots: list[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
+    def _split_slots(self, slots: list[Tensor]) -> Iterator[tuple[SequenceGroup, list[Tensor]]]:
         sizes = [sequences * longest for sequences, longest in (group.shape for group in self.groups)]
         for group, *parts in zip(self.groups, *(tensor.split(sizes) for tensor in slots), strict=True):
             yield group, [part.unflatten(0, group.shape).transpose(1, 2) for part in parts]
 
-    def rows(self, parts: list[Tensor], batch: int) -> Tensor:
-        """The way back, to (B, H, T, D)."""
-        if self.whole:
+    def join(self, parts: list[Tensor], batch: int) -> Tensor:
+        """Put the groups' parts, (sequences, H, longest, D) each, back into rows (B, H, T, D)."""
+        if self.is_identity:
             return parts[0]
         slots = [_tokens(part) for part in parts]
         together = slots[0] if len(slots) == 1 else torch.cat(slots)
         return together.index_select(0, self.slot).unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-#: The layout of each code that is in use: making one waits for a GPU, which the layers must not do.
+#: The layout of each encoded packed mask that is in use. Making a layout waits for a GPU, which layers must not do.
 _layouts: Any = WeakTensorKeyDictionary()
 
 
-def known_layout(code: Tensor) -> Layout | None:
-    """The layout that was made with a code; None for a copy of it."""
-    return _layouts.get(code)  # type: ignore[no-any-return]
+def keep_layout(encoded: Tensor, mask: PackedMask) -> None:
+    """Make the layout of an encoded packed mask, and keep it as long as the tensor.
+
+    Args:
+        encoded: the encoding, on the layers' device.
+        mask: the same mask on the CPU.
+    """
+    _layouts[encoded] = make_layout(mask, encoded.device)
 
 
-def keep_layout(code: Tensor, on_host: Tensor) -> None:
-    """Make the layout of a code from its copy on the CPU, and keep it as long as the code."""
-    _layouts[code] = lay_out(on_host, code.device)
+def kept_layout(encoded: Tensor) -> SequenceLayout | None:
+    """Return the layout that `keep_layout` made for this tensor; None for a copy of it."""
+    return _layouts.get(encoded)  # type: ignore[no-any-return]
 
 
-def _layout_of(code: Tensor) -> Layout:
-    layout = known_layout(code)
-    if layout is None:  # a copy of the code: the layer is on another device than the mask was made on
-        layout = _layouts[code] = lay_out(code.cpu(), code.device)
+def layout_of(encoded: Tensor) -> SequenceLayout:
+    """Return the layout of an encoded packed mask; a copy of the tensor, as on another device, gets one of its own."""
+    layout = kept_layout(encoded)
+    if layout is None:
+        columns = encoded.cpu().view(encoded.shape[0], -1, PACKED_COLUMNS)
+        layout = _layouts[encoded] = make_layout(PackedMask(columns), encoded.device)
     return layout
 
 
-def lay_out(code: Tensor, device: torch.device) -> Layout:
-    """The layout of a code on the CPU, for layers on `device`."""
-    begin, real, window = code[:, 0].unbind(-1)
+def make_layout(mask: PackedMask, device: torch.device) -> SequenceLayout:
+    """Make the layout of a packed mask on the CPU, for layers on `device`."""
+    begin, real, window = mask.unbind()
     rows, columns = (begin == torch.arange(begin.shape[1], device="cpu")).nonzero(as_tuple=True)
     first = rows * begin.shape[1] + columns  # tokens are counted through all rows
     lengths = torch.cat((first, first.new_tensor([begin.numel()]))).diff()
@@ -148,8 +156,8 @@ def lay_out(code: Tensor, device: torch.device) -> Layout:
     for chosen in _of_similar_length(lengths):
         place = torch.arange(int(lengths[chosen].max()), device="cpu")
         last = lengths[chosen, None] - 1
-        # Slots beyond the end repeat the last token. No real query sees them, since they come later; what they give is
-        # dropped, so that they get no gradient and give none.
+        # Slots beyond a sequence's end repeat its last token. They come after every real query, so that none sees them;
+        # their outputs are dropped, so that they get no gradient and add nothing to one.
         source = first[chosen, None] + torch.minimum(place, last)
         filled = place <= last
         slot[source[filled]] = slots + filled.flatten().nonzero().squeeze(1)
@@ -158,24 +166,22 @@ def lay_out(code: Tensor, device: torch.device) -> Layout:
         is_real = real.flatten()[source] != 0
         key_mask = None if bool(is_real.all()) else _moved(is_real, device)
         keys = int(window[0, 0]) if int(window[0, 0]) < len(place) else 0
-        groups.append(Group(len(place), keys, _moved(rows[chosen], device), _moved(columns[chosen], device), key_mask))
-    whole = len(groups) == 1 and groups[0].shape == begin.shape
-    return Layout(groups, _moved(torch.cat(sources), device), _moved(slot, device), whole)
+        row, begins = _moved(rows[chosen], device), _moved(columns[chosen], device)
+        groups.append(SequenceGroup(len(place), keys, row, begins, key_mask))
+    is_identity = len(groups) == 1 and groups[0].shape == begin.shape
+    return SequenceLayout(groups, _moved(torch.cat(sources), device), _moved(slot, device), is_identity)
 
 
 def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy on the device, made without waiting for it (memory that is not pinned has been read when this returns)."""
+    """Copy to the device without waiting for it; memory that is not pinned has been read when the call returns."""
     return tensor.to(device, non_blocking=True)
 
 
 def _of_similar_length(lengths: Tensor) -> Iterator[Tensor]:
-    """Indices of the sequences whose lengths lie between the same powers of two, so that less than half is padding."""
+    """Yield the indices of sequences whose lengths lie between the same powers of two: less than half is padding."""
     exponent = torch.frexp((lengths - 1).double()).exponent
     for value in exponent.unique():
         yield (exponent == value).nonzero().squeeze(1)
-
-
-# Attention.
 
 
 def attend(
@@ -183,27 +189,29 @@ def attend(
     key: Tensor,
     value: Tensor,
     log_scale: Tensor,
-    code: Tensor,
+    layout: SequenceLayout,
     span: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`ops.attention` within each of the packed sequences; differentiable, memory O(T).
+    """Compute `ops.attention` within each of the packed sequences; differentiable, memory O(T).
 
     Args:
-        query (B, H, T, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), log_scale, scale: as in `ops.attention`; all
-            sequences of a row share its scales.
-        code: of `packed_code`.
-        span: (B, 2) int64, places in the rows: the keys [first, end) are scaled, for the queries that see them, in place
-            of the sequences' initial tokens.
+        query: (B, H, T, D).
+        key: (B, Hkv, T, D).
+        value: (B, Hkv, T, Dv).
+        log_scale: (H) or (B, H), as in `ops.attention`; all sequences of a row share its scales.
+        layout: of the rows.
+        span: (B, 2) int64, positions in the rows: the keys [first, end) are scaled, for the queries that see them, in
+            place of the sequences' initial tokens.
+        scale: factor of the logits, default D ** -0.5.
 
     Returns:
         output (B, H, T, Dv).
     """
-    layout = _layout_of(code)
     outputs = []
-    for group, (q, k, v) in layout.parts(query, key, value):
+    for group, (q, k, v) in layout.split(query, key, value):
         outputs.append(ops.attention(q, k, v, group.log_scale(log_scale), **group.geometry(span), scale=scale)[0])
-    return layout.rows(outputs, query.shape[0])
+    return layout.join(outputs, query.shape[0])
 
 
 def _tokens(tensor: Tensor) -> Tensor:

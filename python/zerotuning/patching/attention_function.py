@@ -1,19 +1,20 @@
-"""The attention function of patched models: query, key and value go to the operators as they come."""
+"""The attention function of patched models: calls the operators with the layer's scales and decoded mask."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zerotuning import ops
-from zerotuning.attention import dense_masks, packed_sequences
+from zerotuning.attention import dense_masks, packed_sequences, traced_masks
+from zerotuning.attention.mask_encoding import CallerMask, DenseMask, KeyMask, PackedMask, decode
 from zerotuning.errors import ZeroTuningError
 from zerotuning.patching import probe
 from zerotuning.patching.layer_scales import CHILD, LayerScales, repeat_for_batch
-from zerotuning.patching.mask_function import DECODE_QUERIES, HEADER, SPAN_HEADER, _words
+from zerotuning.patching.mask_function import DECODE_QUERIES
 
 
 def zerotuning_attention(
@@ -28,41 +29,60 @@ def zerotuning_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What a patched model calls in place of its attention: query (B, H, Tq, D) -> output (B, Tq, H, Dv)."""
+    """Compute attention in a layer of a patched model, in place of the model's own attention function.
+
+    Args:
+        module: the attention layer, which has LayerScales as a child.
+        query: (B, H, Tq, D).
+        key: (B, Hkv, Tk, D), not repeated for the query heads.
+        value: (B, Hkv, Tk, Dv).
+        attention_mask: what `zerotuning_mask` returned, or a mask of the caller's own, bool or floating point
+            (B, 1 or H, Tq, Tk).
+        scaling: factor of the logits, default D ** -0.5.
+        dropout: must be 0 in training.
+        sliding_window: number of keys that a query sees; None for all.
+        is_causal: must not be False; None: the layer's own setting.
+        kwargs: of the model; those that change attention are refused.
+
+    Returns:
+        output (B, Tq, H, Dv), and None in place of the attention weights.
+
+    Raises:
+        ZeroTuningError: the layer was not patched, or asks for attention that cannot be scaled.
+    """
     probing = probe.running()
     if probing is not None:
         probing.record_call(module, query, sliding_window)
     refuse_unsupported(module, dropout, is_causal, kwargs)
     if not query.dtype == key.dtype == value.dtype and torch.is_autocast_enabled(query.device.type):
         query, key, value = (t.to(torch.get_autocast_dtype(t.device.type)) for t in (query, key, value))
-    scaling_of_layer: Any = module._modules.get(CHILD)
-    if scaling_of_layer is None:
-        if probing is None:
-            raise ZeroTuningError(
-                f"{_describe(module)} was not reached when the model was patched (or shares its config with one that is): "
-                "unpatch and patch it again"
-            )
+    layer: Any = module._modules.get(CHILD)
+    if layer is not None:
+        log_scale = layer.current(query.shape[0])
+        span = None if layer.span is None else _chosen_span(layer, query, key, sliding_window)
+    elif probing is not None:
         log_scale, span = torch.zeros(query.shape[1], device=query.device), None
     else:
-        log_scale = scaling_of_layer.current(query.shape[0])
-        span = _span_of(scaling_of_layer, query, key, sliding_window)
+        raise ZeroTuningError(
+            f"{_describe(module)} was not reached when the model was patched (or shares its config with one that is): "
+            "unpatch and patch it again"
+        )
     if query.dtype == torch.float64:
         log_scale = log_scale.double()
-    known = None if attention_mask is None else _read_geometry(attention_mask, key.shape[2])
-    if attention_mask is None or known is not None:
-        known = known or _NOTHING_KNOWN
-        return _attend(query, key, value, log_scale, known, span, sliding_window or 0, scaling), None
-    if packed_sequences.is_packed_code(attention_mask, query) and not torch.compiler.is_compiling():
-        output = packed_sequences.attend(query, key, value, log_scale, attention_mask, span, scaling)
-    else:
-        output = dense_masks.attend(query, key, value, log_scale, attention_mask, span, scaling)
-    return output.transpose(1, 2), None
+    key_mask = initial = query_start = None
+    if attention_mask is not None:
+        mask = decode(attention_mask, query.shape[2], key.shape[2])
+        if not isinstance(mask, KeyMask):
+            output = _attend_under_mask(query, key, value, log_scale, attention_mask, mask, span, scaling)
+            return output.transpose(1, 2), None
+        key_mask, initial, query_start = mask
+    geometry = (key_mask, initial if span is None else span, query_start, sliding_window or 0)
+    return _attend(query, key, value, log_scale, geometry, scaling), None
 
 
-def _span_of(layer: LayerScales, query: Tensor, key: Tensor, window: int | None) -> Tensor | None:
-    """The keys that `scaled_keys` chose, [B, 2]; None: the initial token."""
-    if layer.span is None:
-        return None
+def _chosen_span(layer: LayerScales, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """The keys that `scaled_keys` chose, (B, 2)."""
+    assert layer.span is not None
     if window is not None and key.shape[2] != query.shape[2]:
         raise ZeroTuningError(
             f"{layer.layer_name} has a sliding-window cache, whose keys move: scaled_keys is for passes without one"
@@ -70,70 +90,47 @@ def _span_of(layer: LayerScales, query: Tensor, key: Tensor, window: int | None)
     return repeat_for_batch(layer.span, query.shape[0], "scaled_keys names the keys")
 
 
-class _Geometry(NamedTuple):
-    """What `zerotuning_mask` says, as the operators' arguments."""
-
-    key_mask: Tensor | None
-    span: Tensor | None
-    query_start: Tensor | None
-
-
-_NOTHING_KNOWN = _Geometry(None, None, None)
-#: The mask read last, its number of keys and what it says: all layers of a forward pass get the same one, and generating
-#: a token takes longer to make its views than to use them.
-_latest: tuple[Tensor, int, _Geometry] | None = None
-
-
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     log_scale: Tensor,
-    known: _Geometry,
-    span: Tensor | None,
-    window: int,
+    geometry: tuple[Tensor | None, Tensor | None, Tensor | None, int],
     scale: float | None,
 ) -> Tensor:
-    key_mask, initial, query_start = known
-    span = initial if span is None else span
+    """Causal attention, (B, Tq, H, Dv). `geometry` is that of ops.Geometry, which would take a generation step longer to make."""
     rows = query.shape[2]
-    few = key.shape[2] > rows and rows <= DECODE_QUERIES
-    if few and not (torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))):
-        geometry = ops.Geometry(key_mask, span, query_start, window)
+    is_decode_step = key.shape[2] > rows and rows <= DECODE_QUERIES
+    if is_decode_step and not (
+        torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
+    ):
         return ops.decode_attention_transposed(query, key, value, log_scale, geometry, scale)
-    output, _ = ops.attention(
-        query,
-        key,
-        value,
-        log_scale,
-        key_mask=key_mask,
-        span=span,
-        query_start=query_start,
-        window=window,
-        scale=scale,
-    )
+    output, _ = ops.attention(query, key, value, log_scale, **ops.Geometry(*geometry)._asdict(), scale=scale)
     return output.transpose(1, 2)
 
 
-def _read_geometry(mask: Tensor, keys: int) -> _Geometry | None:
-    """What `zerotuning_mask` packed, in views, which follow the tensor's contents. None: a mask of another kind."""
-    global _latest
-    compiling = torch.compiler.is_compiling()
-    latest = _latest  # which another thread may replace
-    if not compiling and latest is not None and latest[0] is mask and latest[1] == keys:
-        return latest[2]
-    header = mask.shape[-1] - _words(keys)
-    if mask.dtype != torch.long or mask.shape[1:-1] != (1, 1) or header not in (0, SPAN_HEADER, HEADER):
-        return None
-    words = mask[:, 0, 0]
-    known = _Geometry(
-        words[:, header:].view(torch.uint8)[:, :keys],
-        words[:, header - SPAN_HEADER : header] if header else None,
-        words[:, 0] if header == HEADER else None,
-    )
-    if not compiling:
-        _latest = (mask, keys, known)
-    return known
+def _attend_under_mask(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_scale: Tensor,
+    encoded: Tensor,
+    mask: PackedMask | DenseMask | CallerMask,
+    span: Tensor | None,
+    scale: float | None,
+) -> Tensor:
+    """Attention under a mask that is more than causal, (B, H, Tq, Dv)."""
+    if torch.compiler.is_compiling() and _may_hold_packed_sequences(mask, query, key):
+        return traced_masks.attend(query, key, value, log_scale, encoded, span, scale)
+    if isinstance(mask, PackedMask):
+        layout = packed_sequences.layout_of(encoded)
+        return packed_sequences.attend(query, key, value, log_scale, layout, span, scale)
+    return dense_masks.attend(query, key, value, log_scale, mask, span, scale)
+
+
+def _may_hold_packed_sequences(mask: PackedMask | DenseMask | CallerMask, query: Tensor, key: Tensor) -> bool:
+    """Whether running a graph may show sequences in the mask, on whose lengths the graph's shapes must not depend."""
+    return isinstance(mask, PackedMask) or (isinstance(mask, DenseMask) and query.shape[2] == key.shape[2])
 
 
 _UNSUPPORTED = {
@@ -144,7 +141,17 @@ _UNSUPPORTED = {
 
 
 def refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None, kwargs: Mapping[str, Any]) -> None:
-    """Raises ZeroTuningError, which names the layer, for what an attention function is asked beyond causal attention."""
+    """Refuse a call of the attention function that is not plain causal attention.
+
+    Args:
+        module: the attention layer.
+        dropout: of the attention weights.
+        is_causal: as the layer passes it; None: the layer's own setting.
+        kwargs: further arguments of the layer.
+
+    Raises:
+        ZeroTuningError: names the layer and what it asks for.
+    """
     for name in _UNSUPPORTED.keys() & kwargs.keys():
         if kwargs[name] is not None:
             raise ZeroTuningError(

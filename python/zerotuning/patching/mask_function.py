@@ -1,8 +1,7 @@
-"""The mask function of patched models: what a dense mask would say in O(T²) numbers, in O(T)."""
+"""The mask function of patched models: describes padding, caches and packed sequences in O(T) numbers in place of O(T²)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,16 +9,12 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from zerotuning import ops
-from zerotuning.attention import dense_masks, packed_sequences
+from zerotuning.attention import dense_masks, packed_sequences, traced_masks
+from zerotuning.attention.mask_encoding import DenseMask, KeyMask
 from zerotuning.patching import packed_mask, probe
 
-#: Cached generation steps of up to so many queries take the decode operator.
+#: The decode operator computes cached generation steps of up to so many queries.
 DECODE_QUERIES = 16
-#: int64 numbers in front of the key mask in a geometry tensor: first scaled key, end of the scaled keys; or query_start
-#: before both.
-SPAN_HEADER, HEADER = 2, 3
-#: Bytes of the key mask that one int64 holds.
-BYTES = 8
 
 
 def zerotuning_mask(
@@ -36,94 +31,93 @@ def zerotuning_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Tensor | None:
-    """What the attention function needs to know of padding and caches.
+    """Return the mask of a forward pass, which transformers hands to every layer.
 
-    None: nothing, the queries are the last keys and all keys are real. Else the geometry, int64 [B, 1, 1, words]: the key
-    mask, 8 keys a word, a byte each; in front of it, where that does not say all, the scaled keys [first, end), and before
-    them query_start where the queries may not be the last keys. Packed sequences: the code of `packed_sequences`, int64
-    [B, 1, T, 3]. Masks of another kind (chunks, custom mask functions, packed sequences in a graph that is traced): int8
-    [B, 1, Tq, Tk], 0 hidden, 1 visible, 2 visible and scaled.
+    Args:
+        batch_size: number of samples.
+        q_length: number of queries, Tq.
+        kv_length: number of keys in the cache or the batch, Tk.
+        q_offset: position of the first query in the text; a tensor with a static cache.
+        kv_offset: position of the first key in the text, above 0 in a sliding-window cache that dropped keys.
+        mask_function: whether a query sees a key, from transformers' factories.
+        attention_mask: (B, positions), 0 for padding; None: all tokens are real.
+        local_size: sliding window or chunk size.
+        allow_is_causal_skip: False where the caller combined the mask function with another.
+        config: the model's configuration.
+        device: of the mask.
+        kwargs: passed by transformers for other implementations.
+
+    Returns:
+        None if the queries are the last keys and all keys are real; else the encoding (`attention.mask_encoding`) of a
+        KeyMask for causal masks, of a PackedMask for packed sequences, and of a DenseMask for the rest: chunks, custom mask
+        functions, and packed sequences in a graph that is traced.
     """
-    chunked = getattr(config, "attention_chunk_size", None) is not None
+    is_chunked = getattr(config, "attention_chunk_size", None) is not None
     probing = probe.running()
-    if probing is not None and local_size is not None and not chunked:
+    if probing is not None and local_size is not None and not is_chunked:
         probing.mask_windows.add(local_size)
-    sliding = local_size is not None and not chunked and (allow_is_causal_skip or q_length == 1)
-    if not (mask_function is causal_mask_function or sliding):
-        if q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0:
-            code = packed_mask.packed_code(mask_function, attention_mask, batch_size, q_length, device)
-            if code is not None:
-                return code
-        codes = _dense_codes(
-            batch_size,
-            q_length,
-            kv_length,
-            q_offset,
-            kv_offset,
-            mask_function,
-            attention_mask,
-            chunked,
-            device,
-            kwargs,
-        )
-        return (
-            dense_masks.find_packed_sequences(codes)
-            if torch.compiler.is_compiling() and q_length == kv_length
-            else codes
-        )
-    ends_at_queries = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    decoding = q_length < kv_length and q_length <= DECODE_QUERIES  # an export's lengths are settled by the first
-    if ends_at_queries and (attention_mask is None or _is_all_real(attention_mask, decoding)):
+    is_sliding = local_size is not None and not is_chunked and (allow_is_causal_skip or q_length == 1)
+    if not (mask_function is causal_mask_function or is_sliding):
+        arguments = {
+            "batch_size": batch_size,
+            "q_length": q_length,
+            "kv_length": kv_length,
+            "q_offset": q_offset,
+            "kv_offset": kv_offset,
+            "mask_function": mask_function,
+            "attention_mask": attention_mask,
+            "device": device,
+            "use_vmap": kwargs.get("use_vmap", False),
+        }
+        packed = _packed_mask(**arguments)
+        return _dense_mask(is_chunked, **arguments) if packed is None else packed
+    queries_are_last_keys = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
+    is_decode_step = q_length < kv_length and q_length <= DECODE_QUERIES  # an export settles the lengths here
+    if queries_are_last_keys and (attention_mask is None or _is_all_real(attention_mask, is_decode_step)):
         return None
-    traced = torch.compiler.is_compiling()
-    if decoding and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not traced:
+    if queries_are_last_keys and not is_decode_step:
+        return KeyMask(_real_keys(attention_mask, batch_size, kv_length, kv_offset, device)).encode()
+    is_traced = torch.compiler.is_compiling()
+    if is_decode_step and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not is_traced:
         real = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-        return ops.step_geometry(real, kv_length, None if ends_at_queries else q_offset)
-    words = _key_mask_words(attention_mask, batch_size, kv_length, kv_offset, device)
-    if not (ends_at_queries and not decoding):
-        start = _first_real(attention_mask, batch_size, device) - kv_offset
-        present = start >= 0  # a sliding cache drops old keys, the initial token among them
-        header = [torch.where(present, start, 0), torch.where(present, start + 1, 0)]
-        if not ends_at_queries:
-            header.insert(0, torch.zeros_like(start) + (q_offset - kv_offset))
-        words = torch.cat((torch.stack(header, dim=1), words), dim=1)
-    return words[:, None, None]
+        return ops.encode_key_mask(real, kv_length, q_offset)
+    first = _first_real(attention_mask, batch_size, device) - kv_offset
+    is_present = first >= 0  # a sliding-window cache drops old keys, the initial token among them
+    span = torch.stack((torch.where(is_present, first, 0), torch.where(is_present, first + 1, 0)), dim=1)
+    query_start = torch.zeros_like(first) + (q_offset - kv_offset)
+    return KeyMask(_real_keys(attention_mask, batch_size, kv_length, kv_offset, device), span, query_start).encode()
 
 
-def _is_all_real(attention_mask: Tensor, decoding: bool) -> bool:
-    """Whether there is no padding; False where it cannot be known (tracing, capturing) or is not worth waiting for a GPU."""
+def _is_all_real(attention_mask: Tensor, is_decode_step: bool) -> bool:
+    """Whether there is no padding; False in a traced or captured graph, and where a GPU step would wait for the answer."""
     if torch.compiler.is_compiling():
         return False
-    if attention_mask.is_cuda and (decoding or torch.cuda.is_current_stream_capturing()):
+    if attention_mask.is_cuda and (is_decode_step or torch.cuda.is_current_stream_capturing()):
         return False
     return bool(attention_mask.all())
 
 
 def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device | str) -> Tensor:
+    """Position of each sample's initial token, (B) int64."""
     if attention_mask is None:
         return torch.zeros(batch, dtype=torch.long, device=device)
     return attention_mask.int().argmax(dim=-1)
 
 
-def _words(keys: int) -> int:
-    return (keys + BYTES - 1) // BYTES
-
-
-def _key_mask_words(
+def _real_keys(
     attention_mask: Tensor | None, batch: int, length: int, offset: int, device: torch.device | str
 ) -> Tensor:
-    """Keys [offset, offset + length) of the 2-D mask, a byte each, as int64 [B, words]; keys beyond it are not written yet."""
+    """Keys [offset, offset + length) of the attention mask, bool (B, length); keys beyond its end are not written yet."""
     if attention_mask is None:
-        attention_mask = torch.ones(batch, offset + length, dtype=torch.bool, device=device)
-    missing = offset + BYTES * _words(length) - attention_mask.shape[-1]
+        return torch.ones(batch, length, dtype=torch.bool, device=device)
+    missing = offset + length - attention_mask.shape[-1]
     if missing > 0:
         attention_mask = torch.nn.functional.pad(attention_mask, (0, missing))
-    # A copy: of one sample, also a part of a row counts as contiguous, and may begin where no int64 does.
-    real = attention_mask[:, offset : offset + BYTES * _words(length)].bool()
-    return real.clone(memory_format=torch.contiguous_format).view(torch.long)
+    return attention_mask[:, offset : offset + length].bool()
 
 
-def _dense_codes(
+def _packed_mask(
+    *,
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -131,28 +125,47 @@ def _dense_codes(
     kv_offset: int,
     mask_function: Any,
     attention_mask: Tensor | None,
-    chunked: bool,
     device: torch.device | str,
-    kwargs: Mapping[str, Any],
+    **_: Any,
+) -> Tensor | None:
+    """The encoded PackedMask of rows whose queries are all of their keys; None for other masks."""
+    is_square = q_length == kv_length and kv_offset == 0 and isinstance(q_offset, int) and q_offset == 0
+    if not is_square:
+        return None
+    return packed_mask.read_packed_mask(mask_function, attention_mask, batch_size, q_length, device)
+
+
+def _dense_mask(
+    is_chunked: bool,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+    **arguments: Any,
 ) -> Tensor:
+    """The encoded DenseMask of any mask function."""
     visible = sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
-        q_offset=q_offset,
         kv_offset=kv_offset,
-        mask_function=mask_function,
         attention_mask=attention_mask,
         allow_is_causal_skip=False,
-        use_vmap=kwargs.get("use_vmap", False),
         device=device,
+        **arguments,
     )
-    traced = torch.compiler.is_compiling()
-    if chunked or q_length != kv_length or (traced and attention_mask is not None):
+    is_traced = torch.compiler.is_compiling()
+    if is_chunked or q_length != kv_length or (is_traced and attention_mask is not None):
         initial = (_first_real(attention_mask, batch_size, device) - kv_offset)[:, None].expand(-1, q_length)
-    elif traced:
-        initial = packed_sequences.beginnings_in(visible[:, 0])  # each row may hold sequences
+    elif is_traced:
+        initial = packed_sequences.sequence_starts(visible[:, 0])  # each row may hold packed sequences
     else:
-        initial = dense_masks.initial_keys(visible[:, 0])  # packed sequences each have an initial token
-    scaled = torch.arange(kv_length, device=device) == initial[:, None, :, None]
-    return visible.to(torch.int8) + (visible & scaled).to(torch.int8)
+        initial = dense_masks.initial_keys(visible[:, 0])  # packed sequences have an initial token each
+    scaled = visible & (torch.arange(kv_length, device=device) == initial[:, None, :, None])
+    encoded = DenseMask(visible, scaled).encode()
+    if is_traced and q_length == kv_length:
+        return traced_masks.find_packed_sequences(encoded, q_length)
+    return encoded

@@ -1,27 +1,39 @@
-"""Attention under masks that are written out, and what the operator of traced graphs makes of them."""
+"""The operator of traced graphs against the formula, and the packed sequences that it finds in dense masks."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from packings import PACKINGS, code_of, ids_of
+from packings import PACKINGS, encoded_packed_mask, ids_of, packed_mask
 from random_models import random_scales, small_model
 from torch import Tensor
 from zerotuning import ops
-from zerotuning.attention import dense_masks, packed_sequences
+from zerotuning.attention import dense_masks, traced_masks
+from zerotuning.attention.mask_encoding import DenseMask, PackedMask, decode
 from zerotuning.patching.patch import apply_scales, head_parameters, patch, scaled_keys
 
 
-def codes_of(lengths: list[list[int]], window: int = 0) -> Tensor:
-    return packed_sequences.dense_codes(code_of(lengths, window))
+def encoded_dense_mask(lengths: list[list[int]], window: int = 0) -> Tensor:
+    return packed_mask(lengths, window).to_dense().encode()
+
+
+def as_dense(encoded: Tensor, length: int) -> DenseMask:
+    mask = decode(encoded, length, length)
+    assert isinstance(mask, (DenseMask, PackedMask))
+    return mask if isinstance(mask, DenseMask) else mask.to_dense()
+
+
+def layout_of(encoded: Tensor, length: int) -> Any:
+    return traced_masks._layout_of_dense_mask(encoded, as_dense(encoded, length))
 
 
 def attend_in_graph(
     query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, mask: Tensor, span: Tensor | None
 ) -> Tensor:
     """What a compiled graph runs."""
-    scale = ops.softmax_scale(query, None)
-    return dense_masks._attention_under_mask(query, key, value, log_scale, mask, span, scale)[0]
+    return traced_masks.attend(query, key, value, log_scale, mask, span)
 
 
 LENGTHS = {"whole": [[12], [12]], "packed": [[5, 1, 6], [2, 10]], "many": [[1, 1, 4, 3, 3], [12]]}
@@ -29,23 +41,24 @@ LENGTHS = {"whole": [[12], [12]], "packed": [[5, 1, 6], [2, 10]], "many": [[1, 1
 
 @pytest.mark.parametrize("window", [0, 2, 4, 11, 12])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_what_codes_say_is_recognised(lengths, window) -> None:
-    layout = dense_masks._layout_of_codes(codes_of(lengths, window))
+def test_packed_sequences_are_found_in_a_dense_mask(lengths, window) -> None:
+    layout = layout_of(encoded_dense_mask(lengths, window), 12)
     assert layout is not None
     begins = sorted(place for group in layout.groups for place in torch.stack((group.row, group.begin), 1).tolist())
     assert begins == [[row, sum(own[:n])] for row, own in enumerate(lengths) for n in range(len(own))]
-    assert layout.whole == (lengths == LENGTHS["whole"])
+    assert layout.is_identity == (lengths == LENGTHS["whole"])
 
 
-def test_codes_that_say_anything_else_are_not() -> None:
+def test_no_sequences_are_found_in_a_mask_that_differs_in_one_place() -> None:
     torch.manual_seed(0)
     for lengths in LENGTHS.values():
-        codes = codes_of(lengths)
+        encoded = encoded_dense_mask(lengths)
         for _ in range(40):
             row, query, key = (int(torch.randint(n, ())) for n in (2, 12, 12))
-            other = codes.clone()
-            other[row, 0, query, key] = (int(codes[row, 0, query, key]) + 1 + int(torch.randint(2, ()))) % 3
-            assert dense_masks._layout_of_codes(other) is None
+            other = encoded.clone()
+            place = (row, 0, 12 * query + key, 0)
+            other[place] = (int(encoded[place]) + 1 + int(torch.randint(2, ()))) % 3
+            assert layout_of(other, 12) is None
 
 
 def masks() -> dict[str, Tensor]:
@@ -53,10 +66,11 @@ def masks() -> dict[str, Tensor]:
     own = (torch.rand(2, 1, 12, 12) > 0.4).to(torch.int8)
     own[:, :, 3] = 0  # a query that sees nothing
     own[..., 2] *= 2
-    windows = {f"{name}, window 4": codes_of(lengths, 4) for name, lengths in LENGTHS.items()}
-    codes = {name: codes_of(lengths) for name, lengths in LENGTHS.items()}
-    window_1 = codes_of(LENGTHS["packed"], 1)  # which says nothing of what sequence a token is of
-    return {**codes, **windows, "window 1": window_1, "code": code_of(LENGTHS["packed"]), "own": own}
+    windows = {f"{name}, window 4": encoded_dense_mask(lengths, 4) for name, lengths in LENGTHS.items()}
+    whole = {name: encoded_dense_mask(lengths) for name, lengths in LENGTHS.items()}
+    window_1 = encoded_dense_mask(LENGTHS["packed"], 1)  # does not show which sequence a token belongs to
+    packed = encoded_packed_mask(LENGTHS["packed"])
+    return {**whole, **windows, "window 1": window_1, "packed mask": packed, "own": own.view(2, 1, 144, 1)}
 
 
 @pytest.mark.parametrize("spanned", [False, True])
@@ -67,8 +81,7 @@ def test_the_operator_of_traced_graphs_equals_the_formula(mask, per_sample, span
     shapes = ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 16), (2, 4) if per_sample else (4,))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     span = torch.tensor([[1, 3], [4, 7]]) if spanned else None
-    dense = mask if mask.dtype == torch.int8 else packed_sequences.dense_codes(mask)
-    want, got = dense_masks.attend(*inputs, dense, span), attend_in_graph(*inputs, mask, span)
+    want, got = dense_masks.attend(*inputs, as_dense(mask, 12), span), attend_in_graph(*inputs, mask, span)
     torch.testing.assert_close(got, want)
     grad_output = torch.randn_like(want)
     gradients = (torch.autograd.grad(output, inputs, grad_output) for output in (got, want))
@@ -86,11 +99,14 @@ def test_the_operator_of_traced_graphs_equals_the_formula_in_16_bits(lengths, pe
     tensors.append(torch.randn((2, 4) if per_sample else (4,)).to(device))
     grad_output = torch.randn(2, rows, 4, 64).bfloat16().transpose(1, 2).to(device)
     for window, span in ((0, None), (50, None), (0, torch.tensor([[3, 9], [60, 72]]).to(device))):
-        codes = codes_of(lengths, window).to(device)
+        encoded = encoded_dense_mask(lengths, window).to(device)
         results = []
-        for attend, dtype in ((attend_in_graph, None), (dense_masks.attend, torch.float64)):
+        for attend, mask, dtype in (
+            (attend_in_graph, encoded, None),
+            (dense_masks.attend, as_dense(encoded, rows), torch.float64),
+        ):
             inputs = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-            output = attend(*inputs, codes, span)
+            output = attend(*inputs, mask, span)
             gradients = torch.autograd.grad(output, inputs, grad_output.to(dtype or grad_output.dtype))
             results.append([output.detach(), *gradients])
         for name, got, want in zip(("output", "query", "key", "value", "log_scale"), *results, strict=True):
@@ -104,7 +120,9 @@ def test_the_operators_are_what_torch_expects_of_one(dtype) -> None:
     inputs = [tensor.requires_grad_() for tensor in (*tensors, torch.randn(4))]
     for mask in masks().values():
         torch.library.opcheck(torch.ops.zerotuning._attention_under_mask.default, (*inputs, mask, None, 0.3))
-    torch.library.opcheck(torch.ops.zerotuning._find_packed_sequences.default, (codes_of(LENGTHS["packed"]),))
+    torch.library.opcheck(
+        torch.ops.zerotuning._find_packed_sequences.default, (encoded_dense_mask(LENGTHS["packed"]), 12)
+    )
 
 
 def test_gradients_without_what_forward_kept() -> None:
@@ -118,14 +136,14 @@ def test_gradients_without_what_forward_kept() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_compiled_model_without_a_mask_asks_once_a_run_what_it_says(kind, monkeypatch) -> None:
+def test_a_compiled_model_without_a_mask_reads_its_mask_once_a_run(kind, monkeypatch) -> None:
     model = patch(small_model(kind))
     apply_scales(model, random_scales(model))
-    asked: list[Tensor] = []
-    layout_of_codes = dense_masks._layout_of_codes
-    monkeypatch.setattr(dense_masks, "_layout_of_codes", lambda codes: asked.append(codes) or layout_of_codes(codes))
-    monkeypatch.delattr(dense_masks, "_by_formula")  # is not needed
-    monkeypatch.delattr(dense_masks, "_gradients_by_formula")
+    read: list[Tensor] = []
+    find = traced_masks._layout_of_dense_mask
+    monkeypatch.setattr(traced_masks, "_layout_of_dense_mask", lambda *mask: read.append(mask[0]) or find(*mask))
+    monkeypatch.delattr(dense_masks, "attention_by_formula")  # is not needed
+    monkeypatch.delattr(dense_masks, "gradients_by_formula")
 
     def loss(ids: Tensor, positions: Tensor) -> Tensor:
         return model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean()
@@ -137,7 +155,7 @@ def test_a_compiled_model_without_a_mask_asks_once_a_run_what_it_says(kind, monk
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
             gradients = (torch.autograd.grad(value, parameters) for value in (got, want))
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
-    assert len(asked) == 3 * (2 if kind == "gemma3_text" else 1)  # its windowed layers have a mask of their own
+    assert len(read) == 3 * (2 if kind == "gemma3_text" else 1)  # its windowed layers have a mask of their own
 
 
 def test_scaled_keys_of_a_compiled_model_without_a_mask() -> None:
