@@ -111,7 +111,7 @@ def _check_command(words: list[str], session: Session) -> None:
 def _check_zerotuning(arguments: list[str], session: Session) -> None:
     """Parse the arguments; run commands that take no time."""
     is_result = arguments[0] == "inspect" and (session.folder / arguments[1]).is_dir()
-    if is_result or "--help" in arguments or "--version" in arguments:
+    if is_result or {"--help", "--version", "--routes"}.intersection(arguments):
         assert main(arguments) == 0
     else:
         make_parser().parse_args(arguments)
