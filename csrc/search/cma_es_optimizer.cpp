@@ -6,6 +6,8 @@
 #include <numeric>
 #include <utility>
 
+#include "search/argument_checks.h"
+
 namespace zerotuning::search {
 namespace {
 
@@ -23,6 +25,9 @@ void follow(std::vector<double>& path, double rate, double gain,
             const std::vector<double>& direction) {
   for (size_t i = 0; i < path.size(); ++i) path[i] = (1 - rate) * path[i] + gain * direction[i];
 }
+
+// greatest - least, 0 where both are infinite: every evaluation failed.
+double range(double least, double greatest) { return least == greatest ? 0 : greatest - least; }
 
 CmaEsOptions checked(CmaEsOptions options, int64_t dimension) {
   require(options.population == 0 || options.population >= 4, "population", "0 or at least 4",
@@ -49,8 +54,7 @@ CmaEsOptimizer::State::State(int64_t dimension, bool diagonal, uint64_t seed)
       covariance_path(mean),
       covariance(dimension, diagonal),
       random(seed),
-      best_seen(mean),
-      incumbent(dimension) {}
+      best_seen(mean) {}
 
 CmaEsOptimizer::CmaEsOptimizer(int64_t dimension, CmaEsOptions options)
     : Optimizer(dimension),
@@ -94,8 +98,8 @@ std::string CmaEsOptimizer::stop_reason() const {
   if (state_.covariance.condition() > kLargestCondition) return "condition";
   if (state_.sigma * widest <= options_.tolx) return "tolx";
   if (state_.history.size() == history_limit()) {
-    const auto range = std::minmax_element(state_.history.begin(), state_.history.end());
-    const double change = std::max(*range.second - *range.first, state_.recent_range);
+    const auto extremes = std::minmax_element(state_.history.begin(), state_.history.end());
+    const double change = std::max(range(*extremes.first, *extremes.second), state_.recent_range);
     if (change <= options_.tolfun) return "tolfun";
   }
   return steps_done() >= steps_total() ? "evaluations" : "";
@@ -111,36 +115,16 @@ std::vector<double> CmaEsOptimizer::bounded(std::vector<double> free) const {
   return free;
 }
 
-std::vector<Evaluation> CmaEsOptimizer::plan() const {
-  std::vector<Evaluation> wanted;
-  if (state_.stage == kSearching) {
-    for (size_t k = 0; k < candidate_count(); ++k) {
-      wanted.push_back({bounded(candidate(k)), Part::fit, false});
-    }
-    if (state_.generation == 0) wanted.push_back({zeros(), judging_part(), false});
-  } else if (state_.stage == kJudging) {
-    wanted.push_back({mean(), judging_part(), false});
-    wanted.push_back({state_.best_seen, judging_part(), false});
-  }
-  return wanted;
+std::vector<Point> CmaEsOptimizer::plan() const {
+  std::vector<Point> points;
+  if (!stop_reason().empty()) return points;
+  for (size_t k = 0; k < candidate_count(); ++k) points.push_back(bounded(candidate(k)));
+  return points;
 }
 
-void CmaEsOptimizer::learn(const std::vector<Evaluation>& asked,
-                           const std::vector<Outcome>& outcomes) {
-  if (state_.stage == kJudging) {
-    for (size_t i = 0; i < asked.size(); ++i) {
-      state_.incumbent.consider(asked[i].point, outcomes[i].loss);
-    }
-    state_.stage = kFinished;
-    return;
-  }
-  if (state_.generation == 0) state_.incumbent.set_baseline(outcomes.back().loss);
-  learn_generation(outcomes);
-  if (stop_reason().empty()) {
-    draw_candidates();
-  } else {
-    state_.stage = kJudging;
-  }
+std::vector<Point> CmaEsOptimizer::finalists() const {
+  if (state_.generation == 0) return {};
+  return {mean(), state_.best_seen};
 }
 
 void CmaEsOptimizer::draw_candidates() {
@@ -155,14 +139,12 @@ void CmaEsOptimizer::draw_candidates() {
   }
 }
 
-void CmaEsOptimizer::learn_generation(const std::vector<Outcome>& outcomes) {
-  std::vector<double> losses;
-  for (size_t k = 0; k < candidate_count(); ++k) losses.push_back(outcomes[k].loss);
+void CmaEsOptimizer::update(const std::vector<double>& losses) {
   std::vector<size_t> ranking(losses.size());
   std::iota(ranking.begin(), ranking.end(), size_t{0});
   std::stable_sort(ranking.begin(), ranking.end(),
                    [&](size_t a, size_t b) { return losses[a] < losses[b]; });
-  record(losses, ranking);
+  record_losses(losses, ranking);
   const std::vector<std::vector<double>> steps = ranked_steps(ranking);
   ++state_.generation;
   const bool sigma_path_is_short = update_paths(move_mean(steps));
@@ -170,11 +152,13 @@ void CmaEsOptimizer::learn_generation(const std::vector<Outcome>& outcomes) {
   const size_t most = (7 * ranking.size() + 9) / 10;  // ceil(0.7 lambda)
   update_sigma(losses[ranking.front()] == losses[ranking[most - 1]]);
   refresh_covariance();
+  if (stop_reason().empty()) draw_candidates();
 }
 
-void CmaEsOptimizer::record(const std::vector<double>& losses, const std::vector<size_t>& ranking) {
+void CmaEsOptimizer::record_losses(const std::vector<double>& losses,
+                                   const std::vector<size_t>& ranking) {
   const double least = losses[ranking.front()];
-  state_.recent_range = losses[ranking.back()] - least;
+  state_.recent_range = range(least, losses[ranking.back()]);
   state_.history.push_back(least);
   if (state_.history.size() > history_limit()) state_.history.erase(state_.history.begin());
   if (least < state_.best_seen_loss) {
@@ -266,19 +250,17 @@ void CmaEsOptimizer::refresh_covariance() {
 void CmaEsOptimizer::write_options(StateWriter& writer) const {
   writer.number("sigma", options_.sigma);
   writer.integer("population", options_.population, 4, options_.population);
-  writer.word("seed", std::to_string(options_.seed));
+  writer.seed("seed", options_.seed);
   writer.integer("evaluations", options_.evaluations, 4, options_.evaluations);
   writer.flag("diagonal", diagonal_);
   writer.number("max_abs_log_scale", options_.max_abs_log_scale);
   writer.number("tolfun", options_.tolfun);
   writer.number("tolx", options_.tolx);
-  writer.flag("held_out", options_.held_out);
   writer.numbers("start", options_.start, 0, dimension());
 }
 
 template <class Archive, class MaybeConstState>
 void CmaEsOptimizer::list_state(Archive& archive, MaybeConstState& state) const {
-  archive.integer("stage", state.stage, kSearching, kFinished);
   archive.integer("generation", state.generation, 0, options_.evaluations);
   archive.integer("refreshed", state.refreshed, 0, options_.evaluations);
   archive.number("current_sigma", state.sigma);
@@ -288,11 +270,10 @@ void CmaEsOptimizer::list_state(Archive& archive, MaybeConstState& state) const 
   Covariance::list_fields(archive, state.covariance);
   archive.bits("random", state.random.state());
   archive.numbers("candidates", state.candidates, parameters_.population * dimension());
-  archive.numbers("history", state.history, 0, static_cast<int64_t>(history_limit()));
-  archive.number("recent_range", state.recent_range);
+  archive.losses("history", state.history, 0, static_cast<int64_t>(history_limit()));
+  archive.loss("recent_range", state.recent_range);
   archive.numbers("best_seen", state.best_seen, dimension());
-  archive.number("best_seen_loss", state.best_seen_loss);
-  list_fields(archive, state.incumbent);
+  archive.loss("best_seen_loss", state.best_seen_loss);
 }
 
 void CmaEsOptimizer::write(StateWriter& writer) const { list_state(writer, state_); }

@@ -1,6 +1,7 @@
 // CMA-ES, for metrics that have no gradient: exact match of generated text, a judge's score.
 #pragma once
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -18,9 +19,9 @@ struct CmaEsOptions {
   double sigma = 0.3;
   // Candidates of a generation, >= 4; 0: 4 + floor(3 ln dimension).
   int64_t population = 0;
-  // Of the random numbers: the same seed and losses give the same search.
+  // Seed of the random numbers: the same seed and losses give the same search.
   uint64_t seed = 0;
-  // Most evaluations on the fit part, at least the population.
+  // Most evaluations, at least the population.
   int64_t evaluations = 1000;
   // Whether only the covariance's diagonal is learned; unset: above 200 dimensions.
   std::optional<bool> diagonal{};
@@ -30,8 +31,6 @@ struct CmaEsOptions {
   double tolfun = 1e-10;
   // >= 0; the search ends when every standard deviation is this small.
   double tolx = 1e-6;
-  // false: there is no held-out part, and the fit part takes its place.
-  bool held_out = true;
   // The first mean; empty: x = 0.
   std::vector<double> start{};
 };
@@ -40,16 +39,17 @@ struct CmaEsOptions {
 // Strategy: A Tutorial", arXiv 1604.00772. Only the ranks of the losses count, so that any
 // increasing function of them gives the same search.
 //
-// One ask() is one generation; the first also asks for the held-out loss at x = 0. When the budget
-// cannot pay another generation, or the search has converged, the mean and the best candidate seen
-// are measured on the held-out part; the better one is kept if it beats x = 0.
+// One ask() is one generation. The search ends when the budget does not suffice for another
+// generation, or when it has converged. A failed evaluation ranks last.
 class CmaEsOptimizer final : public Optimizer {
  public:
   explicit CmaEsOptimizer(int64_t dimension, CmaEsOptions options = {});
 
   std::string method() const override { return "cma-es"; }
   std::string progress() const override;
-  // Candidates told, and the most there can be: whole generations within options.evaluations.
+  // The mean of the distribution and the best candidate seen; none before the first generation.
+  std::vector<Point> finalists() const override;
+  // Evaluations done, and the most there can be: whole generations within options.evaluations.
   int64_t steps_done() const override;
   int64_t steps_total() const override;
 
@@ -63,11 +63,9 @@ class CmaEsOptimizer final : public Optimizer {
   std::vector<double> mean() const { return bounded(state_.mean); }
 
  private:
-  enum Stage : int64_t { kSearching, kJudging, kFinished };
-  // The distribution lives in y, without bounds; x = interval_.map(y) is what is evaluated.
+  // The distribution is one of y, without bounds; x = interval_.map(y) is evaluated.
   struct State {
     State(int64_t dimension, bool diagonal, uint64_t seed);
-    int64_t stage = kSearching;
     int64_t generation = 0;
     int64_t refreshed = 0;  // generation of the last eigendecomposition
     double sigma = 0;
@@ -79,26 +77,22 @@ class CmaEsOptimizer final : public Optimizer {
     double recent_range = 0;         // greatest minus least loss of the last generation
     std::vector<double> best_seen;   // x
     double best_seen_loss = std::numeric_limits<double>::infinity();
-    Incumbent incumbent;
   };
   template <class Archive, class MaybeConstState>
   void list_state(Archive& archive, MaybeConstState& state) const;
 
-  std::vector<Evaluation> plan() const override;
-  void learn(const std::vector<Evaluation>& asked, const std::vector<Outcome>& outcomes) override;
-  const Incumbent& incumbent() const override { return state_.incumbent; }
+  std::vector<Point> plan() const override;
+  void update(const std::vector<double>& losses) override;
   void write_options(StateWriter& writer) const override;
   void write(StateWriter& writer) const override;
   void read(StateReader& reader) override;
 
-  Part judging_part() const { return options_.held_out ? Part::held_out : Part::fit; }
   size_t candidate_count() const { return static_cast<size_t>(parameters_.population); }
   size_t history_limit() const;
   std::vector<double> candidate(size_t index) const;
   std::vector<double> bounded(std::vector<double> free) const;
   void draw_candidates();
-  void learn_generation(const std::vector<Outcome>& outcomes);
-  void record(const std::vector<double>& losses, const std::vector<size_t>& ranking);
+  void record_losses(const std::vector<double>& losses, const std::vector<size_t>& ranking);
   std::vector<std::vector<double>> ranked_steps(const std::vector<size_t>& ranking) const;
   // The following are the tutorial's update, in its order.
   std::vector<double> move_mean(const std::vector<std::vector<double>>& steps);

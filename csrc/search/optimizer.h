@@ -1,70 +1,31 @@
-// The ask/tell interface that every search of head scales is behind.
+// The ask/tell interface of the searches that need losses alone, no gradients.
 //
 // A point is x = log gamma, one number a head, flattened [layers * heads]; x = 0 leaves the model
-// as it is. Losses are minimised. The optimiser never evaluates anything: the caller does, in a
-// loop that can stop and go on anywhere:
+// as it is. Losses are minimised. The caller evaluates the points, in a loop that can stop and
+// resume anywhere:
 //
 //   while (!optimizer.finished()) {
-//     std::vector<Outcome> outcomes;
-//     for (const Evaluation& wanted : optimizer.ask()) outcomes.push_back(evaluate(wanted));
-//     optimizer.tell(outcomes);
+//     std::vector<double> losses;
+//     for (const Point& point : optimizer.ask()) losses.push_back(loss(point));
+//     optimizer.tell(losses);
 //     save(optimizer.state());
 //   }
-//   use(optimizer.best());
+//   for (const Point& point : optimizer.finalists()) ...
+//
+// A search never decides whether its result is better than x = 0: the caller compares the finalists
+// with x = 0 on examples that the search did not see.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <string>
 #include <vector>
 
-#include "search/state_text.h"
+#include "search/state_json.h"
 
 namespace zerotuning::search {
 
-// The examples that a loss is measured on: those that drive the search, or those kept aside to
-// judge what it found.
-enum class Part { fit, held_out };
-
-// "fit" or "held_out".
-const char* part_name(Part part);
-
-// What the optimiser wants to know: the loss at a point on one part, and its gradient where
-// `gradient` is set.
-struct Evaluation {
-  std::vector<double> point;  // x = log gamma, [dimension]
-  Part part;
-  bool gradient;
-};
-
-// The answer to one Evaluation.
-struct Outcome {
-  double loss;                   // finite
-  std::vector<double> gradient;  // dloss/dx, [dimension], where it was asked for; else empty
-};
-
-// The best point found. It is x = 0 until a point beats the loss there, so it is never worse than
-// leaving the model alone.
-struct Incumbent {
-  explicit Incumbent(int64_t dimension) : point(static_cast<size_t>(dimension), 0.0) {}
-
-  std::vector<double> point;
-  double loss = std::numeric_limits<double>::quiet_NaN();
-  double baseline = std::numeric_limits<double>::quiet_NaN();  // loss at x = 0
-
-  void set_baseline(double loss_at_zero);
-  // Takes the candidate over if its loss is lower.
-  void consider(const std::vector<double>& candidate, double candidate_loss);
-};
-
-// One list of an Incumbent's fields, for a StateWriter and a StateReader.
-template <class Archive, class MaybeConstIncumbent>
-void list_fields(Archive& archive, MaybeConstIncumbent& incumbent) {
-  archive.numbers("best_point", incumbent.point, static_cast<int64_t>(incumbent.point.size()));
-  archive.number("best_loss", incumbent.loss);
-  archive.number("baseline_loss", incumbent.baseline);
-}
+using Point = std::vector<double>;
 
 // One object serves one thread at a time. All errors are std::invalid_argument and leave the object
 // as it was.
@@ -74,33 +35,29 @@ class Optimizer {
   Optimizer(const Optimizer&) = delete;
   Optimizer& operator=(const Optimizer&) = delete;
 
-  // The method's name as the command line has it: "gradient", "paper", "cma-es".
+  // The method's name on the command line: "paper", "cma-es".
   virtual std::string method() const = 0;
   int64_t dimension() const { return dimension_; }
 
-  // The evaluations wanted now; the same ones until tell() is called, none when finished.
-  std::vector<Evaluation> ask() const { return pending_; }
-  // Answers the last ask(), in its order. Refuses another number of outcomes, a loss or gradient
-  // that is not finite, and a gradient that is missing, of the wrong length or was not asked for;
-  // the caller may then evaluate again.
-  void tell(const std::vector<Outcome>& outcomes);
-  bool finished() const { return pending_.empty(); }
+  // The points to evaluate now; the same ones until tell() is called, none when finished.
+  std::vector<Point> ask() const { return asked_; }
+  // The losses of the points of the last ask(), in its order. An infinite loss or NaN stands for an
+  // evaluation that failed and is worse than every finite loss. Refuses another number of losses.
+  void tell(std::vector<double> losses);
+  bool finished() const { return asked_.empty(); }
 
-  // The point with the lowest held-out loss so far, x = 0 if none beats it there.
-  std::vector<double> best() const { return incumbent().point; }
-  // Held-out loss of best() and of x = 0; NaN before they were told.
-  double best_loss() const { return incumbent().loss; }
-  double baseline_loss() const { return incumbent().baseline; }
+  // The points that the search proposes so far, to be compared on held-out examples; none while
+  // nothing was found.
+  virtual std::vector<Point> finalists() const = 0;
 
-  // Where the search stands, for people, e.g. "step 12/30".
+  // How far the search is, for people, e.g. "sweep 3/12".
   virtual std::string progress() const = 0;
-  // Where it stands in numbers. What a step is depends on the method; a search may finish in fewer
-  // than the total.
+  // Losses told, and the most there can be: a search may finish earlier.
   virtual int64_t steps_done() const = 0;
   virtual int64_t steps_total() const = 0;
 
-  // All that the search knows, as text (state_text.h): restored into an optimiser of the same
-  // method, dimension and options, it continues as the saved one would have, bit for bit.
+  // The whole state as JSON (state_json.h). An optimizer of the same method, dimension and options
+  // that restores it continues as the saved one would have, bit for bit.
   std::string state() const;
   void restore(const std::string& state);
 
@@ -109,33 +66,24 @@ class Optimizer {
   explicit Optimizer(int64_t dimension);
 
   size_t size() const { return static_cast<size_t>(dimension_); }
-  std::vector<double> zeros() const { return std::vector<double>(size(), 0.0); }
+  Point zeros() const { return Point(size(), 0.0); }
   // To be called at the end of a constructor.
-  void plan_next() { pending_ = plan(); }
+  void plan_next() { asked_ = plan(); }
 
-  // The next evaluations, computed from the state alone.
-  virtual std::vector<Evaluation> plan() const = 0;
-  // Takes in the outcomes of `asked`, already checked.
-  virtual void learn(const std::vector<Evaluation>& asked,
-                     const std::vector<Outcome>& outcomes) = 0;
-  virtual const Incumbent& incumbent() const = 0;
+  // The next points, computed from the state alone.
+  virtual std::vector<Point> plan() const = 0;
+  // Takes in the losses of the points asked for: finite, or +infinity.
+  virtual void update(const std::vector<double>& losses) = 0;
   virtual void write_options(StateWriter& writer) const = 0;
   virtual void write(StateWriter& writer) const = 0;
-  // Reads all lines left, then changes the object: not at all if a line is wrong.
+  // Reads all fields left, then changes the object: not at all if a field is wrong.
   virtual void read(StateReader& reader) = 0;
 
  private:
   void write_heading(StateWriter& writer) const;
 
   int64_t dimension_;
-  std::vector<Evaluation> pending_;
+  std::vector<Point> asked_;
 };
-
-// Throws std::invalid_argument "<name> must be <expected>, got <value>" unless `valid`.
-void require(bool valid, const char* name, const std::string& expected, double value);
-
-// A start point: empty stands for x = 0; else [dimension], finite, within the bound.
-std::vector<double> checked_start(const std::vector<double>& start, int64_t dimension,
-                                  double max_abs_log_scale);
 
 }  // namespace zerotuning::search

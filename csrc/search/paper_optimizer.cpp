@@ -3,7 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
+
+#include "search/argument_checks.h"
 
 namespace zerotuning::search {
 namespace {
@@ -31,7 +34,7 @@ const char* direction_name(Direction direction) {
 }
 
 PaperOptimizer::PaperOptimizer(int64_t dimension, PaperOptions options)
-    : Optimizer(dimension), options_(std::move(options)), incumbent_(dimension) {
+    : Optimizer(dimension), options_(std::move(options)) {
   check(options_);
   plan_next();
 }
@@ -40,59 +43,51 @@ std::string PaperOptimizer::progress() const {
   const auto stage = [](const char* name, size_t done, size_t total) {
     return std::string(name) + " " + std::to_string(done) + "/" + std::to_string(total);
   };
-  const size_t told = losses_.size();
-  const size_t start = std::min(told, baseline_count());
-  if (told < profile_end()) return stage("profile", told - start, profile_end() - start);
+  const size_t done = losses_.size();
+  if (done < profile_end())
+    return stage("profile", done - std::min<size_t>(done, 1), profile_end() - 1);
   if (direction_ == Direction::none) return "finished: no head has an effect";
-  if (told < sweep_end()) return stage("sweep", told - profile_end(), options_.sweep.size());
-  return finished() ? "finished" : "judging the winner";
+  if (done < sweep_end()) return stage("sweep", done - profile_end(), options_.sweep.size());
+  return "finished";
 }
 
-int64_t PaperOptimizer::steps_total() const {
-  return static_cast<int64_t>(sweep_end() + (options_.held_out ? 1 : 0));
+std::vector<Point> PaperOptimizer::finalists() const {
+  return winner_.empty() ? std::vector<Point>() : std::vector<Point>{winner_};
 }
 
-// The end of what can be asked for without knowing more losses.
+int64_t PaperOptimizer::steps_total() const { return static_cast<int64_t>(sweep_end()); }
+
+// The end of the evaluations whose points do not depend on losses still to come.
 size_t PaperOptimizer::planned_end() const {
-  const size_t told = losses_.size();
-  if (told < profile_end()) return profile_end();
-  if (direction_ == Direction::none) return told;
-  if (told < sweep_end()) return sweep_end();
-  return winner_.empty() || !options_.held_out ? told : sweep_end() + 1;
+  if (losses_.size() < profile_end()) return profile_end();
+  return direction_ == Direction::none ? losses_.size() : sweep_end();
 }
 
-std::vector<Evaluation> PaperOptimizer::plan() const {
-  std::vector<Evaluation> wanted;
+std::vector<Point> PaperOptimizer::plan() const {
+  std::vector<Point> points;
   const size_t end = std::min(planned_end(), losses_.size() + static_cast<size_t>(options_.chunk));
-  for (size_t i = losses_.size(); i < end; ++i) wanted.push_back(evaluation(i));
-  return wanted;
+  for (size_t i = losses_.size(); i < end; ++i) points.push_back(point(i));
+  return points;
 }
 
-Evaluation PaperOptimizer::evaluation(size_t index) const {
-  if (index < baseline_count()) {
-    return {zeros(), index == 0 ? Part::fit : Part::held_out, false};
-  }
-  if (index < profile_end()) {
-    const size_t trial = index - baseline_count();
-    const double log_gamma = std::log(options_.profile_gamma);
-    std::vector<double> point = zeros();
-    point[trial / trials_per_head()] = trial % trials_per_head() == 0 ? log_gamma : -log_gamma;
-    return {std::move(point), Part::fit, false};
-  }
-  if (index < sweep_end()) {
-    return {group_point(options_.sweep[index - profile_end()]), Part::fit, false};
-  }
-  return {winner_, Part::held_out, false};
+Point PaperOptimizer::point(size_t index) const {
+  if (index == 0) return zeros();
+  if (index >= profile_end()) return group_point(options_.sweep[index - profile_end()]);
+  const size_t trial = index - 1;
+  const double log_gamma = std::log(options_.profile_gamma);
+  Point point = zeros();
+  point[trial / trials_per_head()] = trial % trials_per_head() == 0 ? log_gamma : -log_gamma;
+  return point;
 }
 
-std::vector<double> PaperOptimizer::group_point(double gamma) const {
-  std::vector<double> point = zeros();
+Point PaperOptimizer::group_point(double gamma) const {
+  Point point = zeros();
   for (const int64_t head : group_) point[static_cast<size_t>(head)] = std::log(gamma);
   return point;
 }
 
-void PaperOptimizer::learn(const std::vector<Evaluation>&, const std::vector<Outcome>& outcomes) {
-  for (const Outcome& outcome : outcomes) losses_.push_back(outcome.loss);
+void PaperOptimizer::update(const std::vector<double>& losses) {
+  losses_.insert(losses_.end(), losses.begin(), losses.end());
   conclude();
 }
 
@@ -100,8 +95,6 @@ void PaperOptimizer::conclude() {
   direction_ = Direction::none;
   group_.clear();
   winner_.clear();
-  incumbent_ = Incumbent(dimension());
-  if (losses_.size() >= baseline_count()) incumbent_.set_baseline(losses_[baseline_count() - 1]);
   if (losses_.size() >= profile_end()) choose_group();
   if (losses_.size() >= sweep_end() && direction_ != Direction::none) choose_winner();
 }
@@ -109,7 +102,7 @@ void PaperOptimizer::conclude() {
 std::vector<double> PaperOptimizer::profile() const {
   std::vector<double> effects(size(), kNotMeasured);
   for (size_t head = 0; head < size(); ++head) {
-    const size_t first = baseline_count() + head * trials_per_head();
+    const size_t first = 1 + head * trials_per_head();
     if (first + trials_per_head() > losses_.size()) break;
     effects[head] = options_.two_sided ? (losses_[first + 1] - losses_[first]) / 2
                                        : losses_[0] - losses_[first];
@@ -158,9 +151,6 @@ void PaperOptimizer::choose_winner() {
       winner_ = group_point(options_.sweep[i]);
     }
   }
-  if (winner_.empty()) return;
-  if (!options_.held_out) incumbent_.consider(winner_, best_loss);
-  if (losses_.size() > sweep_end()) incumbent_.consider(winner_, losses_.back());
 }
 
 void PaperOptimizer::write_options(StateWriter& writer) const {
@@ -170,16 +160,15 @@ void PaperOptimizer::write_options(StateWriter& writer) const {
   writer.numbers("sweep", options_.sweep, sweep_count);
   writer.number("top_fraction", options_.top_fraction);
   writer.integer("chunk", options_.chunk, 1, options_.chunk);
-  writer.flag("held_out", options_.held_out);
 }
 
 void PaperOptimizer::write(StateWriter& writer) const {
-  writer.numbers("losses", losses_, 0, steps_total());
+  writer.losses("losses", losses_, 0, steps_total());
 }
 
 void PaperOptimizer::read(StateReader& reader) {
   std::vector<double> losses;
-  reader.numbers("losses", losses, 0, steps_total());
+  reader.losses("losses", losses, 0, steps_total());
   reader.end();
   losses_ = std::move(losses);
   conclude();

@@ -18,10 +18,9 @@ struct PaperOptions {
   std::vector<double> sweep{0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.8, 1.25, 1.5, 2.0, 2.75, 4.0};
   // Share of the group, by size of effect, that is tuned, in (0, 1].
   double top_fraction = 1.0;
-  // Most evaluations in one ask(), >= 1: so much at most is lost when a run is killed.
+  // Most points in one ask(), >= 1: a run that is killed loses the evaluations of one ask() at
+  // most.
   int64_t chunk = 16;
-  // false: there is no held-out part, and the winner is compared with x = 0 on the fit part alone.
-  bool held_out = true;
 };
 
 enum class Direction { none, up, down };
@@ -29,52 +28,49 @@ enum class Direction { none, up, down };
 // "none", "up" or "down".
 const char* direction_name(Direction direction);
 
-// The loss may be any number, 1 - accuracy as in the paper included. With L(h, gamma) the fit loss
-// when head h alone is scaled:
+// The loss may be any number, such as the paper's 1 - accuracy. With L(h, gamma) the loss when head
+// h alone is scaled:
 //   effect_h = L(0) - L(h, profile_gamma)
 //   effect_h = (L(h, 1/profile_gamma) - L(h, profile_gamma)) / 2      two-sided
 // Up-effective heads have effect > 0, down-effective ones effect < 0. The larger group is tuned (a
-// tie: up): every gamma of `sweep` is tried on all its heads at once. The lowest fit loss wins (a
-// tie: the gamma nearest 1), and is kept if it beats x = 0 on the fit part and then on the held-out
-// part. No gradients are asked for.
+// tie: up): every gamma of `sweep` is tried on all its heads at once. The lowest loss wins (a tie:
+// the gamma nearest 1). The winner is the only finalist, if its loss is lower than that of x = 0.
 class PaperOptimizer final : public Optimizer {
  public:
   explicit PaperOptimizer(int64_t dimension, PaperOptions options = {});
 
   std::string method() const override { return "paper"; }
   std::string progress() const override;
-  // Evaluations told, and the most there can be.
+  std::vector<Point> finalists() const override;
   int64_t steps_done() const override { return static_cast<int64_t>(losses_.size()); }
   int64_t steps_total() const override;
 
-  // effect_h of each head [dimension]; NaN where it is not measured yet.
+  // effect_h of each head [dimension]; NaN where it is not measured yet, infinite where one of its
+  // evaluations failed.
   std::vector<double> profile() const;
   // Which group is tuned; none before the profile is complete, or when no head has an effect.
   Direction direction() const { return direction_; }
   // The heads that are tuned, as ascending indices into x; empty where direction() is none.
   const std::vector<int64_t>& group() const { return group_; }
-  // Fit losses of options.sweep, in its order; NaN where one is not measured.
+  // Losses of options.sweep, in its order; NaN where one is not measured.
   std::vector<double> sweep_losses() const;
 
  private:
-  std::vector<Evaluation> plan() const override;
-  void learn(const std::vector<Evaluation>& asked, const std::vector<Outcome>& outcomes) override;
-  const Incumbent& incumbent() const override { return incumbent_; }
+  std::vector<Point> plan() const override;
+  void update(const std::vector<double>& losses) override;
   void write_options(StateWriter& writer) const override;
   void write(StateWriter& writer) const override;
   void read(StateReader& reader) override;
 
-  // All evaluations stand in one fixed order: x = 0 (fit, then held-out), the heads, the sweep, the
-  // winner (held-out). What has been told is a prefix of it, so the losses told are the whole
-  // state; the rest below follows from them.
-  size_t baseline_count() const { return options_.held_out ? 2 : 1; }
+  // All evaluations have one fixed order: x = 0, the heads, the sweep. The losses told are a prefix
+  // of it and the whole state; the other members below follow from them.
   size_t trials_per_head() const { return options_.two_sided ? 2 : 1; }
-  size_t profile_end() const { return baseline_count() + size() * trials_per_head(); }
+  size_t profile_end() const { return 1 + size() * trials_per_head(); }
   size_t sweep_end() const { return profile_end() + options_.sweep.size(); }
-  Evaluation evaluation(size_t index) const;
+  Point point(size_t index) const;
   size_t planned_end() const;
-  std::vector<double> group_point(double gamma) const;
-  // Brings everything below up to date with losses_.
+  Point group_point(double gamma) const;
+  // Brings direction_, group_ and winner_ up to date with losses_.
   void conclude();
   void choose_group();
   void choose_winner();
@@ -83,8 +79,7 @@ class PaperOptimizer final : public Optimizer {
   std::vector<double> losses_;
   Direction direction_ = Direction::none;
   std::vector<int64_t> group_;
-  std::vector<double> winner_;  // the sweep's best point; empty if none beats x = 0 on the fit part
-  Incumbent incumbent_;
+  Point winner_;  // the sweep's best point; empty if none beats x = 0
 };
 
 }  // namespace zerotuning::search

@@ -1,66 +1,33 @@
-"""Searches of head scales: x = log gamma, float64, minimised through ask() and tell().
+"""Searches of head scales: the loss is minimised over x = log gamma, float64.
 
-Written in C++ (csrc/search); the GIL is released while they compute. Wrong arguments and states are
-ValueError.
+They are written in C++ (csrc/search), which releases the GIL where a call computes for long. One object serves one
+thread at a time. Wrong arguments and states are ValueError, and leave the object as it was.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-class Evaluation:
-    """One loss that an optimizer asks for."""
+class GradientStepper:
+    """Adam on loss + l2_penalty/2 |x|^2, clamped to |x| <= max_abs_log_scale, and a moving average of its points.
 
-    @property
-    def point(self) -> npt.NDArray[np.float64]:
-        """x = log gamma: numpy float64 [dimension], a copy."""
-    @property
-    def part(self) -> Literal["fit", "held_out"]:
-        """Which examples the loss is wanted on."""
-    @property
-    def gradient(self) -> bool:
-        """Whether the gradient is wanted as well."""
+    The stepper sees gradients alone: its caller decides which of the points is accepted, and when to stop.
 
-class Optimizer:
-    """A search for x = log gamma [dimension] with the least loss. One object serves one thread at a time."""
-
-    def ask(self) -> list[Evaluation]:
-        """The evaluations wanted now: the same until tell() is called, none when finished."""
-    def tell(self, outcomes: Sequence[tuple[float, npt.ArrayLike | None]]) -> None:
-        """Answers the last ask(), in its order, with (loss, gradient) pairs.
-
-        gradient: [dimension], None where it was not asked for. Raises ValueError, and changes nothing, for
-        another number of pairs, numbers that are not finite, a gradient of another length.
-        """
-    def finished(self) -> bool:
-        """Whether nothing is left to evaluate."""
-    def best(self) -> npt.NDArray[np.float64]:
-        """The point with the lowest held-out loss so far, 0 if none beats 0: [dimension]."""
-    def best_loss(self) -> float:
-        """Held-out loss of best(); NaN before it is known."""
-    def baseline_loss(self) -> float:
-        """Held-out loss of x = 0; NaN before it is known."""
-    def progress(self) -> str:
-        """Where the search stands, e.g. 'step 12/30'."""
-    def steps_done(self) -> int: ...
-    def steps_total(self) -> int:
-        """The most steps there can be; the search may finish earlier."""
-    def state(self) -> str:
-        """All that the search knows, as text; restored, it continues bit for bit."""
-    def restore(self, state: str) -> None:
-        """Takes over the state() of an optimizer of the same method, dimension and options.
-
-        Raises ValueError, and changes nothing, if it is of another, truncated or changed.
-        """
-    @property
-    def method(self) -> str: ...
-    @property
-    def dimension(self) -> int: ...
-
-class GradientOptimizer(Optimizer):
-    """Adam on the fit loss + penalty/2 |x|^2, with |x| <= max_abs_log_scale and early stopping."""
+    Args:
+        dimension: number of components of x.
+        steps: number of steps, over which the learning rate falls with schedule 'cosine'.
+        learning_rate: the first step moves each component by about this much.
+        beta1: decay of the mean gradient.
+        beta2: decay of the mean squared gradient.
+        epsilon: components whose gradients are smaller move by less than learning_rate.
+        l2_penalty: strength of the pull toward x = 0.
+        max_abs_log_scale: bound of every |x|.
+        schedule: 'cosine' or 'constant'.
+        average_decay: decay of the moving average, in [0, 1).
+        start: the first point [dimension]; None: 0.
+    """
 
     def __init__(
         self,
@@ -71,17 +38,82 @@ class GradientOptimizer(Optimizer):
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
-        penalty: float = 1e-4,
+        l2_penalty: float = 1e-4,
         max_abs_log_scale: float = 4.0,
         schedule: str = "cosine",
-        evaluate_every: int = 1,
-        patience: int = 8,
-        held_out: bool = True,
-        average: float = 0.0,
+        average_decay: float = 0.0,
         start: npt.ArrayLike | None = None,
     ) -> None: ...
-    def stopped_early(self) -> bool:
-        """Whether `patience` evaluations without improvement ended the search."""
+    def point(self) -> npt.NDArray[np.float64]:
+        """Return x, where the next gradient is to be taken: [dimension], a copy."""
+    def averaged_point(self) -> npt.NDArray[np.float64]:
+        """Return the moving average of the points after the steps so far, `point()` before the first: [dimension]."""
+    def step(self, gradient: npt.ArrayLike) -> None:
+        """Take a step.
+
+        Args:
+            gradient: of the loss (without the penalty) at `point()`, [dimension].
+
+        Raises:
+            ValueError: numbers that are not finite, another count of them, a step beyond the last.
+        """
+    def learning_rate(self) -> float:
+        """Return the learning rate of the next step."""
+    def finished(self) -> bool:
+        """Return whether all steps are done."""
+    def state(self) -> dict[str, Any]:
+        """Return the whole state, which JSON can hold: a restored stepper continues bit for bit."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a stepper of the same dimension and options.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another value than this stepper allows.
+        """
+    @property
+    def steps_done(self) -> int: ...
+    @property
+    def steps_total(self) -> int: ...
+    @property
+    def dimension(self) -> int: ...
+
+class Optimizer:
+    """A search for x = log gamma [dimension] with the least loss, which needs no gradient."""
+
+    def ask(self) -> list[npt.NDArray[np.float64]]:
+        """Return the points to evaluate now: the same until `tell` is called, none when finished."""
+    def tell(self, losses: Sequence[float | None]) -> None:
+        """Give the losses of the points of the last `ask`, in its order.
+
+        Args:
+            losses: None, NaN and infinities stand for failed evaluations, worse than every finite loss.
+
+        Raises:
+            ValueError: another number of losses; the search is as it was.
+        """
+    def finished(self) -> bool:
+        """Return whether nothing is left to evaluate."""
+    def finalists(self) -> list[npt.NDArray[np.float64]]:
+        """Return the points that the search proposes so far, to be compared on held-out examples."""
+    def progress(self) -> str:
+        """Return how far the search is, such as 'sweep 3/12'."""
+    def state(self) -> dict[str, Any]:
+        """Return the whole state, which JSON can hold: a restored search continues bit for bit."""
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a search of the same method, dimension and options.
+
+        Raises:
+            ValueError: a field is missing, unknown, or of another value than this search allows.
+        """
+    @property
+    def steps_done(self) -> int:
+        """Losses told so far."""
+    @property
+    def steps_total(self) -> int:
+        """The most losses there can be; the search may finish earlier."""
+    @property
+    def method(self) -> str: ...
+    @property
+    def dimension(self) -> int: ...
 
 class PaperOptimizer(Optimizer):
     """The ZeroTuning paper's search (arXiv 2505.11739): profile, dominant group, one shared gamma."""
@@ -95,16 +127,18 @@ class PaperOptimizer(Optimizer):
         sweep: Sequence[float] = [0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.8, 1.25, 1.5, 2.0, 2.75, 4.0],
         top_fraction: float = 1.0,
         chunk: int = 16,
-        held_out: bool = True,
     ) -> None: ...
     def profile(self) -> npt.NDArray[np.float64]:
-        """Fall of the loss when a head is scaled up: [dimension], NaN where it is not measured."""
+        """Return the fall of the loss when a head is scaled up: [dimension].
+
+        NaN where it is not measured yet, infinite where an evaluation failed.
+        """
     def direction(self) -> Literal["none", "up", "down"]:
-        """The group that is tuned; 'none' before the profile is complete or without effects."""
+        """Return the group that is tuned; 'none' before the profile is complete or without effects."""
     def group(self) -> list[int]:
-        """The heads that are tuned: ascending indices into x."""
+        """Return the heads that are tuned: ascending indices into x."""
     def sweep_losses(self) -> npt.NDArray[np.float64]:
-        """Fit loss of each gamma of `sweep`, NaN where it is not measured."""
+        """Return the loss of each gamma of `sweep`, NaN where it is not measured yet."""
 
 class CmaEsOptimizer(Optimizer):
     """CMA-ES (arXiv 1604.00772) for losses without a gradient; only their order counts."""
@@ -121,16 +155,15 @@ class CmaEsOptimizer(Optimizer):
         max_abs_log_scale: float = 4.0,
         tolfun: float = 1e-10,
         tolx: float = 1e-6,
-        held_out: bool = True,
         start: npt.ArrayLike | None = None,
     ) -> None: ...
     def stop_reason(self) -> Literal["", "evaluations", "tolfun", "tolx", "condition"]:
-        """Why the search ended; empty while it goes on."""
+        """Return why the search ended; empty while it goes on."""
+    def sigma(self) -> float:
+        """Return the step size now."""
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Return the mean of the distribution now: [dimension]."""
     @property
     def population(self) -> int: ...
     @property
     def diagonal(self) -> bool: ...
-    def sigma(self) -> float:
-        """The step size now."""
-    def mean(self) -> npt.NDArray[np.float64]:
-        """The point in the middle of the distribution now: [dimension]."""

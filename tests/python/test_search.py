@@ -1,5 +1,6 @@
-"""The searches as Python sees them: numpy in and out, errors as ValueError, states as text."""
+"""The searches of csrc/search as Python sees them: numpy in and out, errors as ValueError, states as JSON values."""
 
+import json
 import math
 import threading
 import time
@@ -16,47 +17,61 @@ def loss(point: np.ndarray) -> float:
     return float(((point - TARGET) ** 2).sum())
 
 
-def answers(optimizer: _search.Optimizer) -> list[tuple[float, np.ndarray | None]]:
-    return [
-        (loss(wanted.point), 2 * (wanted.point - TARGET) if wanted.gradient else None) for wanted in optimizer.ask()
-    ]
+def slope(point: np.ndarray) -> np.ndarray:
+    return 2 * (point - TARGET)
+
+
+def losses(optimizer: _search.Optimizer) -> list[float]:
+    return [loss(point) for point in optimizer.ask()]
 
 
 def run(optimizer: _search.Optimizer) -> _search.Optimizer:
     while not optimizer.finished():
-        optimizer.tell(answers(optimizer))
+        optimizer.tell(losses(optimizer))
     return optimizer
 
 
-def make(method: str, **options: Any) -> _search.Optimizer:
+def make(method: str, **options: Any) -> Any:
     classes: dict[str, Any] = {
-        "gradient": _search.GradientOptimizer,
+        "gradient": _search.GradientStepper,
         "paper": _search.PaperOptimizer,
         "cma-es": _search.CmaEsOptimizer,
     }
     return classes[method](TARGET.size, **options)
 
 
-METHODS = ["gradient", "paper", "cma-es"]
+def advance(search: Any) -> None:
+    """One step, or the losses of one ask()."""
+    if isinstance(search, _search.GradientStepper):
+        search.step(slope(search.point()))
+    else:
+        search.tell(losses(search))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_improves_on_zero(method: str) -> None:
-    optimizer = run(make(method))
+OPTIMIZERS = ["paper", "cma-es"]
+METHODS = ["gradient", *OPTIMIZERS]
+
+
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_every_optimizer_proposes_points_that_improve_on_zero(method: str) -> None:
+    optimizer = make(method)
+    assert optimizer.finalists() == []
+    run(optimizer)
     assert optimizer.method == method
     assert optimizer.dimension == TARGET.size
-    assert optimizer.baseline_loss() == pytest.approx(loss(np.zeros(TARGET.size)))
-    assert optimizer.best_loss() < 0.7 * optimizer.baseline_loss()
-    assert optimizer.best_loss() == pytest.approx(loss(optimizer.best()))
+    assert min(map(loss, optimizer.finalists())) < 0.7 * loss(np.zeros(TARGET.size))
     assert optimizer.ask() == []
-    assert 0 < optimizer.steps_done() <= optimizer.steps_total()
+    assert 0 < optimizer.steps_done <= optimizer.steps_total
 
 
-def test_gradient_and_cma_es_find_the_optimum() -> None:
-    gradient = run(make("gradient", steps=200, penalty=0.0, patience=0))
-    np.testing.assert_allclose(gradient.best(), TARGET, atol=1e-3)
-    cma_es = run(make("cma-es", evaluations=3000))
-    np.testing.assert_allclose(cma_es.best(), TARGET, atol=1e-4)
+def test_gradient_steps_and_cma_es_find_the_optimum() -> None:
+    stepper = make("gradient", steps=200, l2_penalty=0.0)
+    assert (stepper.steps_total, stepper.dimension) == (200, TARGET.size)
+    while not stepper.finished():
+        advance(stepper)
+    assert stepper.steps_done == 200
+    np.testing.assert_allclose(stepper.point(), TARGET, atol=1e-3)
+    np.testing.assert_allclose(run(make("cma-es", evaluations=3000)).finalists()[0], TARGET, atol=1e-4)
 
 
 def sphere(point: np.ndarray) -> float:
@@ -72,8 +87,10 @@ def rosenbrock(point: np.ndarray) -> float:
 
 
 def spent_by_pycma(function: Any, start: np.ndarray, seed: int) -> float:
-    """Evaluations that the reference implementation of CMA-ES needs for a loss of 1e-9; inf where it ends in
-    Rosenbrock's other valley, at 3.99."""
+    """Evaluations that the reference implementation of CMA-ES needs for a loss of 1e-9.
+
+    Infinite where it ends in Rosenbrock's other valley, at 3.99.
+    """
     cma = pytest.importorskip("cma")
     search = cma.CMAEvolutionStrategy(start, 0.5, {"seed": seed + 1, "verbose": -9, "ftarget": 1e-9})
     search.optimize(function)
@@ -81,15 +98,15 @@ def spent_by_pycma(function: Any, start: np.ndarray, seed: int) -> float:
 
 
 def spent_by_ours(function: Any, start: np.ndarray, seed: int) -> float:
-    options = {"evaluations": 40_000, "tolfun": 1e-30, "tolx": 1e-30, "held_out": False}
+    options: dict[str, Any] = {"evaluations": 40_000, "tolfun": 1e-30, "tolx": 1e-30}
     search = _search.CmaEsOptimizer(start.size, sigma=0.5, seed=seed, start=start, **options)
     spent = 0
     while not search.finished():
-        losses = [function(wanted.point) for wanted in search.ask()]
+        losses = [function(point) for point in search.ask()]
         spent += len(losses)
         if min(losses) <= 1e-9:
             return spent
-        search.tell([(loss, None) for loss in losses])
+        search.tell(losses)
     return math.inf
 
 
@@ -103,75 +120,125 @@ def test_cma_es_needs_at_most_half_more_evaluations_than_pycma(function: Any, st
     assert ours <= 1.5 * reference < math.inf
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OPTIMIZERS)
 def test_points_are_float64_vectors_that_the_caller_owns(method: str) -> None:
     optimizer = make(method)
-    wanted = optimizer.ask()[0]
-    assert wanted.part in ("fit", "held_out")
-    assert wanted.point.dtype == np.float64
-    assert wanted.point.shape == (TARGET.size,)
-    wanted.point[:] = 99
-    assert not (optimizer.ask()[0].point == 99).any()
-    assert optimizer.best().dtype == np.float64
+    point = optimizer.ask()[0]
+    assert point.dtype == np.float64
+    assert point.shape == (TARGET.size,)
+    point[:] = 99
+    assert not (optimizer.ask()[0] == 99).any()
+    assert run(optimizer).finalists()[0].dtype == np.float64
+
+
+def test_the_steppers_points_are_copies() -> None:
+    stepper = make("gradient", average_decay=0.5)
+    for point in (stepper.point(), stepper.averaged_point()):
+        assert point.dtype == np.float64
+        point[:] = 99
+    np.testing.assert_array_equal(stepper.point(), np.zeros(TARGET.size))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_search_restored_at_every_ask_continues_bit_for_bit(method: str) -> None:
+def test_a_search_restored_at_every_step_from_json_continues_bit_for_bit(method: str) -> None:
     uninterrupted, restored = make(method), make(method)
     while not uninterrupted.finished():
-        state = restored.state()
+        state = json.dumps(restored.state(), allow_nan=False)
         restored = make(method)
-        restored.restore(state)
-        restored.tell(answers(restored))
-        uninterrupted.tell(answers(uninterrupted))
+        restored.restore(json.loads(state))
+        advance(restored)
+        advance(uninterrupted)
     assert restored.finished()
     assert restored.state() == uninterrupted.state()
-    np.testing.assert_array_equal(restored.best(), uninterrupted.best())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_wrong_outcomes_are_value_errors_and_change_nothing(method: str) -> None:
+def test_a_state_is_readable() -> None:
+    stepper = make("gradient", steps=3, l2_penalty=0.25)
+    stepper.step(np.zeros(TARGET.size))
+    state = stepper.state()
+    assert state["format"] == "zerotuning-search 2"
+    assert (state["method"], state["dimension"], state["l2_penalty"]) == ("gradient", 5, 0.25)
+    assert (state["steps"], state["steps_done"], state["point"]) == (3, 1, [0.0] * 5)
+
+
+@pytest.mark.parametrize("failed", [None, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_a_failed_evaluation_is_worse_than_every_loss(method: str, failed: float | None) -> None:
+    def told_of_failures(failure: float | None) -> Any:
+        optimizer = make(method)
+        while not optimizer.finished():
+            optimizer.tell([failure if point[0] > 0.3 else loss(point) for point in optimizer.ask()])
+            optimizer.restore(json.loads(json.dumps(optimizer.state(), allow_nan=False)))
+        return optimizer
+
+    optimizer = told_of_failures(failed)
+    expected = told_of_failures(1e30)
+    np.testing.assert_array_equal(optimizer.finalists(), expected.finalists())
+
+
+@pytest.mark.parametrize("method", OPTIMIZERS)
+def test_another_number_of_losses_is_a_value_error_and_changes_nothing(method: str) -> None:
     optimizer = make(method)
-    before = optimizer.state()
-    right = answers(optimizer)
-    gradient = np.zeros(TARGET.size + 1)
-    for wrong, message in [
-        ([], f"outcomes must be {len(right)}, one for each evaluation asked for, got 0"),
-        ([(math.nan, right[0][1]), *right[1:]], r"outcomes\[0\].loss \(fit\) must be finite, got nan"),
-        ([(1.0, gradient), *right[1:]], r"outcomes\[0\].gradient must have"),
-        ([(1.0, gradient[None]), *right[1:]], "must be one-dimensional, got 2 dimensions"),
-    ]:
+    before, right = optimizer.state(), losses(optimizer)
+    for wrong in ([], [*right, 1.0]):
+        message = f"losses must be {len(right)}, one for each point asked for, got {len(wrong)}"
         with pytest.raises(ValueError, match=message):
             optimizer.tell(wrong)
         assert optimizer.state() == before
     optimizer.tell(right)
 
 
+def test_a_wrong_gradient_is_a_value_error_and_changes_nothing() -> None:
+    stepper = make("gradient")
+    before = stepper.state()
+    for wrong, message in [
+        (np.zeros(TARGET.size + 1), "gradient must have 5 numbers, got 6"),
+        (np.zeros((1, TARGET.size)), "gradient must be one-dimensional, got 2 dimensions"),
+        (np.array([0, 0, math.nan, 0, 0]), r"gradient\[2\] must be finite, got nan"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            stepper.step(wrong)
+        assert stepper.state() == before
+
+
 def test_a_gradient_may_be_a_list_or_of_another_float_type() -> None:
-    optimizers = [make("gradient") for _ in range(2)]
-    optimizers[0].tell([(1.0, [0.5, 0.25, 1.0, 2.0, -1.0]), (1.0, None)])
-    optimizers[1].tell([(1, np.array([0.5, 0.25, 1, 2, -1], dtype=np.float32)), (1, None)])
-    assert optimizers[0].state() == optimizers[1].state()
+    steppers = [make("gradient") for _ in range(2)]
+    steppers[0].step([0.5, 0.25, 1.0, 2.0, -1.0])
+    steppers[1].step(np.array([0.5, 0.25, 1, 2, -1], dtype=np.float32))
+    assert steppers[0].state() == steppers[1].state()
 
 
-def test_wrong_states_are_value_errors_that_say_what_differs() -> None:
-    optimizer = make("gradient")
-    state = optimizer.state()
-    with pytest.raises(ValueError, match="truncated"):
-        optimizer.restore(state[:-10])
-    with pytest.raises(ValueError, match="this optimizer has 60, the state has 30"):
+def test_wrong_states_are_value_errors_that_name_the_field() -> None:
+    stepper = make("gradient")
+    state = stepper.state()
+    lacking = {name: value for name, value in state.items() if name != "mean_square"}
+    for wrong, message in [
+        (lacking, "state: field 'mean_square' is missing"),
+        ({**state, "more": 1}, "state: unexpected field 'more'"),
+        ({**state, "steps_done": 31}, "state: steps_done: expected an integer from 0 to 30, got 31"),
+        ({**state, "steps_done": math.inf}, "expected a value"),
+        ({**state, "point": state["point"][1:]}, "state: point: expected a list of 5 numbers, got 4"),
+        ({**state, "point": [*state["point"][1:], "far"]}, r"state: point\[4\]: expected a number, got \"far\""),
+        ({**state, "format": "zerotuning-search 3"}, 'state: format: expected "zerotuning-search 2"'),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            stepper.restore(wrong)
+    with pytest.raises(ValueError, match="this search has 60, the state has 30"):
         make("gradient", steps=60).restore(state)
-    with pytest.raises(ValueError, match="this optimizer has paper, the state has gradient"):
+    with pytest.raises(ValueError, match="this search has paper, the state has gradient"):
         make("paper").restore(state)
-    with pytest.raises(ValueError, match="this optimizer has 3, the state has 5"):
-        _search.GradientOptimizer(3).restore(state)
-    assert optimizer.state() == state
+    with pytest.raises(ValueError, match="this search has 3, the state has 5"):
+        _search.GradientStepper(3).restore(state)
+    with pytest.raises(TypeError):
+        stepper.restore("text")
+    assert stepper.state() == state
 
 
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
         ("gradient", {"learning_rate": -1.0}, "learning_rate must be positive and finite, got -1"),
+        ("gradient", {"epsilon": 0.0}, "epsilon must be positive and finite, got 0"),
         ("gradient", {"schedule": "linear"}, "schedule must be 'constant' or 'cosine', got 'linear'"),
         ("gradient", {"start": [0.0]}, "start must be empty or 5 numbers long, got 1"),
         ("gradient", {"start": [0.0, 0.0, 0.0, 0.0, 9.0]}, "start must be within max_abs_log_scale = 4 of 0"),
@@ -188,8 +255,8 @@ def test_options_out_of_range_are_value_errors_that_name_them(
 
 def test_options_are_passed_by_name_and_shown_with_their_defaults() -> None:
     with pytest.raises(TypeError):
-        _search.GradientOptimizer(5, 30)  # type: ignore[misc]
-    signature = str(_search.GradientOptimizer.__init__.__doc__)
+        _search.GradientStepper(5, 30)  # type: ignore[misc]
+    signature = str(_search.GradientStepper.__init__.__doc__)
     assert "= 30" in signature
     assert "schedule: str = 'cosine'" in signature
 
@@ -209,11 +276,11 @@ def test_the_papers_profile_and_group_are_shown() -> None:
 def test_other_threads_run_while_a_search_computes() -> None:
     # A generation in 200 dimensions with an eigendecomposition takes tens of milliseconds.
     optimizer = _search.CmaEsOptimizer(200, population=400, evaluations=4000)
-    outcomes: list[tuple[float, None]] = [(float(i), None) for i in range(len(optimizer.ask()))]
+    losses = [float(i) for i in range(len(optimizer.ask()))]
     told = threading.Event()
 
     def tell() -> None:
-        optimizer.tell(outcomes)
+        optimizer.tell(losses)
         told.set()
 
     thread = threading.Thread(target=tell)
@@ -228,8 +295,6 @@ def test_other_threads_run_while_a_search_computes() -> None:
 
 def test_a_slope_below_epsilon_moves_its_number_by_less() -> None:
     slopes = np.array([1.0, 1e-3, 1e-6])
-    optimizer = _search.GradientOptimizer(3, steps=2, learning_rate=0.1, epsilon=1e-3, penalty=0.0, held_out=False)
-    optimizer.tell([(0.0, slopes)])
-    np.testing.assert_allclose(optimizer.ask()[0].point, -0.1 * slopes / (slopes + 1e-3), rtol=1e-12)
-    with pytest.raises(ValueError, match="epsilon must be positive and finite, got 0"):
-        _search.GradientOptimizer(3, epsilon=0.0)
+    stepper = _search.GradientStepper(3, steps=2, learning_rate=0.1, epsilon=1e-3, l2_penalty=0.0)
+    stepper.step(slopes)
+    np.testing.assert_allclose(stepper.point(), -0.1 * slopes / (slopes + 1e-3), rtol=1e-12)

@@ -1,16 +1,22 @@
-"""Whether scales are better than γ = 1 on examples that they never saw, with labels or without.
+"""The one rule by which scales are accepted: better than γ = 1 on examples that the search did not fit.
 
-With labels: the loss must be less, the accuracy no less. Without labels an objective such as `information` can be
-lowered by any split of the inputs into groups, right or wrong, so more is asked for:
+A search proposes candidates; `AcceptanceTest` decides from their held-out scores which are admissible, `Selection` keeps
+the admissible candidate with the least held-out loss (γ = 1 is the first candidate), and `Patience` ends a search that
+no longer improves.
 
-- evidence: the untuned model's predictions must say something about the input, or there is nothing to bring out.
-  That is their mutual information with the input, as a share of log C.
-- agreement: searches on disjoint parts of the examples must come to the same predictions, or what they found is
-  chance. That is Cohen's kappa of the folds' predictions, the mean over pairs of folds.
-- resemblance: what tells the inputs apart must still be what told them apart before. That is the correlation over
-  examples of each label's log-odds with the untuned ones, the mean over labels; shifts of a label do not count.
+With labels a candidate is admissible if its held-out accuracy is no lower than at γ = 1. Without labels an objective
+such as `information` can be lowered by any split of the inputs into groups, right or wrong, so that three more
+conditions are tested:
 
-Of several tasks the least counts.
+- evidence: the untuned model's predictions must depend on the input, or there is nothing to bring out. Measured by
+  their mutual information with the input, as a share of log C.
+- agreement: searches on disjoint parts of the examples must lead to the same predictions, or what they found is chance.
+  Measured by Cohen's kappa of the folds' predictions, the mean over pairs of folds.
+- resemblance: what tells the inputs apart must be the same as at γ = 1. Measured by the correlation over examples of
+  each label's log-odds with the untuned ones, the mean over labels; adding a constant to a label's scores changes
+  nothing.
+
+The least of several tasks counts.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +34,10 @@ from torch import Tensor
 from zerotuning.calibration.folds import Places, Split, pooled_places
 from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.parameterization import ScaleParameterization
+from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.evaluation import objectives
+
+C = TypeVar("C")
 
 # Measured with SmolLM2-135M on 96 validation examples, searches on 64 others each, two disjoint ones a task:
 #
@@ -45,7 +54,14 @@ LEAST_RESEMBLANCE = 0.85
 
 @dataclass(frozen=True)
 class Decision:
-    """loss and accuracy of held-out examples, and whether the scales may be chosen."""
+    """What held-out examples say about a candidate.
+
+    Attributes:
+        loss: their loss.
+        accuracy: their accuracy; None without labels.
+        admissible: whether the candidate may be chosen.
+        details: agreement and resemblance, for the report.
+    """
 
     loss: float
     accuracy: float | None
@@ -53,10 +69,73 @@ class Decision:
     details: dict[str, Any] = field(default_factory=dict)
 
 
-class AcceptanceTest:
-    """Compares scores with those at γ = 1, which it measures once, on all examples.
+class Selection(Generic[C]):
+    """The admissible candidate with the least held-out loss.
 
-    Without labels `evidence` is the least of the tasks' (see above); None with labels.
+    γ = 1 is the first candidate, so that nothing worse than it is ever chosen; of equal candidates the first is kept.
+
+    Args:
+        baseline_loss: the held-out loss at γ = 1.
+
+    Attributes:
+        loss: the least loss so far.
+        best: the candidate with that loss; None while γ = 1 has it.
+    """
+
+    def __init__(self, baseline_loss: float) -> None:
+        self.baseline_loss = self.loss = baseline_loss
+        self.best: C | None = None
+
+    def consider(self, decision: Decision, candidate: C) -> None:
+        """Keep the candidate if it is admissible and its loss is lower than all before."""
+        if decision.admissible and decision.loss < self.loss:
+            self.loss, self.best = decision.loss, candidate
+
+
+class Patience:
+    """Ends a search after `limit` judgements in a row without a lower admissible loss; never if `limit` is 0."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.least_loss = math.inf
+        self.without_gain = 0
+
+    def note(self, decisions: Sequence[Decision]) -> None:
+        """Count a judgement; `decisions` are those on its candidates."""
+        loss = min((decision.loss for decision in decisions if decision.admissible), default=math.inf)
+        self.without_gain = 0 if loss < self.least_loss else self.without_gain + 1
+        self.least_loss = min(self.least_loss, loss)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the search is to end."""
+        return 0 < self.limit <= self.without_gain
+
+    def state(self) -> dict[str, Any]:
+        """Return what JSON keeps of it."""
+        least = self.least_loss if math.isfinite(self.least_loss) else None
+        return {"least_loss": least, "without_gain": self.without_gain}
+
+    def restore(self, saved: SavedFields) -> None:
+        """Continue where `state` was taken."""
+        least = saved.number_or_none("least_loss")
+        self.least_loss = math.inf if least is None else least
+        self.without_gain = saved.integer("without_gain", 0)
+
+
+class AcceptanceTest:
+    """Compares candidates' scores with those at γ = 1, which are measured once, on all examples.
+
+    Args:
+        measurement: scores and losses of the examples.
+        parameterization: maps points to log γ.
+        all_examples: positions of all examples.
+        splits: whose held-out examples count.
+
+    Attributes:
+        baseline: the decision on γ = 1 itself, on the held-out examples of all splits.
+        label_free: whether the objective uses no labels.
+        evidence: without labels, the least of the tasks' evidence at γ = 1; None with labels.
     """
 
     def __init__(
@@ -68,110 +147,132 @@ class AcceptanceTest:
     ) -> None:
         self.measurement = measurement
         self.all_examples = all_examples
-        self.untuned = measurement.scores(parameterization.log_scale(parameterization.untuned), all_examples)
-        self._places = pooled_places(splits)
-        self.baseline = self._verdict_at_one(self._places)
+        self.untuned_scores = measurement.scores(parameterization.log_scale(parameterization.untuned), all_examples)
+        self.baseline = self._decision_at_one(pooled_places(splits))
         self.label_free = measurement.options.objective != "task-loss"
-        self.evidence = min(map(evidence, self.untuned)) if self.label_free else None
+        self.evidence = min(map(evidence, self.untuned_scores)) if self.label_free else None
 
     @property
     def has_evidence(self) -> bool:
-        """Whether it is worth a search at all."""
-        return self.evidence is None or self.measurement.options.guard is False or self.evidence >= LEAST_EVIDENCE
+        """Whether a search is worthwhile at all."""
+        return self.evidence is None or not self.measurement.options.guard or self.evidence >= LEAST_EVIDENCE
 
     def baseline_scores(self, places: Places) -> list[Tensor]:
-        """For each task the scores [n, C] at γ = 1."""
-        return [scores[list(chosen)] for scores, chosen in zip(self.untuned, places, strict=True)]
+        """Return for each task the scores [n, C] at γ = 1."""
+        return [scores[list(chosen)] for scores, chosen in zip(self.untuned_scores, places, strict=True)]
+
+    def places_to_score(self, split: Split) -> Places:
+        """Return the examples that `decide` needs the scores of, for the point of one split's search.
+
+        Without labels the folds' predictions are compared with each other, on all examples.
+        """
+        return self.all_examples if self.label_free else split.held_out
 
     def decide(self, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> Decision:
-        """Of the scores of each split's held-out examples; without labels, of each split on all examples."""
-        if not self.label_free:
-            pooled = [torch.cat(parts) for parts in zip(*results, strict=True)]
-            return self._verdict(pooled, pooled_places(splits), self.baseline)
-        held_out = [
-            [scores[list(places)] for scores, places in zip(result, split.held_out, strict=True)]
-            for split, result in zip(splits, results, strict=True)
-        ]
+        """Decide on a candidate: one point for each split's search.
+
+        Args:
+            splits: the splits.
+            results: for each split and task, the scores [n, C] of `places_to_score` at that split's point.
+        """
+        held_out = results
+        if self.label_free:
+            held_out = [
+                [scores[list(places)] for scores, places in zip(result, split.held_out, strict=True)]
+                for split, result in zip(splits, results, strict=True)
+            ]
         pooled = [torch.cat(parts) for parts in zip(*held_out, strict=True)]
-        verdict = self._verdict(pooled, pooled_places(splits), self.baseline)
-        found = fold_agreement(splits, results)
-        if found is None:
-            return verdict
-        disagree = self.measurement.options.guard and found < LEAST_AGREEMENT
-        return replace(
-            verdict, admissible=verdict.admissible and not disagree, details={**verdict.details, "agreement": found}
-        )
+        decision = self._decision(pooled, pooled_places(splits), self.baseline)
+        agreement = fold_agreement(splits, results) if self.label_free else None
+        if agreement is None:
+            return decision
+        agreed = not self.measurement.options.guard or agreement >= LEAST_AGREEMENT
+        details = {**decision.details, "agreement": agreement}
+        return replace(decision, admissible=decision.admissible and agreed, details=details)
 
-    def accepts(self, point: np.ndarray) -> bool:
-        """Whether the final scales beat γ = 1 on all examples, those they were fitted to included."""
-        scores = self.measurement.scores(point, self.all_examples)
-        baseline = self._verdict_at_one(self.all_examples)
-        verdict = self._verdict(scores, self.all_examples, baseline)
-        return verdict.admissible and verdict.loss < baseline.loss
+    def accepts(self, log_scale: np.ndarray) -> bool:
+        """Return whether the final log γ beats γ = 1 on all examples, those that the searches fitted included."""
+        baseline = self._decision_at_one(self.all_examples)
+        scores = self.measurement.scores(log_scale, self.all_examples)
+        decision = self._decision(scores, self.all_examples, baseline)
+        return decision.admissible and decision.loss < baseline.loss
 
-    def _verdict_at_one(self, places: Places) -> Decision:
+    def _decision_at_one(self, places: Places) -> Decision:
         scores = self.baseline_scores(places)
         accuracy = self.measurement.accuracy_of(scores, places)
         return Decision(self.measurement.loss_of(scores, places), accuracy, admissible=True)
 
-    def _verdict(self, scores: Sequence[Tensor], places: Places, baseline: Decision) -> Decision:
+    def _decision(self, scores: Sequence[Tensor], places: Places, baseline: Decision) -> Decision:
         loss, accuracy = self.measurement.loss_of(scores, places), self.measurement.accuracy_of(scores, places)
         if not math.isfinite(loss):
             return Decision(loss, accuracy, admissible=False)
         if self.label_free:
-            return self._label_free_verdict(loss, accuracy, scores, places)
+            before = self.baseline_scores(places)
+            least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
+            admissible = not self.measurement.options.guard or least >= LEAST_RESEMBLANCE
+            return Decision(loss, accuracy, admissible, {"resemblance": least})
         worse = accuracy is not None and baseline.accuracy is not None and accuracy < baseline.accuracy
         return Decision(loss, accuracy, admissible=not worse)
 
-    def _label_free_verdict(
-        self, loss: float, accuracy: float | None, scores: Sequence[Tensor], places: Places
-    ) -> Decision:
-        before = self.baseline_scores(places)
-        least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
-        admissible = not self.measurement.options.guard or least >= LEAST_RESEMBLANCE
-        return Decision(loss, accuracy, admissible, {"resemblance": least})
-
 
 def fold_agreement(splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> float | None:
-    """Kappa of the predictions of all examples by the folds of one seed: the mean over pairs, of several tasks the
-    least. results: for each split and task, scores [N, C]. None where every seed has one fold."""
-    by_seed: dict[int, list[Sequence[Tensor]]] = {}
+    """Return Cohen's kappa of the folds' predictions: the mean over pairs of one seed's folds, the least over tasks.
+
+    Args:
+        splits: the splits.
+        results: for each split and task, the scores [N, C] of all examples.
+
+    Returns:
+        The agreement; None where every seed has one fold only.
+    """
+    results_of_seed: dict[int, list[Sequence[Tensor]]] = {}
     for split, result in zip(splits, results, strict=True):
-        by_seed.setdefault(split.seed, []).append(result)
-    pairs = [pair for folds in by_seed.values() for pair in combinations(folds, 2)]
+        results_of_seed.setdefault(split.seed, []).append(result)
+    pairs = [pair for folds in results_of_seed.values() for pair in combinations(folds, 2)]
     if not pairs:
         return None
     of_tasks = [
-        [kappa(one[task].argmax(-1), other[task].argmax(-1), one[task].shape[1]) for one, other in pairs]
+        [kappa(first[task].argmax(-1), second[task].argmax(-1), first[task].shape[1]) for first, second in pairs]
         for task in range(len(results[0]))
     ]
     return min(math.fsum(values) / len(values) for values in of_tasks)
 
 
-def kappa(one: Tensor, other: Tensor, count: int) -> float:
-    """Cohen's kappa of two lists of labels in [0, count), int64 [N]: agreement beyond chance, 1 where they are equal;
-    0 where one label alone is used, since nothing can be told from it."""
-    shares = [torch.bincount(labels, minlength=count).double() / len(labels) for labels in (one, other)]
+def kappa(first: Tensor, second: Tensor, count: int) -> float:
+    """Return Cohen's kappa of two lists of labels: the agreement beyond chance, 1 where the lists are equal.
+
+    0 where both lists hold one and the same label only, which shows nothing.
+
+    Args:
+        first: labels in [0, count), int64 [N].
+        second: labels of the same examples.
+        count: number of labels.
+    """
+    shares = [torch.bincount(labels, minlength=count).double() / len(labels) for labels in (first, second)]
     chance = float((shares[0] * shares[1]).sum())
-    agreed = float((one == other).double().mean())
+    agreed = float((first == second).double().mean())
     return 0.0 if chance > 1 - 1e-12 else (agreed - chance) / (1 - chance)
 
 
 def evidence(scores: Tensor) -> float:
-    """Mutual information of prediction and input as a share of log C, in [0, 1]. scores [N, C]."""
+    """Return the mutual information of prediction and input as a share of log C, in [0, 1]; scores [N, C]."""
     return -float(objectives.information(scores.double())) / math.log(scores.shape[1])
 
 
 def resemblance(before: Tensor, after: Tensor) -> float:
-    """Mean over labels of the correlation over examples of a label's log-odds before and after, in [-1, 1].
+    """Return how far the same inputs are told apart: the mean over labels of a correlation over examples, in [-1, 1].
 
-    A label's log-odds: its score less the mean score of the example's other labels. scores [N, C]; columns that some
-    examples lack (-inf) are left out.
+    Of each label the log-odds before and after are correlated: its score less the mean score of the example's other
+    labels. Labels that some examples lack (score -inf) are left out.
+
+    Args:
+        before: scores [N, C].
+        after: scores [N, C] of the same examples.
     """
     present = torch.isfinite(before).all(dim=0) & torch.isfinite(after).all(dim=0)
     rows = [scores[:, present].double() for scores in (before, after)]
     odds = [row - row.mean(dim=1, keepdim=True) for row in rows]
-    centred = [one - one.mean(dim=0) for one in odds]
-    norms = [one.norm(dim=0) for one in centred]
+    centred = [label_odds - label_odds.mean(dim=0) for label_odds in odds]
+    norms = [label_odds.norm(dim=0) for label_odds in centred]
     correlation = (centred[0] * centred[1]).sum(dim=0) / (norms[0] * norms[1]).clamp_min(1e-12)
     return float(correlation.mean())

@@ -1,18 +1,17 @@
-"""The gradient method over folds: one search a fold, side by side, judged together by what each holds out.
+"""The gradient method: gradient steps on the examples of each split, and a choice by the examples that the splits hold out.
 
-All searches of one penalty take their steps in lockstep. Every few steps the examples that each fold holds out are
-scored at that fold's point; together these are scores of all examples by scales that never saw them. The step, the
-penalty and the kind of point (the last one, or the moving average) with the least loss on them are chosen; γ = 1 is
-the first candidate, so that scales worse than it there are never returned. The result is the mean of the folds' log γ
-there, in which what a fold learned from its own examples alone averages out, or a search on all examples that stops
-at that step.
+Each penalty has a search for every split (fold and seed), and all searches of a penalty take their steps in lockstep.
+Every few steps the examples that each split holds out are scored at the point of its search: together these are the
+scores of all examples by scales that were not fitted to them. The acceptance test decides on each such candidate, and
+the selection keeps the step, the L2 penalty and the kind of point (the last one, or the moving average) with the least
+held-out loss; γ = 1 is its first candidate. The result is the mean of the splits' log γ there, in which what a search
+learned from its own examples alone averages out, or that of searches on all examples that end at the chosen step.
 """
 
 from __future__ import annotations
 
-import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,27 +19,32 @@ import numpy as np
 from torch import Tensor
 
 from zerotuning import _search
-from zerotuning.calibration.acceptance import AcceptanceTest
+from zerotuning.calibration.acceptance import AcceptanceTest, Decision, Patience, Selection
 from zerotuning.calibration.folds import Places, Split, examples_of_step
 from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
+from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.calibration.search_result import SearchResult
 from zerotuning.errors import ZeroTuningError
 
-#: Judged so many times on the way to the last step, and at least every so many steps: a budget of seconds may end
+#: Candidates are judged about JUDGEMENTS times, and at least every LONGEST_UNJUDGED steps: a budget of seconds may end
 #: the search anywhere.
 JUDGEMENTS = 20
 LONGEST_UNJUDGED = 5
-#: Told to an optimiser, which takes finite numbers only, for a held-out loss that is none.
-FAILED = 1e30
 
 
-@dataclass
-class _Candidate:
-    """The best so far: where it was found and the point of each of that penalty's searches."""
+@dataclass(frozen=True)
+class Candidate:
+    """A point of each split's search, all of one step, penalty and kind.
 
-    loss: float
+    Attributes:
+        step: number of steps that led to the points.
+        penalty: their L2 penalty.
+        kind: `point`, `averaged` (the moving average of the points) or `zero` (γ = 1, beside a start elsewhere).
+        points: x [P] of each split.
+    """
+
     step: int
     penalty: float
     kind: str
@@ -48,19 +52,35 @@ class _Candidate:
 
 
 @dataclass
-class _Group:
-    """The searches of one penalty, a split each."""
+class PenaltySearch:
+    """The searches with one L2 penalty, one for each split.
+
+    Attributes:
+        penalty: the L2 penalty.
+        steppers: of each split.
+        patience: ends these searches early.
+        stopped: whether they are ended.
+        history: losses by step, for the report.
+    """
 
     penalty: float
-    optimizers: list[_search.GradientOptimizer]
-    least: float = math.inf
-    judgements_without_gain: int = 0
+    steppers: list[_search.GradientStepper]
+    patience: Patience
     stopped: bool = False
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class GradientSearch:
-    """One round of `advance` is one step of every search that goes on; `state` after it is all there is to know."""
+    """All searches of the gradient method. One round, `advance`, is a step of every search that is not stopped.
+
+    Args:
+        measurement: losses, gradients and scores of the examples.
+        parameterization: maps points to log γ.
+        options: of the calibration.
+        splits: a search is made for each.
+        all_examples: positions of all examples, for searches on all of them.
+        acceptance: decides on the candidates.
+    """
 
     def __init__(
         self,
@@ -74,232 +94,228 @@ class GradientSearch:
         self.measurement, self.parameterization, self.options = measurement, parameterization, options
         self.splits, self.all_examples, self.acceptance = list(splits), all_examples, acceptance
         self.steps = options.total_steps
-        self.groups = [
-            _Group(penalty, [self._optimizer(penalty) for _ in self.splits]) for penalty in options.l2_penalties
+        self.judging_interval = min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED)
+        self.searches = [
+            PenaltySearch(penalty, self._new_steppers(penalty, len(self.splits)), Patience(options.patience))
+            for penalty in options.l2_penalties
         ]
+        self.selection: Selection[Candidate] = Selection(acceptance.baseline.loss)
         self.round = 0
-        self.best: _Candidate | None = None
-        self.refits: list[_search.GradientOptimizer] = []
-        self.refit_round = 0
-        self.out_of_time = False
-
-    # The loop.
+        #: Searches on all examples (`combine` = "refit"), one for each seed; empty before they begin.
+        self.refit_steppers: list[_search.GradientStepper] = []
+        self.refit_is_out_of_time = False
 
     @property
     def steps_total(self) -> int:
+        """The most rounds there can be."""
         return self.steps * (2 if self.options.combine == "refit" else 1)
 
     @property
     def steps_done(self) -> int:
-        return min(self.round, self.steps) + self.refit_round
-
-    @property
-    def folds_finished(self) -> bool:
-        return self.round > self.steps or all(group.stopped for group in self.groups)
+        """Rounds so far."""
+        return min(self.round, self.steps) + self._refit_steps
 
     @property
     def finished(self) -> bool:
-        return self.folds_finished and not self._refit_is_wanted()
+        """Whether nothing is left to do."""
+        return self._splits_are_finished and not self._refit_is_wanted
 
     @property
     def least_loss(self) -> float:
-        return self.acceptance.baseline.loss if self.best is None else self.best.loss
+        """The least held-out loss of an admissible candidate, or that of γ = 1."""
+        return self.selection.loss
 
     @property
     def share_of_time(self) -> float:
-        """How much of a budget of seconds this part of the search may have used."""
-        folds_only = self.options.combine == "average" or self.folds_finished
-        return 1.0 if folds_only else len(self.splits) / (len(self.splits) + self.options.search_count)
+        """The share of a budget of seconds after which this part of the search is to end."""
+        if self.options.combine == "average" or self._splits_are_finished:
+            return 1.0
+        return len(self.splits) / (len(self.splits) + self.options.search_count)
 
     def stop(self) -> None:
-        """Ends this part of the search where it stands."""
-        if self.folds_finished:
-            self.out_of_time = True
-        for group in self.groups:
-            group.stopped = True
+        """End this part of the search, the one on splits or the one on all examples, where it stands."""
+        if self._splits_are_finished:
+            self.refit_is_out_of_time = True
+        for search in self.searches:
+            search.stopped = True
 
     def advance(self) -> None:
-        if not self.folds_finished:
-            for group in self.groups:
-                if not group.stopped:
-                    self._advance_group(group)
+        """Take one step of every search that is not stopped."""
+        if not self._splits_are_finished:
+            for search in self.searches:
+                if not search.stopped:
+                    self._advance_penalty(search)
             self.round += 1
-        elif self._refit_is_wanted():
+        elif self._refit_is_wanted:
             self._advance_refit()
 
-    def _advance_group(self, group: _Group) -> None:
-        judged: dict[str, list[tuple[np.ndarray, list[Tensor]]]] = {}
+    # The searches on splits.
+
+    @property
+    def _splits_are_finished(self) -> bool:
+        # The round after the last step judges the last points.
+        return self.round > self.steps or all(search.stopped for search in self.searches)
+
+    def _advance_penalty(self, search: PenaltySearch) -> None:
+        """Judge the points, where that is due, and take a step from them."""
+        points: dict[str, list[np.ndarray]] = {}
+        scores: dict[str, list[list[Tensor]]] = {}
         fit_losses = []
-        for index, (optimizer, split) in enumerate(zip(group.optimizers, self.splits, strict=True)):
-            wanted = optimizer.ask()
-            answers: list[tuple[float, np.ndarray | None]] = []
-            for evaluation, role in zip(wanted, self._roles(wanted), strict=True):
-                if role == "gradient":
-                    answers.append(self._loss_and_gradient(evaluation.point, split.seed, index, split.fit, self.round))
-                    fit_losses.append(answers[-1][0])
-                else:
-                    # Without labels the folds' predictions are compared, so that each needs those of all examples.
-                    places = self.all_examples if self.acceptance.label_free else split.held_out
-                    scores = self._scores(evaluation.point, places)
-                    loss = self.measurement.loss_of(scores, places)
-                    answers.append((loss if math.isfinite(loss) else FAILED, None))
-                    judged.setdefault(role, []).append((evaluation.point, scores))
-            self._tell(optimizer, answers)
-        self._judge(group, judged, fit_losses)
-
-    def _roles(self, wanted: Sequence[_search.Evaluation]) -> list[str]:
-        """What each evaluation that an optimiser asks for is: see GradientOptimizer in csrc/search."""
-        judged = [evaluation for evaluation in wanted if not evaluation.gradient]
-        # The first round judges x = 0 before a start elsewhere; later ones the moving average after the point.
-        names = ["zero", "point"][-len(judged) :] if self.round == 0 else ["point", "averaged"]
-        left = iter(names)
-        return ["gradient" if evaluation.gradient else next(left) for evaluation in wanted]
-
-    def _judge(
-        self, group: _Group, judged: Mapping[str, list[tuple[np.ndarray, list[Tensor]]]], fit_losses: Sequence[float]
-    ) -> None:
-        entry: dict[str, Any] = {"step": self.round, "penalty": group.penalty}
+        for index, (stepper, split) in enumerate(zip(search.steppers, self.splits, strict=True)):
+            gradient = None
+            if not stepper.finished():
+                loss, gradient = self._loss_and_gradient(stepper, (split.seed, index), split.fit)
+                fit_losses.append(loss)
+            for kind, point in self._points_to_judge(stepper).items():
+                points.setdefault(kind, []).append(point)
+                scores.setdefault(kind, []).append(self._scores(point, self.acceptance.places_to_score(split)))
+            if gradient is not None:
+                self._step(stepper, gradient)
+        entry: dict[str, Any] = {"step": self.round, "penalty": search.penalty}
         if fit_losses:
             entry["fit_loss"] = math.fsum(fit_losses) / len(fit_losses)
-        least = math.inf
-        for kind, results in judged.items():
-            verdict = self.acceptance.decide(self.splits, [scores for _, scores in results])
-            name = "held_out" if kind == "point" else f"{kind}_held_out"
-            entry |= {f"{name}_loss": _finite(verdict.loss), f"{name}_accuracy": verdict.accuracy} | verdict.details
-            if not verdict.admissible:
-                continue
-            least = min(least, verdict.loss)
-            if verdict.loss < (self.acceptance.baseline.loss if self.best is None else self.best.loss):
-                points = [point for point, _ in results]
-                self.best = _Candidate(verdict.loss, self.round, group.penalty, kind, points)
-        group.curve.append(entry)
-        if judged:
-            gained = least < group.least
-            group.least = min(group.least, least)
-            group.judgements_without_gain = 0 if gained else group.judgements_without_gain + 1
-            if self.options.patience and group.judgements_without_gain >= self.options.patience:
-                group.stopped = True
+        decisions = {kind: self.acceptance.decide(self.splits, of_kind) for kind, of_kind in scores.items()}
+        for kind, decision in decisions.items():
+            entry |= _figures(kind, decision)
+            self.selection.consider(decision, Candidate(self.round, search.penalty, kind, points[kind]))
+        search.history.append(entry)
+        if decisions:
+            # Without γ = 1: a bad start may improve for long before it is better than that.
+            search.patience.note([decision for kind, decision in decisions.items() if kind != "zero"])
+            search.stopped = search.patience.is_exhausted
 
-    # The search on all examples.
+    def _points_to_judge(self, stepper: _search.GradientStepper) -> dict[str, np.ndarray]:
+        """Return the candidate points of this round by their kind; none where no judgement is due."""
+        if self.round % self.judging_interval and self.round != self.steps:
+            return {}
+        points = {"point": stepper.point()}
+        if self.round == 0 and points["point"].any():
+            points = {"zero": self.parameterization.untuned, **points}
+        if self.round > 0 and self.options.average > 0:
+            points["averaged"] = stepper.averaged_point()
+        return points
 
+    # The searches on all examples.
+
+    @property
+    def _refit_steps(self) -> int:
+        return self.refit_steppers[0].steps_done if self.refit_steppers else 0
+
+    @property
     def _refit_is_wanted(self) -> bool:
-        if self.options.combine != "refit" or self.best is None or self.out_of_time:
+        best = self.selection.best
+        if self.options.combine != "refit" or best is None or self.refit_is_out_of_time:
             return False
-        return self.refit_round < self.best.step
+        return self._refit_steps < best.step
 
     def _advance_refit(self) -> None:
-        assert self.best is not None
-        if not self.refits:
-            self.refits = self._new_refits(self.best)
-        for index, optimizer in enumerate(self.refits):
-            answers: list[tuple[float, np.ndarray | None]] = []
-            for evaluation in optimizer.ask():
-                if evaluation.gradient:
-                    seed = self.options.seed + index
-                    answers.append(
-                        self._loss_and_gradient(
-                            evaluation.point, seed, len(self.splits), self.all_examples, self.refit_round
-                        )
-                    )
-                else:  # asked to choose among points; which one it is, is known
-                    answers.append((0.0, None))
-            self._tell(optimizer, answers)
-        self.refit_round += 1
-
-    def _new_refits(self, best: _Candidate) -> list[_search.GradientOptimizer]:
-        options = {"held_out": False, "evaluate_every": best.step}
-        return [self._optimizer(best.penalty, **options) for _ in range(self.options.search_count)]
-
-    def _refitted(self, best: _Candidate) -> np.ndarray:
-        """The points at the chosen step: what is asked for next, the moving average last."""
-        asked = [optimizer.ask() for optimizer in self.refits]
-        chosen = [one[-1] if best.kind == "averaged" else one[0] for one in asked]
-        return np.mean([evaluation.point for evaluation in chosen], axis=0)
+        assert self.selection.best is not None
+        if not self.refit_steppers:
+            self.refit_steppers = self._new_steppers(self.selection.best.penalty, self.options.search_count)
+        for index, stepper in enumerate(self.refit_steppers):
+            order_seed = (self.options.seed + index, len(self.splits))
+            _, gradient = self._loss_and_gradient(stepper, order_seed, self.all_examples)
+            self._step(stepper, gradient)
 
     # The result.
 
-    def found(self) -> SearchResult:
-        """What was chosen. `point` is not judged yet as a whole: see AcceptanceTest.accepts."""
-        if self.best is None:
-            zero = self.parameterization.untuned
-            return SearchResult(None, [(split, zero) for split in self.splits], {"step": 0})
-        best = self.best
-        refitted = self.options.combine == "refit" and self.refit_round == best.step
-        point = self._refitted(best) if refitted else np.mean(best.points, axis=0)
-        chosen = {
-            "step": best.step,
-            "penalty": best.penalty,
-            "kind": best.kind,
-            "combine": "refit" if refitted else "average",
-        }
-        return SearchResult(point, list(zip(self.splits, best.points, strict=True)), chosen)
+    def result(self) -> SearchResult:
+        """Return the selected point, which AcceptanceTest.accepts has not tested as a whole yet."""
+        best = self.selection.best
+        if best is None:
+            untuned = self.parameterization.untuned
+            return SearchResult(None, [(split, untuned) for split in self.splits], {"step": 0})
+        points, combine = best.points, "average"
+        if self.refit_steppers and self._refit_steps == best.step:
+            averaged, combine = best.kind == "averaged", "refit"
+            points = [stepper.averaged_point() if averaged else stepper.point() for stepper in self.refit_steppers]
+        chosen = {"step": best.step, "penalty": best.penalty, "kind": best.kind, "combine": combine}
+        return SearchResult(np.mean(points, axis=0), list(zip(self.splits, best.points, strict=True)), chosen)
 
     @property
     def history(self) -> list[dict[str, Any]]:
         """Losses by step and penalty."""
-        return sorted((entry for group in self.groups for entry in group.curve), key=lambda entry: entry["step"])
+        return sorted((entry for search in self.searches for entry in search.history), key=lambda entry: entry["step"])
 
     # State.
 
     def state(self) -> dict[str, Any]:
-        best = self.best
+        """Return what JSON keeps of the search."""
+        best = self.selection.best
         return {
             "round": self.round,
-            "refit_round": self.refit_round,
-            "out_of_time": self.out_of_time,
-            "groups": [
+            "searches": [
                 {
-                    "optimizers": [optimizer.state() for optimizer in group.optimizers],
-                    "least": _finite(group.least),
-                    "judgements_without_gain": group.judgements_without_gain,
-                    "stopped": group.stopped,
-                    "curve": group.curve,
+                    "steppers": [stepper.state() for stepper in search.steppers],
+                    "patience": search.patience.state(),
+                    "stopped": search.stopped,
+                    "history": search.history,
                 }
-                for group in self.groups
+                for search in self.searches
             ],
-            "best": None if best is None else {**vars(best), "points": [_encoded(point) for point in best.points]},
-            "refits": [optimizer.state() for optimizer in self.refits],
+            "best": None
+            if best is None
+            else {
+                "loss": self.selection.loss,
+                "step": best.step,
+                "penalty": best.penalty,
+                "kind": best.kind,
+                "points": [point.tolist() for point in best.points],
+            },
+            "refit_steppers": [stepper.state() for stepper in self.refit_steppers],
+            "refit_is_out_of_time": self.refit_is_out_of_time,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken. ValueError, KeyError or TypeError for one that is damaged."""
-        self.round, self.refit_round = int(state["round"]), int(state["refit_round"])
-        self.out_of_time = bool(state["out_of_time"])
-        for group, saved in zip(self.groups, state["groups"], strict=True):
-            for optimizer, text in zip(group.optimizers, saved["optimizers"], strict=True):
-                optimizer.restore(text)
-            group.least = math.inf if saved["least"] is None else float(saved["least"])
-            group.judgements_without_gain = int(saved["judgements_without_gain"])
-            group.stopped, group.curve = bool(saved["stopped"]), list(saved["curve"])
-        best = state["best"]
-        if best is not None:
-            self.best = _Candidate(**{**best, "points": [_decoded(text) for text in best["points"]]})
-        if state["refits"] and self.best is not None:
-            self.refits = self._new_refits(self.best)
-            for optimizer, text in zip(self.refits, state["refits"], strict=True):
-                optimizer.restore(text)
+    def restore(self, saved: SavedFields) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: a field is missing or wrong; the message names it.
+        """
+        self.round = saved.integer("round", 0, self.steps + 1)
+        for search, fields in zip(self.searches, saved.objects("searches", len(self.searches)), strict=True):
+            fields.restore("steppers", search.steppers)
+            search.patience.restore(fields.fields("patience"))
+            search.stopped, search.history = fields.flag("stopped"), fields.history("history")
+        if saved.value("best") is not None:
+            best = saved.fields("best")
+            points = best.points("points", len(self.splits), self.parameterization.count)
+            step = best.integer("step", 0, self.steps)
+            self.selection.best = Candidate(step, best.number("penalty", 0), best.text("kind"), points)
+            self.selection.loss = best.number("loss")
+            if saved.items("refit_steppers"):
+                self.refit_steppers = self._new_steppers(self.selection.best.penalty, self.options.search_count)
+                saved.restore("refit_steppers", self.refit_steppers)
+        self.refit_is_out_of_time = saved.flag("refit_is_out_of_time")
 
     # Parts.
 
-    def _optimizer(self, penalty: float, **changes: Any) -> _search.GradientOptimizer:
-        settings: dict[str, Any] = {
-            "steps": self.steps,
-            "learning_rate": self.options.learning_rate,
-            "epsilon": self.options.epsilon,
-            "penalty": penalty,
-            "max_abs_log_scale": MAX_ABS_LOG_SCALE,
-            "evaluate_every": min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED),
-            "patience": 0,  # judged here, over all folds
-            "average": self.options.average,
-            "start": self.parameterization.start,
-        }
-        return _search.GradientOptimizer(self.parameterization.count, **(settings | changes))
+    def _new_steppers(self, penalty: float, count: int) -> list[_search.GradientStepper]:
+        return [
+            _search.GradientStepper(
+                self.parameterization.count,
+                steps=self.steps,
+                learning_rate=self.options.learning_rate,
+                epsilon=self.options.epsilon,
+                l2_penalty=penalty,
+                max_abs_log_scale=MAX_ABS_LOG_SCALE,
+                average_decay=self.options.average,
+                start=self.parameterization.start,
+            )
+            for _ in range(count)
+        ]
 
     def _loss_and_gradient(
-        self, point: np.ndarray, seed: int, fold: int, places: Places, step: int
+        self, stepper: _search.GradientStepper, order_seed: tuple[int, int], places: Places
     ) -> tuple[float, np.ndarray]:
-        chosen = [examples_of_step(part, self.options.examples_per_step, (seed, fold), step) for part in places]
-        loss, gradient = self.measurement.loss_and_gradient(self.parameterization.log_scale(point), chosen)
+        """Return the loss at the stepper's point, of the examples of its next step, and the gradient dL/dx [P]."""
+        chosen = [
+            examples_of_step(part, self.options.examples_per_step, order_seed, stepper.steps_done) for part in places
+        ]
+        log_scale = self.parameterization.log_scale(stepper.point())
+        loss, gradient = self.measurement.loss_and_gradient(log_scale, chosen)
+        if not math.isfinite(loss):
+            raise ZeroTuningError(f"the model's loss must be finite, got {loss}")
         return loss, self.parameterization.point_gradient(gradient)
 
     def _scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
@@ -308,21 +324,15 @@ class GradientSearch:
         return self.measurement.scores(self.parameterization.log_scale(point), places)
 
     @staticmethod
-    def _tell(optimizer: _search.Optimizer, answers: Sequence[tuple[float, np.ndarray | None]]) -> None:
+    def _step(stepper: _search.GradientStepper, gradient: np.ndarray) -> None:
         try:
-            optimizer.tell(answers)
+            stepper.step(gradient)
         except ValueError as error:
-            raise ZeroTuningError(f"the model's loss cannot be used: {error}") from error
+            raise ZeroTuningError(f"the gradient of the model's loss cannot be used: {error}") from error
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _encoded(point: np.ndarray) -> str:
-    """Float64 numbers as text that gives the same bits again."""
-    return base64.b64encode(np.ascontiguousarray(point, dtype="<f8").tobytes()).decode("ascii")
-
-
-def _decoded(text: str) -> np.ndarray:
-    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<f8").astype(np.float64)
+def _figures(kind: str, decision: Decision) -> dict[str, Any]:
+    """What the report's history holds of a decision."""
+    name = "held_out" if kind == "point" else f"{kind}_held_out"
+    loss = decision.loss if math.isfinite(decision.loss) else None
+    return {f"{name}_loss": loss, f"{name}_accuracy": decision.accuracy} | decision.details

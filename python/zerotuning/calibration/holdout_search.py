@@ -1,25 +1,90 @@
-"""The paper's method and CMA-ES: one search a seed, which holds a fifth of the examples out and judges itself."""
+"""The paper's method and CMA-ES: a search for each seed, which holds out one fifth of the examples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from zerotuning import _search
-from zerotuning.calibration.folds import Split
-from zerotuning.calibration.gradient_search import FAILED
+from zerotuning.calibration.acceptance import Decision, Selection
+from zerotuning.calibration.folds import Places, Split
 from zerotuning.calibration.objective import Measurement
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
+from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.calibration.search_result import SearchResult
 from zerotuning.errors import ZeroTuningError
 
 
+class SeedSearch:
+    """One seed's search: the optimiser proposes finalists from the fit examples, the held-out ones choose among them.
+
+    Args:
+        optimizer: the search.
+        split: its examples.
+
+    Attributes:
+        selection: the best finalist by held-out loss; None before the loss at γ = 1 is measured.
+        is_judged: whether the finalists' held-out losses are measured.
+    """
+
+    def __init__(self, optimizer: _search.Optimizer, split: Split) -> None:
+        self.optimizer, self.split = optimizer, split
+        self.selection: Selection[np.ndarray] | None = None
+        self.is_judged = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to evaluate."""
+        return self.optimizer.finished() and (self.is_judged or not self.optimizer.finalists())
+
+    @property
+    def gain(self) -> float:
+        """By how much the best finalist's held-out loss is lower than at γ = 1; 0 where none is."""
+        return 0.0 if self.selection is None else self.selection.baseline_loss - self.selection.loss
+
+    @property
+    def best(self) -> np.ndarray | None:
+        """x [P] of the best finalist; None where γ = 1 is better."""
+        return None if self.selection is None else self.selection.best
+
+    def state(self) -> dict[str, Any]:
+        """Return what JSON keeps of it."""
+        selection = self.selection
+        best = None if selection is None or selection.best is None else selection.best.tolist()
+        return {
+            "optimizer": self.optimizer.state(),
+            "baseline_loss": None if selection is None else selection.baseline_loss,
+            "best_loss": None if selection is None else selection.loss,
+            "best": best,
+            "is_judged": self.is_judged,
+        }
+
+    def restore(self, saved: SavedFields) -> None:
+        """Continue where `state` was taken."""
+        saved.restore("optimizer", self.optimizer)
+        self.is_judged = saved.flag("is_judged")
+        baseline = saved.number_or_none("baseline_loss")
+        if baseline is None:
+            return
+        self.selection = Selection(baseline)
+        if saved.value("best") is not None:
+            self.selection.best = saved.point("best", self.optimizer.dimension)
+            self.selection.loss = saved.number("best_loss")
+
+
 class HoldoutSearch:
-    """One round of `advance` answers what one search asks for at once; the searches run one after another."""
+    """The searches of all seeds, one after another. One round, `advance`, evaluates what a search asks for at once.
+
+    Args:
+        measurement: losses of the examples.
+        parameterization: maps points to log γ.
+        options: of the calibration.
+        splits: one for each seed.
+    """
 
     share_of_time = 1.0
 
@@ -31,90 +96,123 @@ class HoldoutSearch:
         splits: Sequence[Split],
     ) -> None:
         self.measurement, self.parameterization, self.options = measurement, parameterization, options
-        self.splits = list(splits)
-        self.optimizers = [new_optimizer(parameterization, options, split.seed) for split in self.splits]
+        self.searches = [SeedSearch(new_optimizer(parameterization, options, split.seed), split) for split in splits]
         self.history: list[dict[str, Any]] = []
         self.stopped = False
 
     @property
     def steps_total(self) -> int:
-        return sum(optimizer.steps_total() for optimizer in self.optimizers)
+        """The most evaluations there can be."""
+        return sum(search.optimizer.steps_total for search in self.searches)
 
     @property
     def steps_done(self) -> int:
-        return sum(optimizer.steps_done() for optimizer in self.optimizers)
+        """Evaluations so far."""
+        return sum(search.optimizer.steps_done for search in self.searches)
 
     @property
     def finished(self) -> bool:
-        return self.stopped or all(optimizer.finished() for optimizer in self.optimizers)
+        """Whether nothing is left to evaluate."""
+        return self.stopped or all(search.finished for search in self.searches)
+
+    @property
+    def baseline_loss(self) -> float:
+        """The first seed's held-out loss at γ = 1; NaN before it is measured."""
+        selection = self.searches[0].selection
+        return math.nan if selection is None else selection.baseline_loss
 
     @property
     def least_loss(self) -> float:
-        known = [optimizer.best_loss() for optimizer in self.optimizers]
-        return min((loss for loss in known if not math.isnan(loss)), default=math.nan)
+        """The least held-out loss of a finalist, or that of γ = 1; NaN before one is measured."""
+        losses = [search.selection.loss for search in self.searches if search.selection is not None]
+        return min(losses, default=math.nan)
 
     def stop(self) -> None:
+        """End the searches where they stand."""
         self.stopped = True
 
     def advance(self) -> None:
-        index = next(i for i, optimizer in enumerate(self.optimizers) if not optimizer.finished())
-        optimizer, split = self.optimizers[index], self.splits[index]
+        """Evaluate what the first unfinished search asks for, or its finalists."""
+        search = next(search for search in self.searches if not search.finished)
         entry: dict[str, Any] = {"step": self.steps_done}
-        asked = optimizer.ask()
-        answers: list[tuple[float, np.ndarray | None]] = [(FAILED, None)] * len(asked)
-        for part, places in (("fit", split.fit), ("held_out", split.held_out)):
-            chosen = [i for i, wanted in enumerate(asked) if wanted.part == part]
-            if not chosen:
-                continue
-            losses = self.measurement.losses([self.parameterization.log_scale(asked[i].point) for i in chosen], places)
-            for i, loss in zip(chosen, losses, strict=True):
-                answers[i] = (loss if math.isfinite(loss) else FAILED, None)
-            entry[f"{part}_loss"] = min(answers[i][0] for i in chosen)
-        try:
-            optimizer.tell(answers)
-        except ValueError as error:
-            raise ZeroTuningError(f"the model's loss cannot be used: {error}") from error
+        if not search.optimizer.finished():
+            losses = self._losses(search.optimizer.ask(), search.split.fit)
+            search.optimizer.tell(losses)
+            entry |= _least_finite("fit_loss", losses)
+            if search.selection is None:
+                baseline = self._losses([self.parameterization.untuned], search.split.held_out)
+                if not math.isfinite(baseline[0]):
+                    raise ZeroTuningError("the loss of the held-out examples is not finite at γ = 1")
+                search.selection = Selection(baseline[0])
+                entry |= _least_finite("held_out_loss", baseline)
+        else:
+            assert search.selection is not None
+            points = search.optimizer.finalists()
+            losses = self._losses(points, search.split.held_out)
+            for point, loss in zip(points, losses, strict=True):
+                # The loss alone decides: AcceptanceTest.accepts tests the rest, on all examples.
+                search.selection.consider(Decision(loss, None, admissible=math.isfinite(loss)), point)
+            search.is_judged = True
+            entry |= _least_finite("held_out_loss", losses)
         self.history.append(entry)
 
-    def found(self) -> SearchResult:
-        """The search whose held-out loss fell most, if one's did."""
-        zero = self.parameterization.untuned
-        points = [optimizer.best() for optimizer in self.optimizers]
-        falls = [optimizer.baseline_loss() - optimizer.best_loss() for optimizer in self.optimizers]
-        best = int(np.argmax([0.0 if math.isnan(fall) else fall for fall in falls]))
-        judged = [(split, point if len(point) else zero) for split, point in zip(self.splits, points, strict=True)]
-        if not points[best].any():
-            return SearchResult(None, judged, {"step": self.steps_done})
-        return SearchResult(points[best], judged, {"step": self.steps_done, "seed": self.splits[best].seed})
+    def _losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
+        return self.measurement.losses([self.parameterization.log_scale(point) for point in points], places)
+
+    def result(self) -> SearchResult:
+        """Return the point of the seed whose held-out loss fell most."""
+        untuned = self.parameterization.untuned
+        points = [(search.split, untuned if search.best is None else search.best) for search in self.searches]
+        winner = self.searches[int(np.argmax([search.gain for search in self.searches]))]
+        if winner.best is None or not winner.best.any():
+            return SearchResult(None, points, {"step": self.steps_done})
+        return SearchResult(winner.best, points, {"step": self.steps_done, "seed": winner.split.seed})
 
     @property
     def profile(self) -> dict[str, Any] | None:
-        """What the paper's method measured head by head: of the first seed."""
-        first = self.optimizers[0]
+        """What the paper's method measured head by head, of the first seed; None of another method."""
+        first = self.searches[0].optimizer
         if not isinstance(first, _search.PaperOptimizer):
             return None
         return {
-            "effect": [None if np.isnan(effect) else float(effect) for effect in first.profile()],
+            "effect": [float(effect) if math.isfinite(effect) else None for effect in first.profile()],
             "direction": first.direction(),
             "group": first.group(),
         }
 
     def state(self) -> dict[str, Any]:
+        """Return what JSON keeps of the searches."""
         return {
-            "optimizers": [optimizer.state() for optimizer in self.optimizers],
+            "searches": [search.state() for search in self.searches],
             "history": self.history,
             "stopped": self.stopped,
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continues where `state` was taken. ValueError, KeyError or TypeError for one that is damaged."""
-        for optimizer, text in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.restore(text)
-        self.history, self.stopped = list(state["history"]), bool(state["stopped"])
+    def restore(self, saved: SavedFields) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: a field is missing or wrong; the message names it.
+        """
+        for search, fields in zip(self.searches, saved.objects("searches", len(self.searches)), strict=True):
+            search.restore(fields)
+        self.history, self.stopped = saved.history("history"), saved.flag("stopped")
 
 
-def new_optimizer(parameterization: ScaleParameterization, options: CalibrationOptions, seed: int) -> _search.Optimizer:
-    """The C++ search that the options ask for."""
+def _least_finite(name: str, losses: Sequence[float]) -> dict[str, float]:
+    """An entry of the history: the least finite loss; nothing where every evaluation failed."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return {name: min(finite)} if finite else {}
+
+
+def new_optimizer(
+    parameterization: ScaleParameterization, options: CalibrationOptions, seed: int
+) -> _search.PaperOptimizer | _search.CmaEsOptimizer:
+    """Make the search of csrc/search that the options ask for.
+
+    Raises:
+        ZeroTuningError: the paper's method with a start, or too few evaluations for a generation of CMA-ES.
+    """
     if options.method == "paper":
         if parameterization.start.any():
             raise ZeroTuningError(
@@ -130,5 +228,5 @@ def new_optimizer(parameterization: ScaleParameterization, options: CalibrationO
             max_abs_log_scale=MAX_ABS_LOG_SCALE,
             start=parameterization.start,
         )
-    except ValueError as error:  # too few evaluations for a generation
+    except ValueError as error:
         raise ZeroTuningError(f"method {options.method} with steps = {steps}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from dataclasses import asdict, replace
@@ -80,14 +79,13 @@ class CalibrationRun:
         if saved is None:
             return
         try:
-            self.search.restore(saved["search"])
-            self.seconds = float(saved["seconds"])
-            if not 0 <= self.seconds < math.inf:
-                raise ValueError(f"seconds {self.seconds}")
-            memory, limits = self.measurement.memory, saved["memory"]
-            memory.max_batch_size, memory.max_candidates = limits["max_batch_size"], limits["max_candidates"]
-            memory.checkpointed, memory.notes = bool(limits["checkpointed"]), list(limits["notes"])
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+            self.search.restore(saved.fields("search"))
+            self.seconds = saved.number("seconds", 0)
+            memory, limits = self.measurement.memory, saved.fields("memory")
+            memory.max_batch_size = limits.integer_or_none("max_batch_size", 1)
+            memory.max_candidates = limits.integer_or_none("max_candidates", 1)
+            memory.checkpointed, memory.notes = limits.flag("checkpointed"), list(map(str, limits.items("notes")))
+        except ValueError as error:
             raise self.state.damaged(error) from error
 
     def until_finished(self, progress: bool) -> None:
@@ -130,7 +128,7 @@ class CalibrationRun:
 
     def result(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Return log γ, float64 [layers * heads], and the report."""
-        found = self.search.found()
+        found = self.search.result()
         reason = self._reason_to_reject(found)
         untuned = self.parameterization.untuned
         if reason is not None:
@@ -183,9 +181,8 @@ class CalibrationRun:
         if self.acceptance is not None:
             return held_out_figures(self.measurement, self.parameterization, found, self.acceptance)
         assert isinstance(self.search, HoldoutSearch)
-        optimizer = self.search.optimizers[0]
         return {
             "held_out_examples": sum(len(places) for places in self.splits[0].held_out),
-            "baseline": {"loss": optimizer.baseline_loss(), "accuracy": None},
+            "baseline": {"loss": self.search.baseline_loss, "accuracy": None},
             "tuned": {"loss": self.search.least_loss, "accuracy": None},
         }

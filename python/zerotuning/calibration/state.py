@@ -1,4 +1,4 @@
-"""What an unfinished calibration leaves in its folder, so that the same call goes on where it was stopped."""
+"""The state of an unfinished calibration in its folder, from which the same call resumes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
 from zerotuning.calibration.options import CalibrationOptions
+from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically
 from zerotuning.models.process_group import Processes
@@ -25,11 +26,12 @@ from zerotuning.version import __version__
 
 
 class CalibrationState:
-    """Reads and writes the state file; only the first of several processes touches the folder.
+    """Reads and writes the state file; of several processes only the main process touches the folder.
 
     Args:
-        folder: where it is; None: nothing is kept.
-        identity: what must be equal for a saved state to be continued.
+        folder: the calibration's output; None: no state is written.
+        identity: what must be equal for a saved state to be resumed.
+        processes: the processes that make the calibration together.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], processes: Processes) -> None:
@@ -37,29 +39,31 @@ class CalibrationState:
         self.identity = dict(identity)
         self.processes = processes
 
-    def read(self) -> dict[str, Any] | None:
-        """The state of the same calibration, interrupted earlier; None where there is none.
+    def read(self) -> SavedFields | None:
+        """Read the state of the same calibration, interrupted earlier; None where there is none.
 
-        Errors: ZeroTuningError for a file that is damaged or of another calibration.
+        Raises:
+            ZeroTuningError: the file is damaged, or of another calibration.
         """
         if self.path is None:
             return None
         text = ""
         if self.processes.is_main_process and self.path.exists():
             try:
-                text = self.path.read_text("utf-8") or " "  # an empty file is damaged, no missing one
+                text = self.path.read_text("utf-8") or " "  # an empty file is damaged, not missing
             except (OSError, ValueError) as error:
                 raise self.damaged(error) from error
         text = self.processes.broadcast_from_main(text)
         if not text:
             return None
         try:
-            content = json.loads(text)
-            saved, state = dict(content["calibration"]), dict(content["state"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            content = SavedFields(json.loads(text))
+            content.fields("calibration")
+            saved, state = content.value("calibration"), content.fields("state")
+        except (ValueError, RecursionError) as error:
             raise self.damaged(error) from error
-        # Through JSON, so that numbers compare as they were written. The first process's, which wrote them: of a model that
-        # processes share each may count its own parameters.
+        # Through JSON, so that numbers compare as they were written. The main process wrote the file, so its identity
+        # counts: each process may count other parameters of a model that they share.
         for name, value in json.loads(self.processes.broadcast_from_main(json.dumps(self.identity))).items():
             if saved.get(name) != value:
                 raise ZeroTuningError(
@@ -69,14 +73,16 @@ class CalibrationState:
         return state
 
     def damaged(self, error: Exception) -> ZeroTuningError:
-        return ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew")
+        """Return the error of a state that cannot be read."""
+        return ZeroTuningError(f"{self.path} cannot be read: {error}; overwrite to start anew")
 
     def write(self, state: Mapping[str, Any]) -> None:
+        """Replace the state on disk."""
         if self.path is not None and self.processes.is_main_process:
             write_json_atomically(self.path, {"calibration": self.identity, "state": dict(state)})
 
     def clear(self) -> None:
-        """Removes the state, and what a run killed in the middle of writing a file left beside it."""
+        """Remove the state, and unfinished files that a run left when it was killed."""
         if self.path is None or not self.processes.is_main_process:
             return
         for name in (*RESULT_FILES, STATE_FILE, TRIALS_FILE):
@@ -94,8 +100,17 @@ def identity(
     start: HeadScales | None,
     metric: str,
 ) -> dict[str, Any]:
-    """What makes a calibration the same: model, version, tasks, their records and these as tokens, options; `metric` is
-    its name."""
+    """Return what two calibrations must have in common for one to resume the other, as JSON values.
+
+    Args:
+        model: the model.
+        tasks: its tasks.
+        records: each task's examples.
+        tokens: the same, tokenized.
+        options: of the calibration.
+        start: the scales to begin with, if any.
+        metric: name of the metric of generated text; "" where there is none.
+    """
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
         "version": __version__,
@@ -118,14 +133,14 @@ def identity(
         "start": "" if start is None else start.gamma.numpy().tobytes().hex(),
         "metric": metric,
         "data": hashlib.sha256(data.encode()).hexdigest(),
-        # Last: where something above differs, that is the better reason to name.
+        # Last: a difference above gives the better error message.
         "weights": weights_digest(model),
         "tokens": tokens_digest(tokens),
     }
 
 
 def _shown_shots(shots: Sequence[Shot]) -> str:
-    """How many, and a digest of their texts, which would make an error message pages long."""
+    """The number of shots and a digest of their texts, which would make an error message pages long."""
     if not shots:
         return "none"
     texts = json.dumps([(shot.prompt, shot.answer) for shot in shots])

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "search/cma_es_optimizer.h"
@@ -31,13 +32,13 @@ int64_t evaluations_to_reach(double target, const Loss& loss, Vector start, uint
   CmaEsOptimizer optimizer(static_cast<int64_t>(options.start.size()), options);
   int64_t evaluations = 0;
   int64_t reached = 0;
-  const Problem problem = same_on_both_parts([&](const Vector& x) {
+  const auto counting = [&](const Vector& x) {
     ++evaluations;
     const double value = loss(x);
     if (value < target && reached == 0) reached = evaluations;
     return value;
-  });
-  run(optimizer, problem, [&] { return reached > 0; });
+  };
+  run(optimizer, counting, [&] { return reached > 0; });
   return reached > 0 ? reached : options.evaluations;
 }
 
@@ -105,12 +106,12 @@ TEST(CmaEsOptimizer, finds_the_optimum_of_quadratics_in_1_to_2000_dimensions) {
     const Quadratic function = quadratic(n, c.condition);
     CmaEsOptimizer optimizer(c.dimension, exact(c.evaluations));
     const double target = c.loss * function(Vector(n, 0.0));
-    run(optimizer, function.problem(), [&] { return function(optimizer.mean()) < target; });
+    run(optimizer, function, [&] { return function(optimizer.mean()) < target; });
     EXPECT_LT(function(optimizer.mean()), target) << n << " dimensions";
   }
 }
 
-TEST(CmaEsOptimizer, learns_the_diagonal_alone_above_200_dimensions_unless_told_otherwise) {
+TEST(CmaEsOptimizer, learns_the_diagonal_alone_above_200_dimensions_unless_set_otherwise) {
   EXPECT_FALSE(CmaEsOptimizer(200).diagonal());
   EXPECT_TRUE(CmaEsOptimizer(201).diagonal());
   CmaEsOptions options;
@@ -120,23 +121,29 @@ TEST(CmaEsOptimizer, learns_the_diagonal_alone_above_200_dimensions_unless_told_
   EXPECT_EQ(CmaEsOptimizer(2000).population(), 26);
 }
 
-TEST(CmaEsOptimizer, reports_the_held_out_loss_of_what_it_found) {
+TEST(CmaEsOptimizer, proposes_its_mean_and_the_best_candidate) {
   const Quadratic function = quadratic(10, 100);
   CmaEsOptimizer optimizer(10, exact(6000));
-  const Counts counts = run(optimizer, function.problem());
-  EXPECT_LE(counts.fit, 6000);
-  EXPECT_EQ(counts.held_out, 3);  // x = 0, the mean, the best candidate
-  EXPECT_LT(distance(optimizer.best(), function.optimum), 1e-6);
-  EXPECT_EQ(optimizer.best_loss(), function(optimizer.best()));
-  EXPECT_EQ(optimizer.baseline_loss(), function(Vector(10, 0.0)));
+  EXPECT_TRUE(optimizer.finalists().empty());
+  double least = std::numeric_limits<double>::infinity();
+  run(optimizer, [&](const Vector& x) {
+    least = std::min(least, function(x));
+    return function(x);
+  });
+  ASSERT_EQ(optimizer.finalists().size(), 2u);
+  EXPECT_EQ(optimizer.finalists()[0], optimizer.mean());
+  EXPECT_EQ(function(optimizer.finalists()[1]), least);
+  for (const Vector& point : optimizer.finalists()) {
+    EXPECT_LT(distance(point, function.optimum), 1e-6);
+  }
 }
 
 TEST(CmaEsOptimizer, never_spends_more_than_its_budget) {
   for (const int64_t evaluations : {10, 11, 57, 300}) {
     CmaEsOptimizer optimizer(10, exact(evaluations));
-    const Counts counts = run(optimizer, quadratic(10, 1).problem());
-    EXPECT_LE(counts.fit, evaluations);
-    EXPECT_GT(counts.fit, evaluations - optimizer.population());
+    const int64_t spent = run(optimizer, quadratic(10, 1));
+    EXPECT_LE(spent, evaluations);
+    EXPECT_GT(spent, evaluations - optimizer.population());
     EXPECT_EQ(optimizer.steps_done(), optimizer.steps_total());
     EXPECT_EQ(optimizer.stop_reason(), "evaluations");
   }
@@ -146,12 +153,12 @@ TEST(CmaEsOptimizer, stops_when_it_has_converged) {
   CmaEsOptions options = exact(100000);
   options.tolx = 1e-4;
   CmaEsOptimizer by_position(5, options);
-  EXPECT_LT(run(by_position, quadratic(5, 1).problem()).fit, 1500);
+  EXPECT_LT(run(by_position, quadratic(5, 1)), 1500);
   EXPECT_EQ(by_position.stop_reason(), "tolx");
   options.tolx = 0;
   options.tolfun = 1e-8;
   CmaEsOptimizer by_loss(5, options);
-  EXPECT_LT(run(by_loss, quadratic(5, 1).problem()).fit, 3000);
+  EXPECT_LT(run(by_loss, quadratic(5, 1)), 3000);
   EXPECT_EQ(by_loss.stop_reason(), "tolfun");
 }
 
@@ -159,18 +166,17 @@ TEST(CmaEsOptimizer, depends_on_the_order_of_the_losses_only) {
   const Quadratic function = quadratic(6, 50);
   CmaEsOptimizer plain(6, exact(600));
   CmaEsOptimizer stretched(6, exact(600));
-  run(plain, function.problem());
-  run(stretched, same_on_both_parts([&](const Vector& x) { return std::exp(function(x)) - 7; }));
-  EXPECT_EQ(plain.mean(), stretched.mean());
-  EXPECT_EQ(plain.best(), stretched.best());
+  run(plain, function);
+  run(stretched, [&](const Vector& x) { return std::exp(function(x)) - 7; });
+  EXPECT_EQ(plain.finalists(), stretched.finalists());
 }
 
 TEST(CmaEsOptimizer, repeats_itself_for_a_seed_and_differs_between_seeds) {
   CmaEsOptions options = exact(100);
-  const Vector first = CmaEsOptimizer(6, options).ask()[0].point;
-  EXPECT_EQ(CmaEsOptimizer(6, options).ask()[0].point, first);
+  const Vector first = CmaEsOptimizer(6, options).ask()[0];
+  EXPECT_EQ(CmaEsOptimizer(6, options).ask()[0], first);
   options.seed = 1;
-  EXPECT_NE(CmaEsOptimizer(6, options).ask()[0].point, first);
+  EXPECT_NE(CmaEsOptimizer(6, options).ask()[0], first);
 }
 
 TEST(CmaEsOptimizer, descends_a_staircase_to_its_lowest_step) {
@@ -181,8 +187,8 @@ TEST(CmaEsOptimizer, descends_a_staircase_to_its_lowest_step) {
     CmaEsOptions options = exact(2000);
     options.seed = seed;
     CmaEsOptimizer optimizer(8, options);
-    run(optimizer, same_on_both_parts(staircase));
-    EXPECT_EQ(optimizer.best_loss(), 0) << "seed " << seed;
+    run(optimizer, staircase);
+    EXPECT_EQ(staircase(best_finalist(optimizer, staircase)), 0) << "seed " << seed;
   }
 }
 
@@ -190,20 +196,9 @@ TEST(CmaEsOptimizer, comes_near_the_optimum_of_a_noisy_quadratic) {
   const Quadratic function = quadratic(10, 10);
   const double baseline = function(Vector(10, 0.0));
   RandomNumbers random(5);
-  Problem noisy = function.problem();
-  noisy.fit = [&](const Vector& x) { return function(x) + 0.02 * baseline * random.normal(); };
   CmaEsOptimizer optimizer(10, exact(3000));
-  run(optimizer, noisy);
-  EXPECT_LT(optimizer.best_loss(), 0.05 * baseline);
-}
-
-TEST(CmaEsOptimizer, returns_zero_when_nothing_beats_it_on_the_held_out_part) {
-  Problem overfit = quadratic(4, 1).problem();
-  overfit.held_out = [](const Vector& x) { return 1 + distance(x, Vector(4, 0.0)); };
-  CmaEsOptimizer optimizer(4, exact(800));
-  run(optimizer, overfit);
-  EXPECT_EQ(optimizer.best(), Vector(4, 0.0));
-  EXPECT_EQ(optimizer.best_loss(), 1);
+  run(optimizer, [&](const Vector& x) { return function(x) + 0.02 * baseline * random.normal(); });
+  EXPECT_LT(function(best_finalist(optimizer, function)), 0.05 * baseline);
 }
 
 TEST(CmaEsOptimizer, never_leaves_the_bound_and_reaches_an_optimum_on_it) {
@@ -212,34 +207,42 @@ TEST(CmaEsOptimizer, never_leaves_the_bound_and_reaches_an_optimum_on_it) {
   CmaEsOptimizer optimizer(4, options);
   const Quadratic function{Vector(4, 1.0), {9.0, -9.0, 0.5, 9.0}};
   double widest = 0;
-  run(optimizer, function.problem(), [&] {
-    for (const Evaluation& wanted : optimizer.ask()) {
-      for (const double value : wanted.point) widest = std::max(widest, std::fabs(value));
-    }
-    return false;
+  run(optimizer, [&](const Vector& x) {
+    for (const double value : x) widest = std::max(widest, std::fabs(value));
+    return function(x);
   });
   EXPECT_LE(widest, 1.5);
-  EXPECT_LT(distance(optimizer.best(), {1.5, -1.5, 0.5, 1.5}), 1e-3);
+  EXPECT_LT(distance(best_finalist(optimizer, function), {1.5, -1.5, 0.5, 1.5}), 1e-3);
 }
 
 TEST(CmaEsOptimizer, survives_a_flat_loss_with_finite_numbers) {
   for (const int64_t n : {1, 5, 250}) {
     CmaEsOptimizer optimizer(n, exact(6000));
-    run(optimizer, same_on_both_parts([](const Vector&) { return 0.5; }));
+    run(optimizer, [](const Vector&) { return 0.5; });
     EXPECT_TRUE(std::isfinite(optimizer.sigma()));
-    EXPECT_EQ(optimizer.best(), Vector(static_cast<size_t>(n), 0.0));
-    EXPECT_EQ(optimizer.best_loss(), 0.5);
+    EXPECT_EQ(optimizer.finalists().size(), 2u);
   }
 }
 
-TEST(CmaEsOptimizer, needs_no_held_out_part) {
-  CmaEsOptions options = exact(2000);
-  options.held_out = false;
-  CmaEsOptimizer optimizer(3, options);
-  const Quadratic function = quadratic(3, 10);
-  const Counts counts = run(optimizer, function.problem());
-  EXPECT_EQ(counts.held_out, 0);
-  EXPECT_LT(distance(optimizer.best(), function.optimum), 1e-6);
+TEST(CmaEsOptimizer, ranks_failed_evaluations_last) {
+  const Quadratic function = quadratic(4, 1);
+  const auto found_with = [&](double failure) {
+    CmaEsOptimizer optimizer(4, exact(800));
+    run(optimizer, [&](const Vector& x) { return x[1] > 0.1 ? failure : function(x); });
+    return optimizer.finalists();
+  };
+  const std::vector<Vector> expected = found_with(1e30);
+  EXPECT_LT(distance(expected[1], function.optimum), 1e-3);
+  EXPECT_EQ(found_with(std::nan("")), expected);
+  EXPECT_EQ(found_with(-std::numeric_limits<double>::infinity()), expected);
+}
+
+TEST(CmaEsOptimizer, ends_with_finite_numbers_when_every_evaluation_fails) {
+  CmaEsOptimizer optimizer(3, exact(6000));
+  EXPECT_LT(run(optimizer, [](const Vector&) { return std::nan(""); }), 6000);
+  EXPECT_EQ(optimizer.stop_reason(), "tolfun");
+  for (const double value : optimizer.mean()) EXPECT_TRUE(std::isfinite(value));
+  EXPECT_EQ(optimizer.finalists()[1], Vector(3, 0.0));
 }
 
 TEST(CmaEsOptimizer, refuses_options_out_of_range) {

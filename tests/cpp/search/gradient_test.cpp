@@ -1,11 +1,12 @@
-// The gradient search on functions whose optimum is known.
+// The gradient steps on functions whose optimum is known.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 
-#include "search/gradient_optimizer.h"
+#include "search/gradient_stepper.h"
 #include "search/random_numbers.h"
 #include "test_functions.h"
 
@@ -16,45 +17,41 @@ GradientOptions plain(int64_t steps, double learning_rate) {
   GradientOptions options;
   options.steps = steps;
   options.learning_rate = learning_rate;
-  options.penalty = 0;
-  options.patience = 0;
+  options.l2_penalty = 0;
   return options;
 }
 
-TEST(GradientOptimizer, finds_the_optimum_of_quadratics_in_1_to_500_dimensions) {
+TEST(GradientStepper, finds_the_optimum_of_quadratics_in_1_to_500_dimensions) {
   for (const int64_t n : {1, 2, 10, 270, 500}) {
     for (const double condition : {1.0, 1e4}) {
       const Quadratic function = quadratic(static_cast<size_t>(n), condition);
-      GradientOptimizer optimizer(n, plain(300, 0.1));
-      const Counts counts = run(optimizer, function.problem());
-      EXPECT_EQ(counts.gradient, 300);
-      EXPECT_EQ(counts.held_out, 301);
-      EXPECT_LT(distance(optimizer.best(), function.optimum),
+      GradientStepper stepper(n, plain(300, 0.1));
+      EXPECT_LT(distance(run(stepper, function.slope()), function.optimum),
                 1e-3 * std::sqrt(static_cast<double>(n)))
           << n << " dimensions, condition " << condition;
+      EXPECT_EQ(stepper.steps_done(), 300);
     }
   }
 }
 
-TEST(GradientOptimizer, finds_the_optimum_of_rosenbrocks_function) {
+TEST(GradientStepper, finds_the_optimum_of_rosenbrocks_function) {
   for (const int64_t n : {2, 10}) {
-    GradientOptimizer optimizer(n, plain(6000, 0.05));
-    run(optimizer, same_on_both_parts(rosenbrock, rosenbrock_gradient));
-    EXPECT_LT(optimizer.best_loss(), 1e-3) << n;
-    EXPECT_LT(distance(optimizer.best(), Vector(static_cast<size_t>(n), 1.0)), 0.1) << n;
+    GradientStepper stepper(n, plain(6000, 0.05));
+    const Vector last = run(stepper, rosenbrock_gradient);
+    EXPECT_LT(rosenbrock(last), 1e-3) << n;
+    EXPECT_LT(distance(last, Vector(static_cast<size_t>(n), 1.0)), 0.1) << n;
   }
 }
 
-TEST(GradientOptimizer, takes_the_steps_of_adam_as_published) {
+TEST(GradientStepper, takes_the_steps_of_adam_as_published) {
   const Quadratic function = quadratic(5, 100);
   GradientOptions options = plain(20, 0.1);
   options.schedule = Schedule::constant;
-  options.penalty = 0.25;
-  GradientOptimizer optimizer(5, options);
+  options.l2_penalty = 0.25;
+  GradientStepper stepper(5, options);
   Vector x(5, 0.0), m(5, 0.0), v(5, 0.0);
   for (int k = 1; k <= 20; ++k) {
-    const Vector asked = optimizer.ask().front().point;
-    for (size_t i = 0; i < 5; ++i) ASSERT_NEAR(asked[i], x[i], 1e-12) << "step " << k;
+    for (size_t i = 0; i < 5; ++i) ASSERT_NEAR(stepper.point()[i], x[i], 1e-12) << "step " << k;
     const Vector slope = function.gradient(x);
     for (size_t i = 0; i < 5; ++i) {
       const double g = slope[i] + 0.25 * x[i];
@@ -63,161 +60,120 @@ TEST(GradientOptimizer, takes_the_steps_of_adam_as_published) {
       x[i] -= 0.1 * (m[i] / (1 - std::pow(0.9, k))) /
               (std::sqrt(v[i] / (1 - std::pow(0.999, k))) + 1e-8);
     }
-    optimizer.tell(answer(function.problem(), optimizer));
+    stepper.step(function.gradient(stepper.point()));
   }
 }
 
-TEST(GradientOptimizer, lets_the_learning_rate_fall_along_a_cosine) {
+TEST(GradientStepper, lets_the_learning_rate_fall_along_a_cosine) {
   // Under a constant gradient each step of Adam is the learning rate itself.
-  GradientOptimizer optimizer(1, plain(10, 0.2));
-  const Problem slope = same_on_both_parts([](const Vector& x) { return -x[0]; },
-                                           [](const Vector&) { return Vector{-1.0}; });
-  run(optimizer, slope);
+  GradientStepper stepper(1, plain(10, 0.2));
   double expected = 0;
-  for (int k = 0; k < 10; ++k) expected += 0.2 * (1 + std::cos(std::acos(-1.0) * k / 10)) / 2;
-  EXPECT_NEAR(optimizer.best()[0], expected, 1e-6);
+  for (int k = 0; k < 10; ++k) {
+    const double rate = 0.2 * (1 + std::cos(std::acos(-1.0) * k / 10)) / 2;
+    EXPECT_NEAR(stepper.learning_rate(), rate, 1e-15);
+    expected += rate;
+    stepper.step({-1.0});
+    EXPECT_NEAR(stepper.point()[0], expected, 1e-6);
+  }
 }
 
-TEST(GradientOptimizer, ends_where_the_penalty_balances_the_loss) {
+TEST(GradientStepper, ends_where_the_penalty_balances_the_loss) {
   // Least of c/2 (x - a)^2 + p/2 x^2: x = c a / (c + p).
   const Quadratic function{{2.0, 2.0}, {1.0, -0.5}};
   GradientOptions options = plain(500, 0.05);
-  options.penalty = 3;
-  GradientOptimizer optimizer(2, options);
-  run(optimizer, function.problem(), [&] { return optimizer.steps_done() == 500; });
-  const Vector last = optimizer.ask().front().point;
+  options.l2_penalty = 3;
+  GradientStepper stepper(2, options);
+  const Vector last = run(stepper, function.slope());
   EXPECT_NEAR(last[0], 2.0 / 5, 1e-4);
   EXPECT_NEAR(last[1], -1.0 / 5, 1e-4);
 }
 
-TEST(GradientOptimizer, never_leaves_the_bound_and_reaches_an_optimum_on_it) {
+TEST(GradientStepper, never_leaves_the_bound_and_reaches_an_optimum_on_it) {
   GradientOptions options = plain(100, 0.3);
   options.max_abs_log_scale = 1.5;
-  GradientOptimizer optimizer(2, options);
+  GradientStepper stepper(2, options);
   const Quadratic function{{1.0, 1.0}, {9.0, -9.0}};
-  double widest = 0;
-  run(optimizer, function.problem(), [&] {
-    for (const Evaluation& wanted : optimizer.ask()) {
-      widest = std::max({widest, std::fabs(wanted.point[0]), std::fabs(wanted.point[1])});
-    }
-    return false;
-  });
-  EXPECT_EQ(widest, 1.5);
-  EXPECT_EQ(optimizer.best(), (Vector{1.5, -1.5}));
+  while (!stepper.finished()) {
+    stepper.step(function.gradient(stepper.point()));
+    for (const double value : stepper.point()) ASSERT_LE(std::fabs(value), 1.5);
+  }
+  EXPECT_EQ(stepper.point(), (Vector{1.5, -1.5}));
 }
 
-TEST(GradientOptimizer, comes_near_the_optimum_under_gradient_noise) {
+TEST(GradientStepper, comes_near_the_optimum_under_gradient_noise) {
   const Quadratic function = quadratic(50, 10);
   RandomNumbers random(11);
-  Problem noisy = function.problem();
-  noisy.gradient = [&](const Vector& x) {
+  const auto noisy = [&](const Vector& x) {
     Vector slope = function.gradient(x);
     for (double& value : slope) value += random.normal();
     return slope;
   };
-  GradientOptimizer optimizer(50, plain(600, 0.1));
-  run(optimizer, noisy);
-  EXPECT_LT(optimizer.best_loss(), 0.02 * optimizer.baseline_loss());
+  GradientStepper stepper(50, plain(600, 0.1));
+  EXPECT_LT(function(run(stepper, noisy)), 0.02 * function(Vector(50, 0.0)));
 }
 
-TEST(GradientOptimizer, returns_the_earlier_point_when_the_held_out_part_gets_worse) {
-  const Quadratic fit = quadratic(4, 1);
-  Quadratic held_out = fit;
-  for (double& value : held_out.optimum) value *= 0.4;
-  GradientOptions options = plain(200, 0.05);
-  options.schedule = Schedule::constant;
-  options.patience = 6;
-  GradientOptimizer optimizer(4, options);
-  Problem overfit = fit.problem();
-  overfit.held_out = held_out;
-  const Counts counts = run(optimizer, overfit);
-  EXPECT_TRUE(optimizer.stopped_early());
-  EXPECT_LT(counts.gradient, 40);
-  EXPECT_LT(optimizer.best_loss(), optimizer.baseline_loss());
-  EXPECT_EQ(optimizer.best_loss(), held_out(optimizer.best()));
-  EXPECT_LT(distance(optimizer.best(), held_out.optimum), distance(fit.optimum, held_out.optimum));
-  EXPECT_NE(optimizer.progress().find("stopped early"), std::string::npos);
-}
-
-TEST(GradientOptimizer, returns_zero_when_nothing_beats_it_on_the_held_out_part) {
-  GradientOptions options = plain(50, 0.1);
-  options.patience = 5;
-  GradientOptimizer optimizer(3, options);
-  Problem harmful = quadratic(3, 1).problem();
-  harmful.held_out = [](const Vector& x) { return 0.5 + distance(x, Vector(3, 0.0)); };
-  const Counts counts = run(optimizer, harmful);
-  EXPECT_EQ(counts.asks, 6);  // x = 0 and five evaluations that are worse
-  EXPECT_EQ(optimizer.best(), Vector(3, 0.0));
-  EXPECT_EQ(optimizer.best_loss(), 0.5);
-  EXPECT_EQ(optimizer.baseline_loss(), 0.5);
-}
-
-TEST(GradientOptimizer, evaluates_the_held_out_part_only_when_due_and_at_the_end) {
-  GradientOptions options = plain(10, 0.1);
-  options.evaluate_every = 4;
-  GradientOptimizer optimizer(2, options);
-  EXPECT_TRUE(std::isnan(optimizer.best_loss()));
-  std::vector<size_t> sizes;
-  run(optimizer, quadratic(2, 1).problem(), [&] {
-    sizes.push_back(optimizer.ask().size());
-    return false;
-  });
-  // Steps 0, 4 and 8 are due; the last ask is the held-out loss of the last point alone.
-  EXPECT_EQ(sizes, (std::vector<size_t>{2, 1, 1, 1, 2, 1, 1, 1, 2, 1, 1}));
-  EXPECT_EQ(optimizer.steps_done(), 10);
-  EXPECT_EQ(optimizer.progress(), "step 10/10");
-}
-
-TEST(GradientOptimizer, uses_the_fit_losses_when_there_is_no_held_out_part) {
-  GradientOptions options = plain(300, 0.1);
-  options.held_out = false;
-  GradientOptimizer optimizer(10, options);
-  const Quadratic function = quadratic(10, 10);
-  const Counts counts = run(optimizer, function.problem());
-  EXPECT_EQ(counts.held_out, 0);
-  EXPECT_EQ(counts.fit, 301);
-  EXPECT_EQ(optimizer.baseline_loss(), function(Vector(10, 0.0)));
-  EXPECT_LT(distance(optimizer.best(), function.optimum), 1e-3);
-}
-
-TEST(GradientOptimizer, starts_from_a_given_point_and_still_compares_with_zero) {
-  const Quadratic function{{1.0, 1.0}, {0.1, 0.1}};
+TEST(GradientStepper, starts_from_a_given_point) {
   GradientOptions options = plain(40, 0.1);
   options.start = {3.0, -3.0};
-  options.patience = 3;
-  GradientOptimizer optimizer(2, options);
-  const std::vector<Evaluation> first = optimizer.ask();
-  ASSERT_EQ(first.size(), 3u);
-  EXPECT_EQ(first[0].point, options.start);
-  EXPECT_EQ(first[1].point, Vector(2, 0.0));
-  run(optimizer, function.problem());
-  // The start is far worse than 0: improving from there is no reason to stop.
-  EXPECT_EQ(optimizer.steps_done(), 40);
-  EXPECT_EQ(optimizer.baseline_loss(), function(Vector(2, 0.0)));
-  EXPECT_LE(optimizer.best_loss(), optimizer.baseline_loss());
+  GradientStepper stepper(2, options);
+  EXPECT_EQ(stepper.point(), options.start);
+  EXPECT_EQ(stepper.averaged_point(), options.start);
 }
 
-TEST(GradientOptimizer, judges_the_moving_average_of_the_points_too) {
-  // The gradient's sign alternates: the points swing about their start, the average does not.
-  const Problem swinging = {[](const Vector&) { return 0.0; },
-                            [](const Vector& x) { return Vector{x[0] >= 0.5 ? 1.0 : -1.0}; },
-                            [](const Vector& x) { return std::fabs(x[0] - 0.5); }};
+TEST(GradientStepper, averages_the_points_after_its_steps_with_their_bias_corrected) {
+  GradientOptions options = plain(6, 0.3);
+  options.average_decay = 0.8;
+  options.start = {0.25};  // which is no part of the average
+  GradientStepper stepper(1, options);
+  double weights = 0, sum = 0;
+  while (!stepper.finished()) {
+    stepper.step({stepper.steps_done() % 2 == 0 ? 1.0 : -2.0});
+    sum = 0.8 * sum + stepper.point()[0];
+    weights = 0.8 * weights + 1;
+    EXPECT_NEAR(stepper.averaged_point()[0], sum / weights, 1e-12);
+  }
+}
+
+TEST(GradientStepper, averages_away_the_swinging_of_its_points) {
+  // The gradient's sign alternates: the points swing about 0.5, the average does not.
   GradientOptions options = plain(60, 0.3);
   options.schedule = Schedule::constant;
   options.beta1 = 0;
-  GradientOptimizer points(1, options);
-  run(points, swinging);
-  options.average = 0.9;
-  GradientOptimizer averaged(1, options);
-  const Counts counts = run(averaged, swinging);
-  EXPECT_EQ(counts.held_out, 61 + 60);
-  EXPECT_LT(averaged.best_loss(), 0.5 * points.best_loss());
+  options.average_decay = 0.9;
+  GradientStepper stepper(1, options);
+  double nearest = 1, nearest_average = 1;
+  while (!stepper.finished()) {
+    stepper.step({stepper.point()[0] >= 0.5 ? 1.0 : -1.0});
+    nearest = std::min(nearest, std::fabs(stepper.point()[0] - 0.5));
+    nearest_average = std::min(nearest_average, std::fabs(stepper.averaged_point()[0] - 0.5));
+  }
+  EXPECT_LT(nearest_average, 0.5 * nearest);
 }
 
-TEST(GradientOptimizer, refuses_options_out_of_range_and_names_them) {
+TEST(GradientStepper, refuses_wrong_gradients_and_stays_as_it_was) {
+  GradientStepper stepper(2, plain(2, 0.1));
+  stepper.step({1.0, 2.0});
+  const std::string before = stepper.state();
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  const auto message = [&](const Vector& gradient) -> std::string {
+    try {
+      stepper.step(gradient);
+    } catch (const std::invalid_argument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  EXPECT_EQ(message({1.0}), "gradient must have 2 numbers, got 1");
+  EXPECT_EQ(message({1.0, nan}), "gradient[1] must be finite, got nan");
+  EXPECT_EQ(stepper.state(), before);
+  stepper.step({1.0, 2.0});
+  EXPECT_EQ(message({1.0, 2.0}), "all 2 steps are done: no further step is possible");
+}
+
+TEST(GradientStepper, refuses_options_out_of_range_and_names_them) {
   const auto message = [](const GradientOptions& options, int64_t dimension = 2) -> std::string {
     try {
-      const GradientOptimizer optimizer(dimension, options);
+      const GradientStepper stepper(dimension, options);
     } catch (const std::invalid_argument& error) {
       return error.what();
     }
@@ -228,8 +184,8 @@ TEST(GradientOptimizer, refuses_options_out_of_range_and_names_them) {
   options.learning_rate = -1;
   EXPECT_EQ(message(options), "learning_rate must be positive and finite, got -1");
   options = {};
-  options.penalty = nan;
-  EXPECT_EQ(message(options), "penalty must be finite and not negative, got nan");
+  options.l2_penalty = nan;
+  EXPECT_EQ(message(options), "l2_penalty must be finite and not negative, got nan");
   options = {};
   options.steps = 0;
   EXPECT_EQ(message(options), "steps must be at least 1, got 0");

@@ -1,4 +1,4 @@
-// Functions whose optimum is known, and the loop that runs a search on them.
+// Functions whose optimum is known, and the loops that run a search on them.
 #pragma once
 
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <functional>
 #include <vector>
 
+#include "search/gradient_stepper.h"
 #include "search/optimizer.h"
 
 namespace zerotuning::search::testing {
@@ -15,51 +16,38 @@ using Vector = std::vector<double>;
 using Loss = std::function<double(const Vector&)>;
 using Gradient = std::function<Vector(const Vector&)>;
 
-// A loss on the fit part, its gradient (null: none), and the loss on the held-out part.
-struct Problem {
-  Loss fit;
-  Gradient gradient;
-  Loss held_out;
-};
-
-inline Problem same_on_both_parts(Loss loss, Gradient gradient = nullptr) {
-  return {loss, gradient, loss};
+inline std::vector<double> losses_asked_for(const Optimizer& optimizer, const Loss& loss) {
+  std::vector<double> losses;
+  for (const Vector& point : optimizer.ask()) losses.push_back(loss(point));
+  return losses;
 }
 
-inline Outcome evaluate(const Problem& problem, const Evaluation& wanted) {
-  const Loss& loss = wanted.part == Part::fit ? problem.fit : problem.held_out;
-  return {loss(wanted.point), wanted.gradient ? problem.gradient(wanted.point) : Vector()};
-}
-
-inline std::vector<Outcome> answer(const Problem& problem, const Optimizer& optimizer) {
-  std::vector<Outcome> outcomes;
-  for (const Evaluation& wanted : optimizer.ask()) outcomes.push_back(evaluate(problem, wanted));
-  return outcomes;
-}
-
-// Evaluations that a search asked for.
-struct Counts {
-  int64_t asks = 0, fit = 0, gradient = 0, held_out = 0;
-};
-
-inline void count(const Optimizer& optimizer, Counts& counts) {
-  ++counts.asks;
-  for (const Evaluation& wanted : optimizer.ask()) {
-    (wanted.part == Part::fit ? counts.fit : counts.held_out) += 1;
-    counts.gradient += wanted.gradient ? 1 : 0;
-  }
-}
-
-// Runs the search until it is finished, or until done().
-inline Counts run(
-    Optimizer& optimizer, const Problem& problem,
+// Runs the search until it is finished, or until done(). Returns the number of evaluations.
+inline int64_t run(
+    Optimizer& optimizer, const Loss& loss,
     const std::function<bool()>& done = [] { return false; }) {
-  Counts counts;
+  int64_t evaluations = 0;
   while (!optimizer.finished() && !done()) {
-    count(optimizer, counts);
-    optimizer.tell(answer(problem, optimizer));
+    const std::vector<double> losses = losses_asked_for(optimizer, loss);
+    evaluations += static_cast<int64_t>(losses.size());
+    optimizer.tell(losses);
   }
-  return counts;
+  return evaluations;
+}
+
+// Takes all steps and returns the last point.
+inline Vector run(GradientStepper& stepper, const Gradient& gradient) {
+  while (!stepper.finished()) stepper.step(gradient(stepper.point()));
+  return stepper.point();
+}
+
+// The finalist with the least loss; x = 0 if none is better.
+inline Vector best_finalist(const Optimizer& optimizer, const Loss& loss) {
+  Vector best(static_cast<size_t>(optimizer.dimension()), 0.0);
+  for (const Vector& point : optimizer.finalists()) {
+    if (loss(point) < loss(best)) best = point;
+  }
+  return best;
 }
 
 inline double distance(const Vector& a, const Vector& b) {
@@ -84,8 +72,9 @@ struct Quadratic {
     for (size_t i = 0; i < x.size(); ++i) slope[i] = curvature[i] * (x[i] - optimum[i]);
     return slope;
   }
-  Problem problem() const {
-    return same_on_both_parts(*this, [self = *this](const Vector& x) { return self.gradient(x); });
+  // The gradient as a function of its own.
+  Gradient slope() const {
+    return [self = *this](const Vector& x) { return self.gradient(x); };
   }
 };
 

@@ -1,4 +1,4 @@
-"""The statistics that judge scales without labels, against their formulas and on cases made to pass and to fail."""
+"""The acceptance rule: the selection, the patience, and the label-free statistics against their formulas."""
 
 from __future__ import annotations
 
@@ -7,8 +7,47 @@ import math
 import numpy as np
 import pytest
 import torch
-from zerotuning.calibration.acceptance import evidence, fold_agreement, kappa, resemblance
+from zerotuning.calibration.acceptance import (
+    Decision,
+    Patience,
+    Selection,
+    evidence,
+    fold_agreement,
+    kappa,
+    resemblance,
+)
 from zerotuning.calibration.folds import Split
+
+
+def test_the_selection_keeps_the_first_admissible_candidate_of_the_least_loss_below_the_baseline() -> None:
+    selection: Selection[str] = Selection(1.0)
+    for name, loss, admissible in [
+        ("equal to γ = 1", 1.0, True),
+        ("inadmissible", 0.1, False),
+        ("first", 0.5, True),
+        ("equal to the first", 0.5, True),
+        ("not a number", math.nan, True),
+    ]:
+        selection.consider(Decision(loss, None, admissible), name)
+    assert (selection.best, selection.loss, selection.baseline_loss) == ("first", 0.5, 1.0)
+
+
+def test_patience_counts_judgements_without_a_lower_admissible_loss() -> None:
+    def judged(*losses: tuple[float, bool]) -> list[Decision]:
+        return [Decision(loss, None, admissible) for loss, admissible in losses]
+
+    patience, endless = Patience(2), Patience(0)
+    for decisions, exhausted in [
+        (judged((9.0, True)), False),
+        (judged((9.0, True), (8.0, False)), False),
+        (judged((9.5, True), (7.0, True)), False),
+        (judged((7.0, True)), False),
+        (judged((math.inf, False)), True),
+    ]:
+        for one in (patience, endless):
+            one.note(decisions)
+        assert patience.is_exhausted == exhausted
+        assert not endless.is_exhausted
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:

@@ -116,7 +116,9 @@ def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> 
 
     state = CalibrationState(tmp_path, {"seed": 0}, Processes())
     state.write({"search": 1})
-    assert state.read() == {"search": 1}
+    saved = state.read()
+    assert saved is not None
+    assert saved.value("search") == 1
     (tmp_path / ".calibration_state.json.0f.part").write_text("half", encoding="utf-8")
     (tmp_path / "notes.part").write_text("the user's", encoding="utf-8")
     state.clear()
@@ -154,17 +156,45 @@ def test_a_damaged_state_is_refused(tmp_path: Path, tiny_model: Any, tiny_tokeni
         run()
     state = tmp_path / "out/calibration_state.json"
     content = json.loads(state.read_text("utf-8"))
-    damaged = [{}, {**content, "state": {"search": {}}}, [1]]
-    for changes in ({"seconds": -1.0}, {"seconds": math.inf}, {"search": []}, {"memory": []}):
-        damaged.append({**content, "state": {**content["state"], **changes}})
-    endless = {**content["state"]["search"], "round": math.inf}
-    damaged.append({**content, "state": {**content["state"], "search": endless}})
-    for text in ("", *map(json.dumps, damaged)):
+    saved = content["state"]
+    damaged = {
+        "": "Expecting value",
+        "[1]": r"the state must be a JSON object, got a list of 1",
+        "{}": "calibration is missing",
+    }
+    changed: list[tuple[dict[str, Any], str]] = [
+        ({"seconds": -1.0}, "state.seconds must be a finite number of at least 0, got -1.0"),
+        ({"seconds": math.inf}, "state.seconds must be a finite number of at least 0, got inf"),
+        ({"search": []}, "state.search must be a JSON object, got a list of 0"),
+        ({"search": {}}, "state.search.round is missing"),
+        (
+            {"search": {**saved["search"], "round": math.inf}},
+            "state.search.round must be an integer from 0 to 10, got inf",
+        ),
+        ({"memory": []}, "state.memory must be a JSON object, got a list of 0"),
+    ]
+    for changes, reason in changed:
+        damaged[json.dumps({**content, "state": {**saved, **changes}})] = reason
+    for text, reason in damaged.items():
         state.write_text(text, encoding="utf-8")
         with pytest.raises(
-            ZeroTuningError, match=r"calibration_state\.json cannot be read .*; overwrite to start anew$"
+            ZeroTuningError, match=rf"calibration_state\.json cannot be read: {reason}.*; overwrite to start anew$"
         ):
             run()
+
+
+def test_the_state_on_disk_is_plain_json(
+    tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any, interrupted: None
+) -> None:
+    with pytest.raises(Interruption):
+        calibrate_films(tiny_model, tiny_tokenizer, tmp_path)
+    text = (tmp_path / "calibration_state.json").read_text("utf-8")
+    search = json.loads(text, parse_constant=pytest.fail)["state"]["search"]
+    assert search["round"] == 3
+    for stepper in search["searches"][0]["steppers"]:
+        assert stepper["steps_done"] == 3
+        assert len(stepper["point"]) == 8
+        assert all(isinstance(value, float) for value in stepper["point"])
 
 
 def test_other_weights_of_the_same_shape_do_not_resume(
