@@ -1,74 +1,89 @@
-"""The demo: the embedded model, calibrated on 64 SST-2 examples, measured on 400 others before and after."""
+"""The demo: SmolLM2-135M-Instruct is calibrated on 64 SST-2 examples and measured on 400 others before and after."""
 
 from __future__ import annotations
 
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zerotuning.files import write_json_atomically
 from zerotuning.output import PICTURE_FILE, REPORT_FILE, STATE_FILE, result_folder
+from zerotuning.version import __version__
 
 if TYPE_CHECKING:
+    from zerotuning.calibration.calibrate import Calibration
     from zerotuning.evaluation.evaluate import Evaluation
 
 MODEL = "demo"
 TASK = "sst2"
 CALIBRATION_EXAMPLES = 64
 TEST_EXAMPLES = 400
-# Fewer steps, folds and examples a step than the default, which for so few examples gain little: processors without
-# bfloat16 instructions take seven times as long as those with.
+# Fewer steps, folds and examples a step than the defaults, whose gain is small with so few examples: processors without
+# bfloat16 instructions need seven times the time of others.
 STEPS = 20
 STEP_EXAMPLES = 16
 FOLDS = 1
 
 
 def run_demo(output: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Run the demo, print its table, write scales, picture and report.json to `output`; return the report.
+    """Run the demo, print its table and write the scales, their picture and report.json.
 
-    The report: `untuned` and `tuned` (examples, accuracy in [0, 1], loss and entropy in nats, seconds),
-    `seconds` of it all less the model's download, task, model, the calibration's own report and the versions.
-    Errors: ZeroTuningError for an output that holds a result (without overwrite) or cannot be written, and
-    for a model that cannot be fetched. Nothing is written before everything is measured.
+    Nothing is written before everything is measured.
+
+    Args:
+        output: The folder of the result.
+        overwrite: Replace a result in `output`.
+        progress: Draw progress bars on stderr, if that is a terminal.
+
+    Returns:
+        The report: `untuned` and `tuned` (examples, accuracy in [0, 1], loss and entropy in nats, seconds); `seconds`
+        in all, without the model's download; the task, the model, the calibration's own report and versions.
+
+    Raises:
+        ZeroTuningError: `output` holds a result or cannot be written, or the model cannot be fetched.
     """
     with result_folder(output, overwrite=overwrite) as folder:
-        return _run(folder, progress)
+        measured = _measure(progress)
+        return _write_and_print(measured, folder)
 
 
-def _run(folder: Path, progress: bool) -> dict[str, Any]:
-    import torch
-    import transformers
+@dataclass(frozen=True)
+class _Measured:
+    model_name: str
+    dtype: str
+    untuned: Evaluation
+    tuned: Evaluation
+    calibration: Calibration
+    seconds: float
 
+
+def _measure(progress: bool) -> _Measured:
     from zerotuning.calibration.calibrate import calibrate
     from zerotuning.evaluation.evaluate import evaluate
     from zerotuning.models.demo_model import demo_model_path
     from zerotuning.models.loading import load_model
     from zerotuning.patching.patch import apply_scales
-    from zerotuning.plots.head_map import plot_head_map
-    from zerotuning.plots.style import can_plot
     from zerotuning.tasks.examples import builtin_examples
     from zerotuning.tasks.task import Task
-    from zerotuning.version import __version__
 
     file = demo_model_path()
     started = time.perf_counter()
     task = Task.load(TASK)
-    fit, test = (
-        builtin_examples(TASK, "validation", CALIBRATION_EXAMPLES),
-        builtin_examples(TASK, "test", TEST_EXAMPLES),
-    )
-    _say(f"Loading {file.name}")
+    calibration_examples = builtin_examples(TASK, "validation", CALIBRATION_EXAMPLES)
+    test_examples = builtin_examples(TASK, "test", TEST_EXAMPLES)
+    _print_step(f"Loading {file.name}")
     model, tokenizer = load_model(MODEL)
-    _say(f"Untuned: {len(test)} test examples of {TASK}")
-    untuned = evaluate(model, tokenizer, task, test, progress=progress)
-    _say(f"Calibrating on {len(fit)} other examples")
+    _print_step(f"Untuned: {len(test_examples)} test examples of {TASK}")
+    untuned = evaluate(model, tokenizer, task, test_examples, progress=progress)
+    _print_step(f"Calibrating on {len(calibration_examples)} other examples")
     calibration = calibrate(
         model,
         tokenizer,
         task,
-        records=fit,
+        records=calibration_examples,
         steps=STEPS,
         step_examples=STEP_EXAMPLES,
         folds=FOLDS,
@@ -76,17 +91,45 @@ def _run(folder: Path, progress: bool) -> dict[str, Any]:
         progress=progress,
     )
     apply_scales(model, calibration.scales)
-    _say(f"Tuned: the same {len(test)} test examples")
-    tuned = evaluate(model, tokenizer, task, test, progress=progress)
+    _print_step(f"Tuned: the same {len(test_examples)} test examples")
+    tuned = evaluate(model, tokenizer, task, test_examples, progress=progress)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return _Measured(file.name, dtype, untuned, tuned, calibration, round(time.perf_counter() - started, 3))
 
-    report = {
+
+def _write_and_print(measured: _Measured, folder: Path) -> dict[str, Any]:
+    from zerotuning.plots.head_map import plot_head_map
+    from zerotuning.plots.style import can_plot
+
+    report = _report(measured)
+    scales = measured.calibration.scales
+    scales.save_pretrained(folder, overwrite=True)
+    written = ["scales"]
+    if can_plot():
+        plot_head_map(scales, folder / PICTURE_FILE)
+        written.append(PICTURE_FILE)
+    write_json_atomically(folder / REPORT_FILE, report)
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    print(_table(measured.untuned, measured.tuned))
+    if not measured.calibration.improved:
+        print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
+    print(f"\n{scales.gamma.numel()} scales, no weight changed, {measured.seconds:.0f} s in all")
+    print(f"In {folder}: {', '.join([*written, REPORT_FILE])}")
+    return report
+
+
+def _report(measured: _Measured) -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
         "task": TASK,
-        "model": file.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "untuned": _figures(untuned),
-        "tuned": _figures(tuned),
-        "seconds": round(time.perf_counter() - started, 3),
-        "calibration": calibration.report,
+        "model": measured.model_name,
+        "dtype": measured.dtype,
+        "untuned": _figures(measured.untuned),
+        "tuned": _figures(measured.tuned),
+        "seconds": measured.seconds,
+        "calibration": measured.calibration.report,
         "versions": {
             "zerotuning": __version__,
             "torch": torch.__version__,
@@ -94,22 +137,9 @@ def _run(folder: Path, progress: bool) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
-    calibration.scales.save_pretrained(folder, overwrite=True)
-    written = ["scales"]
-    if can_plot():
-        plot_head_map(calibration.scales, folder / PICTURE_FILE)
-        written.append(PICTURE_FILE)
-    write_json_atomically(folder / REPORT_FILE, report)
-    (folder / STATE_FILE).unlink(missing_ok=True)
-    print(_table(untuned, tuned))
-    if not calibration.improved:
-        print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
-    print(f"\n{calibration.scales.gamma.numel()} scales, no weight touched, {report['seconds']:.0f} s in all")
-    print(f"In {folder}: {', '.join([*written, REPORT_FILE])}")
-    return report
 
 
-def _say(text: str) -> None:
+def _print_step(text: str) -> None:
     print(f"{text} …", flush=True)
 
 
