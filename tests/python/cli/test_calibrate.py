@@ -73,7 +73,7 @@ def test_objectives_without_labels_take_data_without_labels(place: Path, capsys:
 
 def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monkeypatch: Any) -> None:
     judge = importlib.import_module("zerotuning.calibration.acceptance").AcceptanceTest
-    monkeypatch.setattr(judge, "approves", lambda self, point: False)
+    monkeypatch.setattr(judge, "accepts", lambda self, point: False)
     assert main(calibrate()) == 0
     out = capsys.readouterr().out
     assert "Nothing better than γ = 1 was found on the held-out examples: every γ stays 1." in out
