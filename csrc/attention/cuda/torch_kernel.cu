@@ -1,6 +1,5 @@
-// What torch's own kernels need beside their inputs, to attend to all keys but the initial one.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+// Inputs of torch's own kernels that make them exclude the initial key, and the architecture that
+// this library was compiled for.
 
 #include <cmath>
 
@@ -15,11 +14,11 @@ __global__ void write_exclusion_bias(const CudaGeometry geometry, bool float16, 
                                      uint16_t* bias) {
   const int key = blockIdx.x * threads + threadIdx.x, sample = blockIdx.y;
   if (key >= keys) return;
-  const bool real =
+  const bool is_real =
       !geometry.key_mask || geometry.key_mask[sample * geometry.key_mask_batch_stride + key];
   const int initial = geometry.first_key ? geometry.first_key[sample] : 0;
   const uint16_t minus_infinity = float16 ? 0xfc00 : 0xff80;
-  bias[static_cast<int64_t>(sample) * keys + key] = real && key != initial ? 0 : minus_infinity;
+  bias[static_cast<int64_t>(sample) * keys + key] = is_real && key != initial ? 0 : minus_infinity;
 }
 
 __global__ void replace_minus_infinity(float* values, int64_t count) {
@@ -32,7 +31,8 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 cudaError_t compiled_capability_of_kernels(int32_t& capability) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, write_exclusion_bias);
-  if (error != cudaSuccess) cudaGetLastError();  // it would be taken for the next launch's
+  // Clears the error: the next launch would return it as its own.
+  if (error != cudaSuccess) cudaGetLastError();
   capability = attributes.ptxVersion;
   return error;
 }

@@ -1,4 +1,4 @@
-// Hopper's instructions as functions: barriers in shared memory, the bulk copy engine, wgmma.
+// Hopper's PTX instructions as functions: barriers in shared memory, bulk copies, wgmma products.
 #pragma once
 
 #include <cuda.h>
@@ -6,21 +6,23 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/cuda/device.cuh"
+#include "attention/cuda/addresses.cuh"
+#include "attention/cuda/numbers.cuh"
 
 namespace zerotuning::attention::hopper {
 
 using device::shared_address;
 
-// Barriers in shared memory, the copy engine.
+// Barriers in shared memory. A wait for `parity` returns once the barrier's phase of that parity is
+// complete: all arrivals have come, and all expected bytes.
 
-__device__ __forceinline__ void init(uint64_t* barrier, uint32_t arrivals) {
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)),
                "r"(arrivals));
 }
 
-// After `init`: the copy engine sees the barriers.
-__device__ __forceinline__ void publish_barriers() {
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void fence_barrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
@@ -50,7 +52,29 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Fetches the map that boxes will be copied by: cold, it would hold up the first of them.
+// A barrier among some of the block's threads: those that wait and those that only arrive.
+__device__ __forceinline__ void wait_named(int id, int count) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+__device__ __forceinline__ void arrive_named(int id, int count) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+}
+
+// Registers are moved from the producer warpgroup to the consumers.
+
+template <int count>
+__device__ __forceinline__ void release_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ __forceinline__ void acquire_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// The bulk copy engine. A tensor map describes an array and the box that one instruction copies;
+// what lies outside the array is read as zeros and not written.
+
+// Fetches a tensor map into the cache: otherwise the first copy waits for it.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -64,7 +88,7 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
-// A box of a map whose inner two dimensions are the columns of a row.
+// A box of a five-dimensional map, whose two inner dimensions are the columns of a row.
 __device__ __forceinline__ void load_rows(void* to, const CUtensorMap* map, uint64_t* barrier,
                                           int row, int head, int batch) {
   asm volatile(
@@ -74,7 +98,7 @@ __device__ __forceinline__ void load_rows(void* to, const CUtensorMap* map, uint
       : "memory");
 }
 
-// Multiples of 16 bytes, in a row.
+// Contiguous memory; `bytes` is a multiple of 16.
 __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
                                            uint64_t* barrier) {
   asm volatile(
@@ -93,49 +117,72 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
       : "memory");
 }
 
-// A barrier among some of the block's threads: those that wait and those that only arrive.
-__device__ __forceinline__ void wait_named(int id, int count) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
+// Stores are committed in groups. They read shared memory asynchronously.
+__device__ __forceinline__ void commit_stores() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-__device__ __forceinline__ void arrive_named(int id, int count) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(count) : "memory");
+// Waits until all committed stores have read their shared memory.
+__device__ __forceinline__ void wait_until_stores_have_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// wgmma: products of a warpgroup. They run asynchronously between begin_products and wait_products.
+// Waits until all committed stores are complete.
+__device__ __forceinline__ void wait_stores() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+// Makes the thread's writes to shared memory visible to the copy engine.
+__device__ __forceinline__ void fence_for_copy_engine() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
-// A matrix in shared memory, in tiles of 64 columns (128 bytes) that are swizzled by 128 bytes.
-// Read as it is multiplied by rows (K contiguous): stride_bytes from 8 rows to the next 8. Read
-// transposed (N contiguous): leading_bytes from 64 columns to the next, stride_bytes from 8 rows to
-// the next 8.
-__device__ __forceinline__ uint64_t matrix(const void* shared, uint32_t leading_bytes,
-                                           uint32_t stride_bytes) {
+// Four 8 x 8 matrices from registers to shared memory; lane l gives the address of row l % 8 of
+// matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t to, uint32_t m0, uint32_t m1, uint32_t m2,
+                                               uint32_t m3) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+               "r"(m0), "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+}
+
+// wgmma: matrix products of a warpgroup. They run asynchronously between commit_products and
+// wait_products.
+
+// The descriptor of a matrix in shared memory that lies in blocks of 64 columns (128 bytes),
+// swizzled by 128 bytes. stride_bytes: from 8 rows to the next 8. leading_bytes: from one block of
+// 64 columns to the next, if the matrix is read transposed (N contiguous); ignored if it is read by
+// rows (K contiguous).
+__device__ __forceinline__ uint64_t matrix_descriptor(const void* shared, uint32_t leading_bytes,
+                                                      uint32_t stride_bytes) {
   constexpr uint64_t swizzle_128_bytes = 1;
   return (shared_address(shared) & 0x3ffff) >> 4 | static_cast<uint64_t>(leading_bytes >> 4) << 16 |
          static_cast<uint64_t>(stride_bytes >> 4) << 32 | swizzle_128_bytes << 62;
 }
 
-// The same matrix, `bytes` further on.
-__device__ __forceinline__ uint64_t moved(uint64_t matrix, uint32_t bytes) {
-  return matrix + (bytes >> 4);
+// The descriptor of the same matrix, `bytes` further on.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+  return descriptor + (bytes >> 4);
 }
 
+// Orders earlier accesses to registers before the products that follow.
 __device__ __forceinline__ void begin_products() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 __device__ __forceinline__ void commit_products() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
+// Waits until at most `pending` committed groups of products are running.
 template <int pending>
 __device__ __forceinline__ void wait_products() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
-// Keeps the compiler from moving uses of registers that products in flight write.
+// Keeps the compiler from moving accesses to registers that running products write across this
+// point.
 template <int count>
-__device__ __forceinline__ void pin(float (&registers)[count]) {
+__device__ __forceinline__ void fence_registers(float (&registers)[count]) {
 #pragma unroll
   for (int i = 0; i < count; ++i) asm volatile("" : "+f"(registers[i])::"memory");
 }
 
-// The instruction names every register of its result: a row of macros spells them.
+// A wgmma instruction names every register of its result; these macros write the names out.
 #define ZT_4(f, i) f(i), f(i + 1), f(i + 2), f(i + 3)
 #define ZT_16(f, i) ZT_4(f, i), ZT_4(f, i + 4), ZT_4(f, i + 8), ZT_4(f, i + 12)
 #define ZT_32(f) ZT_16(f, 0), ZT_16(f, 16)
@@ -160,8 +207,8 @@ __device__ __forceinline__ void pin(float (&registers)[count]) {
   "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111," \
   "%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d = left right, or d += left right: left 64 x 16 in shared memory, right 16 x N in shared memory,
-// stored as its transpose's rows.
+// d = left right, or d += left right if accumulates: left 64 x 16 in shared memory, right 16 x N in
+// shared memory, stored transposed (by the rows of right^T).
 #define ZT_PRODUCT(N, registers, type, accumulates_name, left_name, right_name)                    \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" accumulates_name                               \
                ", 0;\n"                                                                            \
@@ -169,7 +216,7 @@ __device__ __forceinline__ void pin(float (&registers)[count]) {
                " {" ZT_NAMES_##registers "}, %" left_name ", %" right_name ", p, 1, 1, 0, 0;\n}\n" \
                : ZT_##registers(ZT_RESULT)                                                         \
                : "r"(accumulates), "l"(left), "l"(right))
-// d += left right: left in registers, right 16 x N in shared memory, stored by its own rows.
+// d += left right: left 64 x 16 in registers, right 16 x N in shared memory, stored by its rows.
 #define ZT_PRODUCT_OF_REGISTERS(N, registers, type, n0, n1, n2, n3, right_name)               \
   asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type                \
                " {" ZT_NAMES_##registers "}, {%" n0 ",%" n1 ",%" n2 ",%" n3 "}, %" right_name \

@@ -1,0 +1,53 @@
+// Arguments and tile sizes of the decode kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/cuda/launch.cuh"
+#include "attention/cuda/visibility.cuh"
+
+namespace zerotuning::attention::decoding {
+
+using namespace device;
+
+constexpr int tile_keys = 16;
+constexpr int tile_rows = 16;
+constexpr int merge_threads = 256;  // that merge the splits of a row
+
+struct Arguments {
+  const uint16_t *query, *key, *value;
+  int64_t query_batch_stride, query_head_stride, query_row_stride;
+  int64_t key_batch_stride, key_head_stride, key_row_stride;
+  int64_t value_batch_stride, value_head_stride, value_row_stride;
+  CudaGeometry geometry;
+  const float* log_scale;
+  int64_t log_scale_batch_stride, log_scale_head_stride;
+  uint16_t* output;
+  int64_t output_batch_stride, output_head_stride, output_row_stride;
+  float* logsumexp;  // or null
+  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
+  float* split_output;     // [batch, heads, queries, splits, value_head_size], if splits > 1
+  float* split_logsumexp;  // [batch, heads, queries, splits], base 2
+  uint32_t* arrivals;      // [batch, key heads, row_groups], zeros; or null: merge_splits follows
+  int heads, group, queries, keys, head_size, value_head_size;
+  int rows;        // of a key head: group * queries, queries innermost
+  int row_groups;  // blocks that share a key head's rows
+  int splits;      // blocks that share a key head's keys
+  float scale_log2;
+  bool evict_first;  // K and V leave the level-2 cache before other data
+};
+
+// 16 rows of queries, keys or values in shared memory.
+template <int size>
+struct Tile {
+  static constexpr int chunks = size / 8;  // of 16 bytes
+  // An odd number of chunks: the eight rows that ldmatrix reads at once lie in different banks.
+  static constexpr int row_bytes = (chunks + 1) * 16;
+  static constexpr int bytes = tile_keys * row_bytes;
+};
+
+// The hopper/decode.cu kernel. row_tiles is 1 or 2.
+cudaError_t launch_bulk_kernel(const CudaAttention& call, const Arguments& args, int row_tiles,
+                               const dim3& grid, const CudaDevice& device, cudaStream_t stream);
+
+}  // namespace zerotuning::attention::decoding
