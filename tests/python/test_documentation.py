@@ -88,6 +88,24 @@ def test_links_and_named_paths_exist(page: Path) -> None:
     assert not broken, f"{name_of(page)} names what does not exist: {broken}"
 
 
+def test_sources_cite_sections_that_exist() -> None:
+    headings = {
+        f"docs/{page.name}": set(re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE))
+        for page in (ROOT / "docs").glob("*.md")
+    }
+    broken = []
+    for folder in ("csrc", "python/zerotuning", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix not in {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh"}:
+                continue
+            text = re.sub(r"\s*\n\s*(?://|#)?\s*", " ", path.read_text("utf-8"))
+            for cited in re.finditer(r'(docs/[\w-]+\.md)((?:,| and) "[^"\n]+")*', text):
+                titles = re.findall(r'"([^"]+)"', cited[0])
+                if cited[1] not in headings or not headings[cited[1]].issuperset(titles):
+                    broken.append(f"{path.relative_to(ROOT)}: {cited[0]}")
+    assert not broken, "\n".join(broken)
+
+
 def test_readme_has_at_most_150_lines() -> None:
     lines = (ROOT / "README.md").read_text("utf-8").splitlines()
     assert len(lines) <= 150
