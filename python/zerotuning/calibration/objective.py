@@ -185,8 +185,8 @@ class Measurement:
         """
         loss, gradient = 0.0, np.zeros(self._size)
         for task, chosen in zip(self.tasks, places, strict=True):
-            through_scores = self.options.objective == "information"
-            compute = self._gradient_through_scores if through_scores else self._gradient_of_mean
+            is_mean = self.options.objective in objectives.MEANS_OVER_EXAMPLES
+            compute = self._gradient_of_mean if is_mean else self._gradient_through_scores
             value, part = compute(task, point, chosen)
             loss += value / len(self.tasks)
             gradient += part / len(self.tasks)

@@ -4,7 +4,8 @@ The argument `scores` is float [N, C], one row for each example and one column f
 constant of each row, -inf in the columns beyond an example's own labels. All functions are differentiable in `scores`; a
 -inf column contributes nothing and gets gradient 0. Values are in nats.
 
-To add an objective, write its function and enter it in OBJECTIVES.
+To add an objective, write its function, enter it in OBJECTIVES (and in MEANS_OVER_EXAMPLES if it is a mean over examples),
+and add its name to `calibration.options.OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -143,3 +144,7 @@ OBJECTIVES: dict[str, Objective] = {
     "entropy": _entropy_objective,
     "information": _information_objective,
 }
+
+#: Objectives that are means over examples: their gradient is a sum over batches. Another objective depends on all scores
+#: at once, whose gradient is computed first.
+MEANS_OVER_EXAMPLES = frozenset({"task-loss", "entropy"})

@@ -129,3 +129,11 @@ def test_accuracy_is_the_fraction_of_gold_labels_that_score_highest() -> None:
 def test_a_wrong_tensor_is_named(action: Callable[[], object], problem: str) -> None:
     with pytest.raises(ZeroTuningError, match=problem):
         action()
+
+
+@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+def test_only_means_over_examples_are_the_mean_of_their_values_on_each_example(name: str) -> None:
+    labels = torch.tensor(LABELS)
+    whole = float(objectives.OBJECTIVES[name](scores64(), labels))
+    alone = [float(objectives.OBJECTIVES[name](scores64()[n : n + 1], labels[n : n + 1])) for n in range(4)]
+    assert (abs(whole - sum(alone) / 4) < 1e-12) == (name in objectives.MEANS_OVER_EXAMPLES)
