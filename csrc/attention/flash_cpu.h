@@ -1,10 +1,9 @@
 // Forward attention on CPUs with AVX-512: bfloat16 on the matrix unit (AMX), float32 on vectors.
-// Other processors and dtypes take torch's own kernel (ops/attention_cpu.cpp).
+// Other processors and dtypes use torch's kernel (ops/cpu/forward.cpp).
 //
 // Keys and values are packed once for each key head into the tiles that the products read; then
-// tiles of queries go over them. A product's logits have queries side by side, so that the softmax
-// needs nothing but vertical operations, and a key that is scaled, masked or out of sight is one
-// row.
+// tiles of queries pass over them. The logits of a product have queries side by side. So the
+// softmax needs only vertical operations, and a key that is scaled or masked is one row.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@ namespace zerotuning::attention {
 
 struct FlashArguments {
   int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
-  int64_t window;  // keys that a query sees, its own included; 0 = all
+  int64_t window;  // number of keys that a query attends to, its own included; 0 = all
   double scale;    // > 0 (DecodeKernel: any)
   Strided4<const void> query, key, value;
   Strided4<void> output;
@@ -28,8 +27,8 @@ struct FlashArguments {
   void* packed;                // packed_bytes(), at a multiple of 64
 };
 
-// First pack() for all pack_items(), then attend() for all items(); both may be spread over threads
-// in any way, and give the same whatever the way.
+// First pack() for all pack_items(), then attend() for all items(). Items may be spread over
+// threads in any way; the results are the same bits.
 struct FlashKernel {
   int64_t (*packed_bytes)(const FlashArguments&);
   int64_t (*pack_items)(const FlashArguments&);
@@ -38,13 +37,13 @@ struct FlashKernel {
   void (*attend)(const FlashArguments&, int64_t begin, int64_t end);
 };
 
-constexpr int64_t flash_largest_head = 256;
+constexpr int64_t flash_max_head_size = 256;
 
-// Null where this processor has none for the dtype.
+// Null if this processor has no such kernel for the dtype.
 const FlashKernel* flash_kernel(DType dtype);
 
-// Where there is one query, which does not repay packing: rows [begin, end) of the flattened batch
-// × heads, spread over threads in any way. Neither packed nor logsumexp is used. Float16 as well.
+// For one query, without packing, float16 too: rows [begin, end) of the flattened batch × heads,
+// spread over threads in any way. `packed` and `logsumexp` are not used.
 using DecodeKernel = void (*)(const FlashArguments&, int64_t begin, int64_t end);
 DecodeKernel decode_kernel(DType dtype);
 

@@ -74,13 +74,14 @@ inline Tensor narrow(const Tensor& self, int64_t dim, int64_t begin, int64_t end
 inline Tensor flip(const Tensor& self, const Sizes& dims) {
   return tensor("aten::flip", "", self, dims);
 }
-inline Tensor contiguous(const Tensor& self) {
+// A contiguous copy.
+inline Tensor clone_contiguous(const Tensor& self) {
   return tensor("aten::clone", "", self,
                 std::optional(torch::headeronly::MemoryFormat::Contiguous));
 }
-// Itself where it is contiguous.
-inline Tensor dense(const Tensor& self) {
-  return self.is_contiguous() ? self : aten::contiguous(self);
+// The tensor itself if it is contiguous, else a copy.
+inline Tensor contiguous(const Tensor& self) {
+  return self.is_contiguous() ? self : clone_contiguous(self);
 }
 inline Tensor clone(const Tensor& self) { return torch::stable::clone(self); }
 inline Tensor zeros_like(const Tensor& self) {

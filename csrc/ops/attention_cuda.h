@@ -22,7 +22,7 @@ FourTensors attention_backward_cuda(const Problem& problem, const BackwardArgume
 Tensor decode_attention_cuda(const Problem& problem, DecodeRoute route = DecodeRoute::automatic,
                              bool transpose = false);
 
-// encode_key_mask_cpu's result (encode_key_mask_cpu.h), without waiting for the device.
+// encode_key_mask_cpu's result (cpu/encode_key_mask.h), without waiting for the device.
 Tensor encode_key_mask_cuda(const Tensor& key_mask, int64_t keys, int64_t query_start);
 
 }  // namespace zerotuning::ops

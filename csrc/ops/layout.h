@@ -1,50 +1,55 @@
-// Tensors laid out with heads inside rows: [batch, heads, rows, columns] whose memory is [batch,
-// rows, heads, columns], which a model reshapes to [batch, rows, heads × columns] freely.
+// Tensors [batch, heads, rows, columns] whose memory order is [batch, rows, heads, columns]
+// ("BTHD"): a model reshapes them to [batch, rows, heads × columns] without a copy.
 #pragma once
 
 #include "ops/problem.h"
 
 namespace zerotuning::ops {
 
-// The kernels want unit stride in the last dimension.
-inline Tensor unit_stride(const Tensor& t) {
-  return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::contiguous(t);
+// The tensor, or a copy, with unit stride in the last dimension, as the kernels need it.
+inline Tensor with_contiguous_rows(const Tensor& t) {
+  return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::clone_contiguous(t);
 }
 
-inline Tensor new_rows(const Tensor& like, const Sizes& sizes, ScalarType type) {
+// Uninitialised, of three or four dimensions.
+inline Tensor empty_bthd(const Tensor& like, const Sizes& sizes, ScalarType type) {
   const int64_t columns = sizes.size() == 4 ? sizes[3] : 1, row = sizes[1] * columns;
   Sizes strides{sizes[2] * row, columns, row, 1};
   strides.resize(sizes.size());
   return aten::empty_strided(like, sizes, strides, type);
 }
 
-inline bool has_row_layout(const Tensor& t) {
+inline bool is_bthd(const Tensor& t) {
   const int64_t columns = t.dim() == 4 ? t.size(3) : 1;
   return (t.dim() == 3 || t.stride(3) == 1) && t.stride(1) == columns &&
          t.stride(2) == columns * t.size(1) && t.stride(0) == columns * t.size(1) * t.size(2);
 }
 
-// The first `columns` columns (4-d), copied only if they are not laid out so.
-inline Tensor in_row_layout(const Tensor& tensor, int64_t columns) {
+// The first `columns` columns of a 4-d tensor, or a 3-d tensor; a copy unless the memory order is
+// right.
+inline Tensor to_bthd(const Tensor& tensor, int64_t columns) {
   const Tensor view =
       tensor.dim() == 4 && tensor.size(3) > columns ? aten::narrow(tensor, 3, 0, columns) : tensor;
-  if (has_row_layout(view)) return view;
+  if (is_bthd(view)) return view;
   Sizes sizes(view.sizes().begin(), view.sizes().end());
-  const Tensor copy = new_rows(view, sizes, view.scalar_type());
+  const Tensor copy = empty_bthd(view, sizes, view.scalar_type());
   aten::copy_(copy, view);
   return copy;
 }
 
 inline Tensor new_output(const Problem& p) {
-  return new_rows(p.query, {p.batch, p.heads, p.queries, p.value_head_size}, p.query.scalar_type());
+  return empty_bthd(p.query, {p.batch, p.heads, p.queries, p.value_head_size},
+                    p.query.scalar_type());
 }
 
-// [batch, heads, rows, columns] as [batch, rows, heads, columns], or back.
+// A view [batch, rows, heads, columns] of [batch, heads, rows, columns], or back.
 inline Tensor transposed(const Tensor& t) {
   return aten::as_strided(t, {t.size(0), t.size(2), t.size(1), t.size(3)},
                           {t.stride(0), t.stride(2), t.stride(1), t.stride(3)});
 }
 
-inline bool empty(const Problem& p) { return p.batch == 0 || p.heads == 0 || p.queries == 0; }
+inline bool has_empty_output(const Problem& p) {
+  return p.batch == 0 || p.heads == 0 || p.queries == 0;
+}
 
 }  // namespace zerotuning::ops

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cpu.h"
-#include "ops/encode_key_mask_cpu.h"
+#include "ops/cpu/encode_key_mask.h"
 #include "ops/layout.h"
 #include "ops/registration.h"
 

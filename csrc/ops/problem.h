@@ -50,7 +50,7 @@ struct Problem : AttentionArguments {
 // Throws std::invalid_argument that names the argument, what was expected and what came.
 Problem check_problem(const AttentionArguments& arguments);
 
-// Throws like check_problem, for the arguments of _encode_key_mask (encode_key_mask_cpu.h).
+// Throws like check_problem, for the arguments of _encode_key_mask (cpu/encode_key_mask.h).
 void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys);
 
 // A call's gradient: what its forward pass returned, and the gradient of its output.

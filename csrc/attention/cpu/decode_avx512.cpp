@@ -35,7 +35,7 @@ inline void store(Float16* to, __mmask16 columns, __m512 x) {
 
 // One head's query, and its sums over the keys so far, relative to the largest logit `top`.
 struct Head {
-  alignas(64) float query[flash_largest_head], sums[flash_largest_head];
+  alignas(64) float query[flash_max_head_size], sums[flash_max_head_size];
   float bias, top, total;  // base 2
 };
 
@@ -55,7 +55,7 @@ void take_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) 
     _mm512_store_ps(to.query + c,
                     _mm512_mul_ps(load(query + c, first_lanes(a.head_size - c)), scale));
   }
-  std::fill(to.sums, to.sums + flash_largest_head, 0.f);
+  std::fill(to.sums, to.sums + flash_max_head_size, 0.f);
   to.bias = static_cast<float>(M_LOG2E) *
             a.log_scale[batch * a.log_scale_batch_stride + head * a.log_scale_head_stride];
   to.top = minus_infinity;

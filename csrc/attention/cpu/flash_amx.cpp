@@ -44,7 +44,7 @@ struct Matrix {
   const Packed<Matrix> packed;
   const int64_t head_columns, value_columns;
   const BFloat16 *keys = nullptr, *values = nullptr;
-  alignas(64) BFloat16 queries[vectors * flash_largest_head / tile_depth * tile_numbers];
+  alignas(64) BFloat16 queries[vectors * flash_max_head_size / tile_depth * tile_numbers];
   alignas(64) BFloat16 weights[vectors * block_keys / tile_depth * tile_numbers];
 
   explicit Matrix(const FlashArguments& arguments)

@@ -14,7 +14,7 @@ struct Vectors {
   const Packed<Vectors> packed;
   const int64_t head_columns, value_columns;
   const float *keys = nullptr, *values = nullptr;
-  alignas(64) float queries[flash_largest_head * tile_rows];  // [column][query]
+  alignas(64) float queries[flash_max_head_size * tile_rows];  // [column][query]
 
   explicit Vectors(const FlashArguments& arguments)
       : a(arguments),

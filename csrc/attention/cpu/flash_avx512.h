@@ -234,7 +234,7 @@ void attend(const FlashArguments& a, int64_t begin, int64_t end) {
   constexpr int vectors = Engine::vectors;
   Engine engine(a);
   alignas(64) float logits[block_keys * vectors * lanes];
-  alignas(64) float sums[flash_largest_head * vectors * lanes];
+  alignas(64) float sums[flash_max_head_size * vectors * lanes];
   for (int64_t item = begin; item < end; ++item) {
     const Tile t = tile_of(a, item, vectors * lanes, Engine::key_step);
     engine.take_queries(t);

@@ -1,5 +1,5 @@
-// Writing the encoded key mask on the host (encode_key_mask_cpu.h).
-#include "ops/encode_key_mask_cpu.h"
+// Writing the encoded key mask on the host (encode_key_mask.h).
+#include "ops/cpu/encode_key_mask.h"
 
 #include <algorithm>
 
@@ -10,7 +10,7 @@ namespace zerotuning::ops {
 Tensor encode_key_mask_cpu(const Tensor& key_mask, int64_t keys, int64_t query_start) {
   using Layout = attention::KeyMaskLayout;
   check_key_mask_to_encode(key_mask, keys);
-  const Tensor mask = aten::dense(key_mask);
+  const Tensor mask = aten::contiguous(key_mask);
   const int64_t batch = mask.size(0), length = std::min(mask.size(1), keys);
   const int64_t width = Layout::header + Layout::words(keys);
   const Tensor result = aten::empty(mask, Sizes{batch, 1, width, 1}, ScalarType::Long);

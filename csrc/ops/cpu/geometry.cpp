@@ -1,5 +1,5 @@
-// Reading the geometry and writing the bias (geometry_cpu.h).
-#include "ops/geometry_cpu.h"
+// Reading the geometry and writing the bias (geometry.h).
+#include "ops/cpu/geometry.h"
 
 #include <algorithm>
 #include <cmath>
@@ -45,7 +45,7 @@ void read_span(const Problem& p, Geometry& geometry) {
 
 template <typename Real>
 void check_not_nan(const Tensor& log_scale) {
-  const Tensor values = aten::dense(log_scale);
+  const Tensor values = aten::contiguous(log_scale);
   const Real* data = values.const_data_ptr<Real>();
   for (int64_t i = 0; i < values.numel(); ++i) {
     require(std::isfinite(data[i]), "log_scale must be finite, got ", data[i], " at index ", i);
@@ -83,7 +83,7 @@ bool Geometry::same_query_start() const {
 Geometry read_geometry(const Problem& p) {
   Geometry geometry;
   if (p.key_mask) {
-    geometry.key_mask_owner = aten::dense(*p.key_mask);
+    geometry.key_mask_owner = aten::contiguous(*p.key_mask);
     geometry.key_mask = static_cast<const bool*>(geometry.key_mask_owner.const_data_ptr());
   }
   read_query_start(p, geometry);

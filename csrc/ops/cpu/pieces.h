@@ -1,0 +1,48 @@
+// What forward, backward and decode on the CPU share: the groups of samples and the pieces
+// (attention/pieces.h) that torch's flash kernel computes, as views of tensors and as arrays.
+#pragma once
+
+#include <vector>
+
+#include "attention/arguments.h"
+#include "attention/pieces.h"
+#include "ops/cpu/geometry.h"
+#include "ops/problem.h"
+
+namespace zerotuning::ops::cpu {
+
+using attention::Piece;
+using attention::Strided4;
+
+// Samples [begin, end) with the same query_start: they are computed together.
+struct SampleGroup {
+  int64_t begin, end, query_start;
+};
+std::vector<SampleGroup> group_samples(const Problem& problem, const Geometry& geometry);
+
+// Whether one piece computes the whole call.
+bool is_whole_call(const SampleGroup& group, const std::vector<Piece>& pieces,
+                   const Problem& problem);
+
+// Torch's kernel needs unit stride in the last dimension, and one head size for query, key and
+// value: the larger one of a call.
+int64_t padded_columns(const Problem& problem);
+// The tensor as the kernel needs it; zeros are appended to its rows.
+Tensor with_columns(const Tensor& tensor, int64_t columns);
+
+// A view of the group's samples and rows [begin, end), last row first if reversed.
+Tensor rows_of(const Tensor& tensor, const SampleGroup& group, int64_t begin, int64_t end,
+               bool reversed);
+Tensor queries_of(const Tensor& tensor, const SampleGroup& group, const Piece& piece);
+Tensor keys_of(const Tensor& tensor, const SampleGroup& group, const Piece& piece);
+
+// The bias of a piece's keys [samples, heads, queries, keys], of make_bias; equal for all queries
+// (stride 0).
+Tensor bias_of(const Tensor& bias, const SampleGroup& group, const Piece& piece, int64_t heads);
+
+// A [batch, heads, rows(, columns)] tensor as the kernels read it, last row first if reversed.
+Strided4<const void> const_array(const Tensor& tensor, bool reversed = false);
+// The tensor from sample `batch` and row `row` on, as the kernels write it.
+Strided4<void> mutable_array(const Tensor& tensor, int64_t batch = 0, int64_t row = 0);
+
+}  // namespace zerotuning::ops::cpu
