@@ -1,10 +1,10 @@
-"""lm-evaluation-harness with head scales: its model `zerotuning`, and its command line with that model registered.
+"""The model `zerotuning` of lm-evaluation-harness, and lm-eval's command line with this model registered.
 
     zerotuning lm-eval run --model zerotuning --model_args pretrained=NAME,scales=DIR --tasks TASK
     lm_eval.simple_evaluate(model=ZeroTuningLM("demo", scales="sst2-scales"), tasks=["arc_easy"])
 
-lm-eval's own command finds the model too: from the release after 0.4.13 on by the entry point `lm_eval.models` of this
-package; in 0.4.13 when the task is a YAML file named by its path that imports this module, by
+lm-eval's own command finds the model too. Releases after 0.4.13 use the entry point `lm_eval.models` of this package. Release
+0.4.13 needs a task that is a YAML file, named by its path, which imports this module with
 
     metadata: {model: !function zerotuning.lm_evaluation.ZeroTuningLM}
 """
@@ -32,7 +32,7 @@ except ImportError as missing:
         f'lm-evaluation-harness cannot be imported ({missing}): pip install "zerotuning[lm-eval]"'
     ) from missing
 
-#: What HFLM does with a model that is loaded already; its other arguments say how to load one.
+#: Arguments of HFLM that apply to a model that is loaded already. Its other arguments are for loading a model.
 _OPTIONS = frozenset(
     {
         "truncation",
@@ -86,33 +86,39 @@ class ZeroTuningLM(HFLM):
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
             raise ZeroTuningError(
-                f"model argument {unknown[0]} is not known: the model zerotuning takes pretrained, scales, tokenizer,"
+                f"model argument {unknown[0]} is not known: the model zerotuning has the arguments pretrained, scales, tokenizer,"
                 f" dtype, device_map, {', '.join(sorted(_OPTIONS))}"
             )
-        chosen = None if scales is None else read_scales(scales)
+        head_scales = None if scales is None else read_scales(scales)
         model, name = pretrained, getattr(pretrained, "name_or_path", "")
         if isinstance(pretrained, (str, os.PathLike)):
             name = os.fspath(pretrained)
-            default = str(device).startswith("cuda") and (device_map is not None or not torch.cuda.is_available())
+            default_device = str(device).startswith("cuda") and (
+                device_map is not None or not torch.cuda.is_available()
+            )
             model, own_tokenizer = load_model(
-                pretrained, None if dtype == "auto" else dtype, None if default else device, device_map
+                pretrained, None if dtype == "auto" else dtype, None if default_device else device, device_map
             )
             tokenizer = tokenizer or own_tokenizer
         elif dtype not in (None, "auto") or device_map is not None:
             given = f"device_map, got {device_map}" if dtype in (None, "auto") else f"dtype, got {dtype}"
-            raise ZeroTuningError(f"a model that is loaded already takes no {given}")
+            raise ZeroTuningError(f"a model that is loaded already accepts no {given}")
         patch(model)
-        if chosen is not None:
-            apply_scales_to(model, chosen, name, scales)
+        if head_scales is not None:
+            apply_scales_to(model, head_scales, name, scales)
         super().__init__(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=max_batch_size, **options
         )
 
 
 def run_lm_eval(arguments: Sequence[str]) -> None:
-    """lm-eval's own command line, in which `--model zerotuning` is known.
+    """Run lm-eval's own command line, with `--model zerotuning` registered.
 
-    Errors: ZeroTuningError for what lm-eval refuses; SystemExit as its parser raises it.
+    Args:
+        arguments: Of lm-eval.
+
+    Raises:
+        ZeroTuningError: lm-eval refuses the arguments with a ValueError. (Its parser raises SystemExit.)
     """
     from lm_eval.__main__ import cli_evaluate
 

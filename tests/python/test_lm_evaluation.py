@@ -169,9 +169,9 @@ def test_simple_evaluate_takes_names_and_models_that_are_patched_already(
 
 
 def test_a_model_that_is_loaded_already_is_not_placed_or_converted(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    with pytest.raises(ZeroTuningError, match="a model that is loaded already takes no device_map, got auto"):
+    with pytest.raises(ZeroTuningError, match="a model that is loaded already accepts no device_map, got auto"):
         ZeroTuningLM(tiny_model, tokenizer=tiny_tokenizer, device_map="auto")
-    with pytest.raises(ZeroTuningError, match="a model that is loaded already takes no dtype, got float32"):
+    with pytest.raises(ZeroTuningError, match="a model that is loaded already accepts no dtype, got float32"):
         ZeroTuningLM(tiny_model, tokenizer=tiny_tokenizer, dtype="float32")
 
 

@@ -1,4 +1,4 @@
-"""One page of plots of a calibration: what the search did by step, the scales it found, predictions before and after."""
+"""One page of plots of a calibration: the search by step, the scales, and the predictions before and after."""
 
 from __future__ import annotations
 
@@ -27,15 +27,23 @@ from zerotuning.plots.style import (
 )
 
 _FIT, _HELD_OUT, _BEFORE, _AFTER = SKY_BLUE, BLUE, GREY, VERMILION
-#: Labels up to this many are named beside the confusions; more would not be readable.
+#: Up to this number of labels, their names stand beside the confusions; more names would not be readable.
 _NAMED_LABELS = 12
 
 
 def plot_report(scales: ScalesOfHeads, report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Draw the page from the scales and the report of a Calibration; of several tasks the first's confusions.
+    """Draw the page of a Calibration. With several tasks, confusions and entropies are those of the first task.
 
-    path    the picture, 110 dpi: .png, .svg or .pdf; written whole or not at all
-    Errors: ZeroTuningError without matplotlib, for a place that cannot be written.
+    Args:
+        scales: The calibration's scales.
+        report: The calibration's report.
+        path: The picture: .png (110 dpi), .svg or .pdf; written whole or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        ZeroTuningError: matplotlib is missing, the suffix is another one, or the file cannot be written.
     """
     figure = new_figure(13.5, 10.5)
     grid = figure.add_gridspec(3, 6)
@@ -55,8 +63,8 @@ def plot_report(scales: ScalesOfHeads, report: Mapping[str, Any], path: str | os
 
 
 def _title(report: Mapping[str, Any]) -> str:
-    found = "" if report["improved"] else " · nothing better than γ = 1 found"
-    return f"{report['task']} · {report['method']} · {report['objective']} · {report['examples']} examples{found}"
+    outcome = "" if report["improved"] else " · nothing better than γ = 1 found"
+    return f"{report['task']} · {report['method']} · {report['objective']} · {report['examples']} examples{outcome}"
 
 
 def _draw_loss(axes: Any, report: Mapping[str, Any]) -> None:
@@ -87,7 +95,7 @@ def _draw_accuracy(axes: Any, report: Mapping[str, Any]) -> None:
 
 
 def _curves(history: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[float], list[float]]]:
-    """One (steps, values) a penalty."""
+    """(steps, values) for each penalty."""
     penalties = dict.fromkeys(entry.get("penalty") for entry in history)
     curves = []
     for penalty in penalties:

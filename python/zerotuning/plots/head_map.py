@@ -1,4 +1,4 @@
-"""What a set of head scales looks like: a picture of γ by layer and head, and the same in text."""
+"""A picture of head scales, γ by layer and head, and the same in text."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from zerotuning.plots.style import DIVERGING, INK, QUIET, check_picture_path, ne
 
 
 class ScalesOfHeads(Protocol):
-    """What a picture shows of a :class:`zerotuning.HeadScales`."""
+    """The fields of :class:`zerotuning.HeadScales` that pictures show."""
 
     gamma: Tensor  # (layers, heads), > 0
     metadata: dict[str, Any]
 
 
-# Inches. The map's cells are squares; the figure grows with them within these bounds.
+# Inches. The map's cells are squares; the figure grows with their number within these bounds.
 _LARGEST_CELL = 0.34
 _LARGEST_MAP = (11.0, 8.0)
 _SMALLEST_WIDTH = 4.6
@@ -29,8 +29,8 @@ _LABELS = 0.44  # from the map's left edge to the labels beside it
 _BARS, _GAP = 0.72, 0.10
 
 _BAR_COLOUR, _LINE_COLOUR = "#8a94a0", "#c9ced4"
-#: γ at the end of the colours: the γ that the colour bar names, beside 1 and their inverses. The first end is
-#: taken that holds all but the most extreme hundredth of the heads.
+#: γ at the end of the colours -> the γ that the colour bar names, beside 1 and their inverses. The picture uses the first end
+#: that covers all but the most extreme hundredth of the heads.
 _COLOUR_ENDS = {
     1.25: (1.1, 1.25),
     1.5: (1.25, 1.5),
@@ -43,11 +43,18 @@ _COLOUR_ENDS = {
 
 
 def plot_head_map(scales: ScalesOfHeads, path: str | os.PathLike[str], title: str | None = None) -> Path:
-    """Draw γ by layer and head, coloured by log2 γ around γ = 1, with mean |log γ| of each layer above it.
+    """Draw γ by layer and head, coloured by log2 γ around γ = 1, with mean |log γ| of each layer above the map.
 
-    path     the picture, 150 dpi: .png, .svg or .pdf; written whole or not at all
-    title    by default task, method and model as the scales' metadata name them
-    Errors: ZeroTuningError without matplotlib, for another suffix, for a place that cannot be written.
+    Args:
+        scales: A `HeadScales`.
+        path: The picture: .png (150 dpi), .svg or .pdf; written whole or not at all.
+        title: Default: task, method and model from the scales' metadata.
+
+    Returns:
+        The path.
+
+    Raises:
+        ZeroTuningError: matplotlib is missing, the suffix is another one, or the file cannot be written.
     """
     path = check_picture_path(path)
     figure = _draw(np.log2(scales.gamma.double().numpy()), title or title_of(scales))
@@ -55,15 +62,15 @@ def plot_head_map(scales: ScalesOfHeads, path: str | os.PathLike[str], title: st
 
 
 def title_of(scales: ScalesOfHeads) -> str:
-    """Task, method and model of the scales, as far as their metadata name them."""
-    known = [scales.metadata.get(name) for name in ("task", "method")]
+    """Task, method and model of the scales, as far as their metadata has them."""
+    names = [scales.metadata.get(name) for name in ("task", "method")]
     model = scales.metadata.get("model_name") or scales.metadata.get("model_type")
-    parts = [*known, Path(str(model)).name if model else None]
+    parts = [*names, Path(str(model)).name if model else None]
     return " · ".join(str(part) for part in parts if part) or "head scales"
 
 
 def _draw(log2_gamma: np.ndarray, title: str) -> Any:
-    """The figure, on a canvas of its own, without pyplot and its global state. log2_gamma [layers, heads]."""
+    """The figure of log2 γ [layers, heads]."""
     layers, heads = log2_gamma.shape
     cell = min(_LARGEST_CELL, _LARGEST_MAP[0] / layers, _LARGEST_MAP[1] / heads)
     map_width, map_height = layers * cell, heads * cell
@@ -77,7 +84,7 @@ def _draw(log2_gamma: np.ndarray, title: str) -> Any:
 
     head_map = axes(_LEFT, _BOTTOM, map_width, map_height)
     bars = axes(_LEFT, _BOTTOM + map_height + _GAP, map_width, _BARS, sharex=head_map)
-    # The colour bar keeps a readable height beside a map of very few heads.
+    # The colour bar has a readable height even beside a map of very few heads.
     colours = axes(_LEFT + map_width + 0.22, _BOTTOM, 0.15, max(map_height, 1.1))
     mesh, end = _draw_map(head_map, log2_gamma, cell)
     _draw_bars(bars, np.abs(log2_gamma).mean(axis=1) * math.log(2))
@@ -88,7 +95,7 @@ def _draw(log2_gamma: np.ndarray, title: str) -> Any:
     figure.text(
         0.18 / width,
         1 - 0.2 / height,
-        _shortened(title, width / 0.105),
+        _shorten(title, width / 0.105),
         fontsize=11.5,
         fontweight="bold",
         color=INK,
@@ -130,7 +137,7 @@ def _draw_map(axes: Any, log2_gamma: np.ndarray, cell: float) -> tuple[Any, floa
     axes.set_yticks(_every(heads, cell))
     axes.set_xlabel("layer", fontsize=9.5, color=INK, labelpad=5)
     axes.set_ylabel("head", fontsize=9.5, color=INK, labelpad=5)
-    _plain(axes)
+    _remove_frame(axes)
     return mesh, end
 
 
@@ -141,13 +148,13 @@ def _draw_bars(axes: Any, mean_change: np.ndarray) -> None:
     axes.set_ylim(0, top * 1.12)
     axes.set_yticks([0, top], ["0", f"{top:.2g}" if mean_change.any() else ""])
     axes.set_ylabel("mean\n|log γ|", fontsize=8, color=QUIET, labelpad=5)
-    _plain(axes)
+    _remove_frame(axes)
     axes.tick_params(axis="x", labelbottom=False)
     axes.spines["bottom"].set(visible=True, color=_LINE_COLOUR, linewidth=0.8)
 
 
 def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float) -> None:
-    """The bar of colours, `height` inches high, with points at its ends where heads lie beyond them."""
+    """Draw the bar of colours, `height` inches high, with pointed ends where heads lie beyond the end of the colours."""
     bar = axes.figure.colorbar(mesh, cax=axes, extend="both" if beyond else "neither", extendfrac=0.12 / height)
     named = _COLOUR_ENDS[end]
     ticks = {-math.log2(gamma): f"1/{gamma:g}" for gamma in reversed(named)}
@@ -159,31 +166,36 @@ def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float)
 
 
 def _every(count: int, cell: float) -> list[int]:
-    """Ticks that leave room for their numbers: every one, or every 2nd, 4th, 8th … one."""
+    """Ticks far enough apart for their numbers: every place, or every 2nd, 4th, 8th … place."""
     step = 1
     while step * cell < 0.24:
         step *= 2
     return list(range(0, count, step))
 
 
-def _plain(axes: Any) -> None:
+def _remove_frame(axes: Any) -> None:
     for spine in axes.spines.values():
         spine.set_visible(False)
     axes.tick_params(length=0, labelsize=8, colors=QUIET)
 
 
-def _shortened(text: str, characters: float) -> str:
+def _shorten(text: str, characters: float) -> str:
     return text if len(text) <= characters else text[: max(1, int(characters) - 1)] + "…"
 
 
 # The same in text.
 
-#: A head counts as tuned from this change of γ on, 5 % up or down.
+#: |log γ| from which a head counts as tuned: 5 % up or down.
 TUNED = math.log(1.05)
 
 
 def head_table(scales: ScalesOfHeads, strongest: int = 10) -> str:
-    """How many heads go up and down, the strongest heads, and mean |log γ| by layer as bars of text."""
+    """Count the heads with γ above and below 1, list the strongest, and draw mean |log γ| by layer as bars of text.
+
+    Args:
+        scales: A `HeadScales`.
+        strongest: How many heads are listed.
+    """
     log_scale = scales.gamma.double().log().numpy()
     up, down = int((log_scale > TUNED).sum()), int((log_scale < -TUNED).sum())
     near = log_scale.size - up - down

@@ -1,4 +1,6 @@
-"""`zerotuning study NAME`: the paper's findings measured on a model at hand, each study one module of this package.
+"""`zerotuning study NAME`: the paper's findings, measured on a model of your choice.
+
+Each study is a module of this package whose STUDY is an `Experiment`.
 
 from zerotuning.study import Setting, run_study
 result = run_study("gamma", Setting(size="small"), output="results")
@@ -18,7 +20,9 @@ __all__ = ["Setting", "StudyResult", "run_study"]
 _HOME = {"Setting": "setting", "StudyResult": "runner", "run_study": "runner"}
 
 
-def __getattr__(name: str) -> Any:  # loaded on first use: the command line reads the studies' names alone
+def __getattr__(
+    name: str,
+) -> Any:  # loaded on first use: the command line imports this package only for the studies' names
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"zerotuning.study.{_HOME[name]}"), name)

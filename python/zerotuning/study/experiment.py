@@ -1,4 +1,4 @@
-"""What a study is: cells that are measured one after another, and what is made of their rows."""
+"""The description of a study: cells that are measured one after another, and the table and pictures of their rows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zerotuning.study.setting import Setting
 
-#: One cell's key and its figures, as they stand in the study's file.
+#: A measured cell as it stands in the study's file: {"key": …, figures …, "seconds": …}.
 Row = dict[str, Any]
 SIZES = ("small", "full")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure, or a few that are measured together.
+    """One figure, or a few figures that are measured together.
 
-    key       what tells the cell from the study's others: JSON values; task, seed, γ, …
-    measure   makes the figures: JSON values
-    recall    is given the row, measured now or in an earlier run, before the cells after it are measured
+    Attributes:
+        key: Identifies the cell within the study: task, seed, γ, …; JSON values.
+        measure: Measures the figures: JSON values by name.
+        recall: Receives the row, measured now or in an earlier run, before later cells are measured.
     """
 
     key: Mapping[str, Any]
@@ -32,10 +33,11 @@ class Cell:
 class Numbers:
     """How much a study measures.
 
-    tasks      names of tasks
-    seeds      draws of the examples: 0, 1, …
-    examples   validation examples that something is chosen on
-    limit      test examples of a task
+    Attributes:
+        tasks: Names of tasks.
+        seeds: How many draws of the examples: seeds 0, 1, …
+        examples: Validation examples of a draw, by which choices are made.
+        limit: Test examples of a task.
     """
 
     tasks: tuple[str, ...]
@@ -48,13 +50,14 @@ class Numbers:
 class Experiment:
     """A study.
 
-    name       on the command line, of its files and its notebook
-    question   what it asks, in one sentence
-    numbers    for each of SIZES how much is measured unless the caller says otherwise
-    cells      what is to be measured, in order
-    figures    rows -> matplotlib figures by a short name ("" for the only one)
-    table      rows -> the findings as a Markdown table
-    parts      of a study of several questions their names; `Setting.parts` chooses
+    Attributes:
+        name: On the command line, of the study's files and of its notebook.
+        question: What the study asks, in one sentence.
+        numbers: For each of SIZES, the defaults of how much is measured.
+        cells: Setting -> what is measured, in order.
+        figures: Rows -> matplotlib figures by a short name ("" for the main one).
+        table: Rows -> the findings as a Markdown table.
+        parts: The names of a study's parts, if it has several; `Setting.parts` chooses among them.
     """
 
     name: str

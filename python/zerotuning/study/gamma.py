@@ -1,6 +1,6 @@
-"""`zerotuning study gamma`: accuracy, loss and output entropy when all heads share one γ.
+"""`zerotuning study gamma`: accuracy, loss and output entropy with one γ for all heads.
 
-The label-free mode of the paper (section 4) takes the γ with the least entropy: here one sees what that γ is worth.
+The label-free mode of the paper (section 4) chooses the γ with the least entropy. The study shows the accuracy of that γ.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALL_GAMMAS = (0.5, 1.0, 2.0)
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
-    """One for each task, seed and γ, on test examples drawn by the seed."""
+    """One cell for each task, seed and γ, on test examples drawn by the seed."""
     numbers = setting.numbers
     for name in numbers.tasks:
         for seed in range(numbers.seeds):
@@ -38,14 +38,16 @@ def _measure(setting: Setting, name: str, seed: int, gamma: float) -> dict[str, 
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Three panels, a curve a task: accuracy, loss, entropy against γ."""
+    """Draw accuracy, loss and entropy against γ: three panels with a curve for each task."""
     figure, panels = new_panels(columns=3)
     gammas = sorted({row["key"]["gamma"] for row in rows})
     for axes, (what, unit, factor) in zip(panels, _FIGURES, strict=True):
-        for place, task in enumerate(tasks_of(rows)):
-            found = [mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas]
-            means, halves = zip(*found, strict=True)
-            line_with_band(axes, place, gammas, means, halves, task)
+        for series, task in enumerate(tasks_of(rows)):
+            intervals = [
+                mean_and_half_width([factor * v for v in _values(rows, task, gamma, what)]) for gamma in gammas
+            ]
+            means, halves = zip(*intervals, strict=True)
+            line_with_band(axes, series, gammas, means, halves, task)
         gamma_axis(axes, gammas)
         axes.axvline(1, color=QUIET, linewidth=0.8)
         label_axes(axes, what, "γ of all heads", unit)
@@ -57,7 +59,7 @@ _FIGURES = (("accuracy", "accuracy (%)", 100.0), ("loss", "loss (nats)", 1.0), (
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a task: accuracy at γ = 1, the best γ by accuracy, and what the γ of least entropy would have given."""
+    """A line for each task: accuracy at γ = 1, and the γ of best accuracy, least loss and least entropy with theirs."""
     lines = ["| task | γ = 1 | best γ, accuracy | γ of least loss, accuracy | γ of least entropy, accuracy |"]
     lines.append("| --- | --- | --- | --- | --- |")
     for task in tasks_of(rows):

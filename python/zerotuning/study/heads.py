@@ -1,7 +1,8 @@
-"""`zerotuning study heads`: which heads want a larger γ and which a smaller, how stable that is, and what it is worth.
+"""`zerotuning study heads`: which heads gain by a larger γ and which by a smaller one, how stable that is, and how much.
 
-The paper (section 3) calls a head up-effective where raising its γ helps, down-effective where lowering it does. Here that
-is the sign of the slope of the loss in its log γ: below 0 is up. Its second finding: heads differ, so a γ of a group beats one of all.
+The paper (section 3) calls a head up-effective if raising its γ helps, and down-effective if lowering it helps. Here the sign of
+the loss's slope in the head's log γ decides: a negative slope is up. The paper's second finding is that heads differ, so that a
+γ for a group of heads beats one γ for all heads.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ OTHER_WORDINGS = 2
 GAMMAS = (0.2, 0.5, 2.0, 5.0)
 SMALL_GAMMAS = (2.0,)
 GROUPS = ("all", "up", "down", "up and down")
-#: |log γ| on both sides of 1 for the heads that are measured without a gradient, and how many of them.
+#: |log γ| of the two evaluations of a head that is measured without a gradient, and how many heads are measured so.
 CHECK_STEP = 0.5
 CHECKED, SMALL_CHECKED = 12, 2
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
-    """For each task: slopes of each seed, and of seed 0 in each other wording; some heads on both sides; the groups."""
+    """For each task: slopes of each seed, and of seed 0 in each other wording; checks of some heads; the groups."""
     numbers = setting.numbers
     small = setting.size == "small"
     for name in numbers.tasks:
         wordings = [setting.task(name), *other_wordings(setting.task(name))]
-        found: dict[int, np.ndarray] = {}
+        slopes_by_seed: dict[int, np.ndarray] = {}
         for seed in range(numbers.seeds):
             for place, task in enumerate(wordings if seed == 0 else wordings[:1]):
                 key = {"measure": "slopes", "task": name, "seed": seed, "wording": place, "examples": numbers.examples}
@@ -60,7 +61,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
                     "limit": numbers.limit,
                     **({"gammas": list(SMALL_GAMMAS)} if small else {}),
                 }
-                yield Cell(key, partial(_group, setting, name, seed, group, found))
+                yield Cell(key, partial(_group, setting, name, seed, group, slopes_by_seed))
 
 
 def other_wordings(task: Task) -> list[Task]:
@@ -69,7 +70,7 @@ def other_wordings(task: Task) -> list[Task]:
 
 
 def checked_heads(shape: tuple[int, int], count: int) -> list[tuple[int, int]]:
-    """`count` heads (layer, head), evenly spread; all of them if there are fewer."""
+    """`count` heads as (layer, head), evenly spread; all heads if there are fewer."""
     layers, heads = shape
     places = np.unique(np.linspace(0, layers * heads - 1, min(count, layers * heads)).round().astype(int))
     return [(int(place) // heads, int(place) % heads) for place in places]
@@ -91,22 +92,22 @@ def _check(setting: Setting, name: str, layer: int, head: int) -> dict[str, Any]
 
 
 def group_directions(slopes: np.ndarray, group: str) -> np.ndarray:
-    """What log γ of each head is multiplied by, [L, H]: 1 in the group, 0 outside; -1 for down heads of "up and down"."""
+    """Factors of log γ, [L, H]: 1 for heads in the group, 0 for others; -1 for down heads of "up and down"."""
     if group == "all":
         return np.ones_like(slopes)
     up, down = (slopes < 0).astype(float), (slopes > 0).astype(float)
     return {"up": up, "down": down, "up and down": up - down}[group]
 
 
-def _group(setting: Setting, name: str, seed: int, group: str, found: dict[int, np.ndarray]) -> dict[str, Any]:
-    """The group's shared γ, chosen on validation examples (most accuracy, of equals least loss) and judged on test ones."""
+def _group(setting: Setting, name: str, seed: int, group: str, slopes_by_seed: dict[int, np.ndarray]) -> dict[str, Any]:
+    """Figures of a group's shared γ, which is chosen on validation examples (`best_gamma`) and judged on test examples."""
     task = setting.task(name)
     validation, test = (
         setting.scorer(task, records) for records in (setting.drawn(name, seed), setting.tests(name, seed))
     )
-    if seed not in found:
-        found[seed] = setting.slopes(validation)
-    directions = group_directions(found[seed], group)
+    if seed not in slopes_by_seed:
+        slopes_by_seed[seed] = setting.slopes(validation)
+    directions = group_directions(slopes_by_seed[seed], group)
 
     def at(scorer: Any, gamma: float) -> dict[str, float]:
         return figures_of(setting.scores(scorer, math.log(gamma) * directions), scorer.labels)
@@ -131,13 +132,13 @@ def _group(setting: Setting, name: str, seed: int, group: str, found: dict[int, 
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
-    """(Spearman's correlation, share of equal signs in [0, 1]) of two maps of slopes [L, H]."""
+    """Compare two maps of slopes [L, H]: (Spearman's correlation, share of equal signs in [0, 1])."""
     correlation = rank_correlation(first.ravel().tolist(), second.ravel().tolist())
     return correlation, float((np.sign(first) == np.sign(second)).mean())
 
 
 def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
-    """`agreement` of all pairs of maps that differ in one thing: seed, task or wording."""
+    """`agreement` of all pairs of maps that differ only in `across`: "seed", "task" or "wording"."""
     maps = [(row["key"], np.array(row["slopes"])) for row in select(rows, measure="slopes")]
     names = ("task", "seed", "wording")
     return [
@@ -148,7 +149,7 @@ def pairs(rows: Sequence[Row], across: str) -> list[tuple[float, float]]:
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """The map of mean slopes of each task; stability and gains of the groups."""
+    """Draw the map of mean slopes of each task, and the stability and gains of the groups."""
     tasks = tasks_of(rows)
     maps, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
@@ -158,8 +159,10 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _stability_and_groups(rows: Sequence[Row]) -> Any:
     figure, panels = new_panels(columns=2)
-    found = [(f"other {across}", pairs(rows, across)) for across in ("seed", "wording", "task")]
-    shown = [(name, mean_and_half_width([value for value, _ in of_pairs])) for name, of_pairs in found if of_pairs]
+    comparisons = [(f"other {across}", pairs(rows, across)) for across in ("seed", "wording", "task")]
+    shown = [
+        (name, mean_and_half_width([value for value, _ in of_pairs])) for name, of_pairs in comparisons if of_pairs
+    ]
     if shown:
         _bars(panels[0], shown, 0)
     label_axes(panels[0], "stability of the heads' slopes", "rank correlation", "slopes of")
@@ -177,7 +180,7 @@ def _bars(axes: Any, shown: Sequence[tuple[str, tuple[float, float]]], place: in
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Three tables: shares of up and down heads with the check of the slopes, their stability, the groups' gains."""
+    """Three tables: shares of up and down heads with a check of their slopes, the slopes' stability, the groups' gains."""
     return "\n\n".join((_shares(rows), _stability(rows), _groups(rows)))
 
 
@@ -196,7 +199,7 @@ def _shares(rows: Sequence[Row]) -> str:
 
 
 def _checked(rows: Sequence[Row], task: str) -> str:
-    """How the slopes of seed 0 agree with those measured on both sides."""
+    """How the slopes of seed 0 agree with those measured by two evaluations."""
     checks = select(rows, measure="check", task=task)
     slopes = _maps(rows, task)[0]
     by_gradient = np.array([slopes[row["key"]["layer"]][row["key"]["head"]] for row in checks])
@@ -211,11 +214,11 @@ def _stability(rows: Sequence[Row]) -> str:
         "| --- | --- | --- | --- | --- |",
     ]
     for across in ("seed", "wording", "task"):
-        found = pairs(rows, across)
-        if found:
-            correlations, signs = (np.array(values) for values in zip(*found, strict=True))
+        compared = pairs(rows, across)
+        if compared:
+            correlations, signs = (np.array(values) for values in zip(*compared, strict=True))
             shown = f"{correlations.mean():.2f} | {correlations.min():.2f} | {100 * signs.mean():.0f} %"
-            lines.append(f"| {across}s | {len(found)} | {shown} |")
+            lines.append(f"| {across}s | {len(compared)} | {shown} |")
     return "\n".join(lines) if len(lines) > 2 else "One map of slopes only: no stability."
 
 

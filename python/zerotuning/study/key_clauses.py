@@ -1,7 +1,8 @@
-"""Which clause of its input a model itself calls the deciding one: AutoPASTA's first step (arXiv 2409.10790).
+"""The clause of an input that the model itself quotes as the deciding one: the first step of AutoPASTA (arXiv 2409.10790).
 
-The paper lets the model generate the key sentences of a long context and maps them to the context's own by likeness. Our tasks'
-inputs are mostly single sentences: here clauses take the sentences' place, and the words that are shared are the likeness.
+In the paper the model generates the key sentences of a long context, which are matched to the context's sentences by similarity.
+The inputs of our tasks are mostly single sentences, so clauses replace sentences, and the similarity is the number of shared
+words.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from zerotuning.study.spans import token_span
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
-#: What follows the prompt, cut behind its input.
+#: Follows the part of the prompt up to the end of the input.
 QUESTION = '\nThe part of it that decides the answer, word for word: "'
 NEW_TOKENS = 16
 _BORDER = re.compile(r"[.,;:!?]+\s+|\s-+\s|\s(?=(?:but|and|yet|though|although|while|because)\s)")
@@ -24,9 +25,18 @@ _BORDER = re.compile(r"[.,;:!?]+\s+|\s-+\s|\s(?=(?:but|and|yet|though|although|w
 def key_clauses(
     model: Any, tokenizer: Any, task: Task, records: Sequence[Record], batch_size: int
 ) -> list[tuple[int, int]]:
-    """Of each example the tokens [first, end) of the clause that the model quotes, counted from the prompt's first token.
+    """Find the clause that the model quotes in each example's input.
 
-    All of the input where the quotation shares no word with it. The tokenizer pads on the left and knows its tokens' characters.
+    Args:
+        model: Generates the quotations.
+        tokenizer: A fast tokenizer, which gives the characters of its tokens.
+        task: The examples' task.
+        records: The examples.
+        batch_size: Prompts of one batch of generation.
+
+    Returns:
+        The clauses' tokens [first, end), counted from the prompt's first token; the whole input where the quotation shares
+        no word with it.
     """
     texts = [_input(task, record) for record in records]
     asked = [before + content + QUESTION for before, content in texts]
@@ -43,15 +53,15 @@ def key_clauses(
 
 
 def most_alike(content: str, quotation: str) -> tuple[int, int]:
-    """Characters [begin, end) of the clause of `content` with most words of the quotation; of equals the first."""
+    """Characters [begin, end) of the clause of `content` that shares most words with the quotation; the first of equals."""
     quoted = _words(quotation.split('"')[0])
-    found = clauses(content)
-    shared = [len(quoted & _words(content[begin:end])) for begin, end in found]
-    return found[shared.index(max(shared))] if max(shared, default=0) else (0, len(content))
+    parts = clauses(content)
+    shared = [len(quoted & _words(content[begin:end])) for begin, end in parts]
+    return parts[shared.index(max(shared))] if max(shared, default=0) else (0, len(content))
 
 
 def clauses(text: str) -> list[tuple[int, int]]:
-    """Characters [begin, end) of the parts of a text between punctuation, or before a conjunction."""
+    """Characters [begin, end) of a text's parts between punctuation marks and before conjunctions."""
     begins = [0, *(match.end() for match in _BORDER.finditer(text))]
     ends = [*(match.start() for match in _BORDER.finditer(text)), len(text)]
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if text[begin:end].strip()]

@@ -1,6 +1,6 @@
-"""`zerotuning study layers`: how much γ of one layer's heads, or of a third of the layers, moves loss and accuracy.
+"""`zerotuning study layers`: how γ in the heads of one layer, or of a third of the layers, changes loss and accuracy.
 
-The paper (section 3) finds one trend over γ in shallow, middle and deep layers, and a stronger effect in early ones.
+The paper (section 3) finds the same trend over γ in shallow, middle and deep layers, and a stronger effect in early layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zerotuning.study.pictures import new_panels
 from zerotuning.study.rows import by_task, select
 from zerotuning.study.setting import Setting, figures_of
 
-#: γ of all heads of one layer; γ of all heads of a third of the layers.
+#: γ in all heads of one layer; γ in all heads of a third of the layers.
 LAYER_GAMMAS = (0.3, 3.0)
 THIRD_GAMMAS = (0.2, 0.5, 1.0, 2.0, 5.0)
 SMALL_THIRD_GAMMAS = (0.5, 1.0, 2.0)
@@ -29,7 +29,7 @@ THIRDS = ("shallow", "middle", "deep")
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
-    """For each task and seed, on test examples: the slopes, each third at each γ, each layer (small: each tenth)."""
+    """For each task and seed, on test examples: the slopes, each third at each γ, each (small: each tenth) layer."""
     numbers = setting.numbers
     small = setting.size == "small"
     layers = range(0, setting.shape()[0], 10 if small else 1)
@@ -49,7 +49,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
 
 
 def third_of(layer: int, layers: int) -> int:
-    """0, 1 or 2: which third of the layers it is in, as even as can be."""
+    """The index of a layer's third (0, 1 or 2); thirds differ by at most one layer."""
     return layer * len(THIRDS) // layers
 
 
@@ -82,7 +82,7 @@ def _at(setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: f
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Three panels: slope by layer; change of loss by layer at each γ; accuracy against γ of each third."""
+    """Draw the slope by layer, the change of loss by layer at each γ, and the accuracy against γ of each third."""
     figure, panels = new_panels(columns=3)
     slopes = np.array([row["slopes"] for row in select(rows, measure="slopes")])
     _band(panels[0], 0, range(slopes.shape[1]), slopes.T, "mean of tasks and seeds")
@@ -111,7 +111,7 @@ def _band(axes: Any, place: int, across: Sequence[float], values: Any, name: str
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line a third with the size of its layers' effects and its trend over γ, then whether the paper's claims hold."""
+    """A line for each third with its layers' effects and its trend over γ; then whether the paper's claims hold."""
     gammas = [gamma for gamma in sorted({row["key"]["gamma"] for row in select(rows, measure="third")}) if gamma != 1.0]
     head = "| third | mean size of a layer's slope, nats | mean size of one layer's change of loss, nats |"
     lines = [head + "".join(f" accuracy at γ = {gamma:g}, change in points |" for gamma in gammas)]
@@ -172,18 +172,18 @@ def _loss_changes(rows: Sequence[Row], layer: int, gamma: float) -> list[list[fl
 
 
 def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
-    """Mean over the third's layers of |slope of the layer|, one list a task; none for a third without layers."""
-    found: list[list[float]] = []
+    """Mean |slope| of the third's layers, one list for each task; no list for a third without layers."""
+    means: list[list[float]] = []
     if not _places(len(select(rows, measure="slopes")[0]["slopes"]), third):
-        return found
+        return means
     for of_task in by_task(select(rows, measure="slopes")):
         sizes = [np.abs(row["slopes"]) for row in of_task]
-        found.append([float(one[_places(len(one), third)].mean()) for one in sizes])
-    return found
+        means.append([float(one[_places(len(one), third)].mean()) for one in sizes])
+    return means
 
 
 def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
-    """Mean over the third's measured layers of their |change of loss|, one list a task; none without such layers."""
+    """Mean |change of loss| of the third's measured layers, one list for each task; no list without such layers."""
     layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
     total = len(select(rows, measure="slopes")[0]["slopes"])
     inside = [place for place, layer in enumerate(layers) if third_of(layer, total) == third]
@@ -193,7 +193,7 @@ def _effects(rows: Sequence[Row], third: int) -> list[list[float]]:
 
 
 def _layer_sizes(rows: Sequence[Row]) -> list[list[list[float]]]:
-    """|change of loss| of each measured layer, mean of its γs: one list a task, in it one a seed."""
+    """|change of loss| of each measured layer, averaged over its γ: lists by task, seed and layer."""
     layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
     by_layer = []
     for layer in layers:

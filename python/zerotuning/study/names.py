@@ -1,3 +1,3 @@
-"""The studies' names: apart from the studies, so that the command line knows them without loading torch."""
+"""The names of the studies, in a module that the command line can import without loading torch."""
 
 STUDIES = ("positions", "layers", "heads", "gamma", "robustness", "baselines")

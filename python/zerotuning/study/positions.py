@@ -1,7 +1,7 @@
-"""`zerotuning study positions`: what tuning the initial token gains against tuning other tokens (the paper's section 3).
+"""`zerotuning study positions`: what scaling the initial token gains against scaling other tokens (the paper's section 3).
 
-At each position two settings from validation examples, judged on test examples: the best of a few γ for all heads, and a
-γ for each head by a single step down the gradient.
+At each position two settings are chosen on validation examples and judged on test examples: the best of a few γ for all heads,
+and a γ for each head by one step along the negative gradient.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from zerotuning.study.spans import POSITIONS, find_spans, has_position
 
 GAMMAS = (0.3, 3.0)
 SMALL_GAMMAS = (2.0,)
-#: Root mean square of log γ after the step, the same at every position, and the most of a single head.
+#: Root mean square of log γ after the step, equal at all positions, and the largest |log γ| of a head.
 STEP, MOST = 0.3, 1.0
 
 
 def cells(setting: Setting) -> Iterator[Cell]:
-    """One for each task, seed and position that the task's prompts have."""
+    """One cell for each task, seed and position that the task's prompts have."""
     numbers = setting.numbers
     for name in numbers.tasks:
         task = setting.task(name)
@@ -49,7 +49,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
 
 
 class _Draw:
-    """A task's examples of one seed; what all positions have in common is measured once, when first asked for."""
+    """A task's examples of one seed; figures that do not depend on the position are measured once, on first use."""
 
     def __init__(self, setting: Setting, name: str, seed: int) -> None:
         self.setting, self.seed = setting, seed
@@ -68,7 +68,7 @@ class _Draw:
 
     @cached_property
     def untuned(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Figures at γ = 1, where no position matters."""
+        """Figures of validation and test examples at γ = 1, which do not depend on the position."""
         validation, test = (figures_of(self.setting.scores(scorer), scorer.labels) for scorer in self.scorers)
         return validation, test
 
@@ -104,7 +104,7 @@ def _measure(draw: _Draw, position: str) -> dict[str, Any]:
     slopes = setting.slopes(validation, validation_spans)
     by_head = on_test(step_down(slopes))
     return {
-        "validation": [{"gamma": gamma, **found} for gamma, found in sorted(curve.items())],
+        "validation": [{"gamma": gamma, **of_gamma} for gamma, of_gamma in sorted(curve.items())],
         "gamma": chosen,
         "untuned": before,
         "shared": shared,
@@ -118,14 +118,17 @@ def _measure(draw: _Draw, position: str) -> dict[str, Any]:
 
 
 def step_down(slopes: np.ndarray) -> np.ndarray:
-    """log γ [L, H] of one step down the slopes, float64: root mean square STEP, then cut at MOST. Zeros for zeros."""
+    """One step along the negative slopes: log γ [L, H], float64, scaled to root mean square STEP and cut at MOST.
+
+    Zero slopes give zeros.
+    """
     size = float(np.sqrt(np.mean(slopes**2)))
     return np.clip(-STEP * slopes / size, -MOST, MOST) if size else np.zeros_like(slopes)
 
 
 # What is made of the rows.
 
-#: Figure of a row, its panel's title, its axis, and the factor of that unit.
+#: Figure of a row, title of its panel, name of its axis, factor to the axis's unit.
 _FIGURES = (
     ("accuracy_gain", "one γ for all heads", "gain in accuracy (points)", 100.0),
     ("loss_gain", "one γ for all heads", "gain in loss (nats)", 1.0),
@@ -135,19 +138,22 @@ _FIGURES = (
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Four panels, a bar a position: gains in accuracy and loss, with one γ and with a γ a head."""
+    """Draw gains in accuracy and loss, with one γ and with a γ for each head: four panels with a bar for each position."""
     figure, panels = new_panels(columns=2, rows=2)
     positions = _positions(rows)
     for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):
-        found = [mean_and_interval(_gains(rows, position, what, factor)) for position in positions]
-        means, lows, highs = zip(*found, strict=True)
+        intervals = [mean_and_interval(_gains(rows, position, what, factor)) for position in positions]
+        means, lows, highs = zip(*intervals, strict=True)
         bars_with_intervals(axes, positions, means, lows, highs, place // 2)
         label_axes(axes, title, unit, "scaled tokens")
     return {"": figure}
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Two tables, one γ and a γ a head: a line a position with its mean gains, and the initial token's lead over it."""
+    """Two tables, for one γ and for a γ for each head, with a line for each position.
+
+    A line has the position's mean gains and the initial token's lead over the position.
+    """
     parts = []
     for title, prefix in (
         ("One γ for all heads", ""),
@@ -180,7 +186,7 @@ def _line(rows: Sequence[Row], position: str, prefix: str) -> str:
 
 
 def _verdict(rows: Sequence[Row], prefix: str) -> str:
-    """Where the initial token's lead in accuracy, and in loss, has an interval beyond zero, in words."""
+    """In words, where the interval of the initial token's lead in accuracy, and in loss, excludes zero."""
     if all(len(values) == 1 for values in _gains(rows, "initial", "loss_gain")):
         return "One draw of the examples a task: no interval, no finding."
     sentences = []

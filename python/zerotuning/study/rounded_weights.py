@@ -1,4 +1,4 @@
-"""A model with its linear layers' weights rounded as quantised formats round them: made in memory, computed in its own type."""
+"""A model whose linear layers' weights are rounded as quantized formats round them, and computed in the model's own type."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ BLOCK = 32
 
 
 def eight_bit(weight: Tensor) -> Tensor:
-    """255 levels a row (output channel), symmetric about 0: step max|w| / 127."""
+    """Round to 255 levels for each row (output channel), symmetric about 0, with steps of max|w| / 127."""
     step = weight.abs().amax(dim=-1, keepdim=True) / 127
     return _to_steps(weight, step, torch.zeros_like(step))
 
 
 def four_bit(weight: Tensor) -> Tensor:
-    """16 levels a block of 32 weights of a row, from the block's least to its largest, as GGUF's Q4_1 has them."""
+    """Round to 16 levels for each block of 32 weights of a row, from its minimum to its maximum, as GGUF's Q4_1 does."""
     if weight.shape[-1] % BLOCK:
         return weight
     blocks = weight.unflatten(-1, (-1, BLOCK))
@@ -29,7 +29,7 @@ def four_bit(weight: Tensor) -> Tensor:
 
 
 def bfloat16(weight: Tensor) -> Tensor:
-    """8 significant bits."""
+    """Round to 8 significant bits."""
     return weight.to(torch.bfloat16).to(weight.dtype)
 
 
@@ -48,7 +48,7 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor] | None] = {
 
 @contextmanager
 def rounded_weights(model: Any, name: str) -> Iterator[None]:
-    """Within it the weights of all nn.Linear but the output layer are rounded (ROUNDINGS[name]); afterwards as before."""
+    """Within the context the weights of all nn.Linear but the output layer are rounded by ROUNDINGS[name]."""
     rounding = ROUNDINGS[name]
     output = model.get_output_embeddings()
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not output]

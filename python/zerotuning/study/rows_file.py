@@ -1,4 +1,4 @@
-"""A study's file: the rows measured so far, written whole after each, so that a study that was stopped goes on."""
+"""A study's file of rows, rewritten as a whole after each row, so that an interrupted study can be resumed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from zerotuning.study.experiment import Row
 
 
 class RowsFile:
-    """Rows by their cells' keys.
+    """Rows by the keys of their cells.
 
-    path      a .json file; None: nothing is kept
-    header    what all rows depend on: study, model, size …; a file with another is refused
-    weights   digest of the model that measured the rows, in a file of an older version None
-    Errors: ZeroTuningError for a file that holds something else, or the rows of another setting.
+    Args:
+        path: A .json file; None: nothing is written.
+        header: What all rows depend on: study, model, dtype, …
+        overwrite: Start with no rows, whatever the file holds.
+
+    Attributes:
+        weights: Digest of the weights of the model that measured the rows; None for a file without a digest.
+
+    Raises:
+        ZeroTuningError: The file holds something else, or rows with another study, model or dtype in the header.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any], overwrite: bool = False) -> None:
@@ -28,40 +34,46 @@ class RowsFile:
         self.rows: list[Row] = []
         if path is not None and path.exists() and not overwrite:
             self.rows = self._read(path)
-        self._known = {_name(row["key"]): row for row in self.rows}
+        self._by_key = {_name(row["key"]): row for row in self.rows}
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
-        return self._known.get(_name(key))
+        """The row with this key, whatever the order of the key's names; None if there is none."""
+        return self._by_key.get(_name(key))
 
     def check_weights(self, digest: str) -> None:
-        """To be called before a row is measured. Errors: ZeroTuningError where other weights measured those here."""
+        """Note the weights that the next rows are measured with; call this before measuring.
+
+        Raises:
+            ZeroTuningError: The file's rows were measured with other weights.
+        """
         if self.weights not in (None, digest):
             raise self._of_another("weights", self.weights, digest)
         self.weights = digest
 
     def add(self, row: Row) -> None:
+        """Add a row and rewrite the file."""
         self.rows.append(row)
-        self._known[_name(row["key"])] = row
+        self._by_key[_name(row["key"])] = row
         if self.path is not None:
             write_json_atomically(self.path, {**self.header, "weights": self.weights, "rows": self.rows})
 
     def _read(self, path: Path) -> list[Row]:
         try:
-            held = json.loads(path.read_text("utf-8"))
-            rows = list(held.pop("rows"))
+            content = json.loads(path.read_text("utf-8"))
+            rows = list(content.pop("rows"))
             if not all(isinstance(row["key"], dict) for row in rows):
                 raise TypeError("key")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ZeroTuningError(f"{path} holds no study; choose another folder or overwrite it") from error
         for name in ("study", "model", "dtype"):
-            if held.get(name) != self.header[name]:
-                raise self._of_another(name, held.get(name), self.header[name])
-        self.weights = held.get("weights")
+            if content.get(name) != self.header[name]:
+                raise self._of_another(name, content.get(name), self.header[name])
+        self.weights = content.get("weights")
         return rows
 
-    def _of_another(self, name: str, held: Any, value: Any) -> ZeroTuningError:
+    def _of_another(self, name: str, in_file: Any, value: Any) -> ZeroTuningError:
         return ZeroTuningError(
-            f"{self.path} holds rows of {name} {held!r}, this is {value!r}: choose another folder or overwrite it"
+            f"{self.path} holds rows of {name} {in_file!r}, this is {value!r}: choose another folder or overwrite it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Runs a study: measures what its file does not hold yet, then writes its pictures and its table."""
+"""Run a study: measure the rows that its file lacks, then write its pictures and its table."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from zerotuning.study.setting import Setting
 
 @dataclass(frozen=True)
 class StudyResult:
-    """rows       as the study's file holds them: {"key": …, figures …, "seconds": …}
-    table      the findings as a Markdown table
-    figures    matplotlib figures by name; none without matplotlib
-    files      what was written
+    """What `run_study` returns.
+
+    Attributes:
+        rows: As in the study's file: {"key": …, figures …, "seconds": …}.
+        table: The findings as a Markdown table.
+        figures: matplotlib figures by name; none without matplotlib.
+        files: The files that were written.
     """
 
     rows: list[Row]
@@ -41,13 +44,17 @@ class StudyResult:
 
 
 def study(name: str) -> Experiment:
-    """The study of that name. Errors: ZeroTuningError that lists the known ones."""
+    """The study of that name.
+
+    Raises:
+        ZeroTuningError: There is no such study; the error lists the names.
+    """
     if name not in STUDIES:
         nearest = difflib.get_close_matches(name, STUDIES, n=1)
         hint = f", did you mean {nearest[0]!r}?" if nearest else ""
         raise ZeroTuningError(f"unknown study {name!r}{hint} (known studies: {', '.join(STUDIES)})")
-    found: Experiment = importlib.import_module(f"zerotuning.study.{name}").STUDY
-    return found
+    experiment: Experiment = importlib.import_module(f"zerotuning.study.{name}").STUDY
+    return experiment
 
 
 def run_study(
@@ -58,18 +65,23 @@ def run_study(
     overwrite: bool = False,
     progress: bool = False,
 ) -> StudyResult:
-    """Measures the cells of a study that `output`/NAME.json does not hold, and makes pictures and table of all.
+    """Measure the cells of a study that `output`/NAME.json lacks, and draw pictures and tables of all rows.
+
+    Where the file holds all rows, the model is not loaded and its weights are not compared with the file's.
 
     Args:
-        name: one of `STUDIES`.
-        setting: model, size, tasks …; default: the full size on the embedded model.
-        output: a folder for NAME.json, NAME*.png, NAME*.svg and NAME.md; None: nothing is written.
-        overwrite: measure everything anew.
-        progress: draw a bar on stderr, if that is a terminal.
+        name: One of `STUDIES`.
+        setting: Model, size, tasks, … Default: the full size on the embedded model.
+        output: A folder for NAME.json, NAME*.png, NAME*.svg and NAME.md; None: nothing is written.
+        overwrite: Measure all cells again.
+        progress: Draw a bar on stderr, if stderr is a terminal.
+
+    Returns:
+        Rows, table, figures, and the files that were written.
 
     Raises:
-        ZeroTuningError: an unknown study, task or part; a file in `output` with rows of another model or of other
-            weights; where it holds all rows, the model is not loaded and its weights are not compared.
+        ZeroTuningError: An unknown study, task or part; or a file in `output` with rows of another model or of other
+            weights.
     """
     experiment = study(name)
     complete = (setting or Setting()).with_defaults(experiment.numbers)

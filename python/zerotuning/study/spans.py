@@ -1,4 +1,4 @@
-"""Where the parts of a prompt stand in its tokens: single tokens, the instruction, the labels named in it, the content."""
+"""The tokens of a prompt's parts: single tokens, the instruction, the labels that it names, the content."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
-#: What `find_spans` knows. Only the first holds the initial token: the others begin behind it.
+#: The parts that `find_spans` finds. Only the first one includes the initial token: the others begin after it.
 POSITIONS = ("initial", "token 1", "token 4", "middle", "last", "random", "instruction", "labels", "content")
 
 
 def has_position(task: Task, position: str) -> bool:
-    """Whether the task's prompts have that part: some have no instruction or name no labels in it."""
+    """Whether the task's prompts have that part: some have no instruction, or an instruction without the labels."""
     if position == "instruction":
         return bool(_instruction(task))
     if position == "labels":
@@ -28,20 +28,24 @@ def has_position(task: Task, position: str) -> bool:
 def find_spans(
     position: str, task: Task, records: Sequence[Record], tokenizer: Any, lengths: Sequence[int], seed: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Of each prompt the tokens [first, end) of a part, counted from the prompt's first token.
+    """Find a part's tokens in each prompt.
 
     Args:
-        position: one of `POSITIONS`. initial: token 0. token 1, token 4 (the last, if the prompt is shorter). middle: token
-            n // 2 of n. last: token n - 1. random: one of tokens 1 … n - 1, drawn for each example. instruction: the lines
-            of the template before that of the first field. labels: from the first to the last label named in the
-            instruction. content: from the first field to the last one.
-        records: the examples.
-        tokenizer: a fast one, which knows the characters of its tokens.
-        lengths: tokens of each prompt.
-        seed: of the random tokens.
+        position: One of `POSITIONS`. initial: token 0. token 1, token 4 (the last one, if the prompt is shorter). middle:
+            token n // 2 of n. last: token n - 1. random: one of tokens 1 … n - 1, drawn for each example. instruction: the
+            template's lines before the line of the first field. labels: from the first to the last label that the
+            instruction names. content: from the first field to the last field.
+        task: The prompts' task.
+        records: The examples.
+        tokenizer: A fast tokenizer, which gives the characters of its tokens.
+        lengths: Tokens of each prompt.
+        seed: Of the random tokens.
+
+    Returns:
+        Tokens [first, end) of each prompt, counted from the prompt's first token.
 
     Raises:
-        ZeroTuningError: the task has no such part, or the tokenizer gives no offsets.
+        ZeroTuningError: The task has no such part, or the tokenizer gives no offsets.
     """
     if not has_position(task, position):
         raise ZeroTuningError(f"task {task.name!r} has no position {position!r}")
@@ -71,7 +75,7 @@ def _characters(position: str, task: Task, pieces: Sequence[tuple[str | None, st
         return 0, len(_instruction(task))
     if position == "labels":
         named = _named_labels(task)
-        assert named is not None  # find_spans asked
+        assert named is not None  # find_spans has checked
         return named
     ends = np.cumsum([len(text) for _, text in pieces])
     fields = [place for place, (name, _) in enumerate(pieces) if name is not None]
@@ -79,31 +83,32 @@ def _characters(position: str, task: Task, pieces: Sequence[tuple[str | None, st
 
 
 def _instruction(task: Task) -> str:
-    """The template's text before the line of the first field; all of it before the field where there is one line."""
+    """The template's text before the line of the first field; in a template of one line the text before the field."""
     before = task.template_before_fields()
     return before[: before.rindex("\n")] if "\n" in before else before
 
 
 def _named_labels(task: Task) -> tuple[int, int] | None:
-    """Characters from the first to the last label in the instruction; None unless all are there."""
+    """Characters from the first to the last label in the instruction; None unless it names all labels."""
     if isinstance(task.labels, str) or not task.labels:
         return None
     instruction = _instruction(task)
-    found = [re.search(rf"\b{re.escape(label.strip())}\b", instruction, re.IGNORECASE) for label in task.labels]
-    matches = [match for match in found if match is not None]
-    if len(matches) < len(found):
+    searches = [re.search(rf"\b{re.escape(label.strip())}\b", instruction, re.IGNORECASE) for label in task.labels]
+    matches = [match for match in searches if match is not None]
+    if len(matches) < len(searches):
         return None
     return min(match.start() for match in matches), max(match.end() for match in matches)
 
 
 def token_span(tokenizer: Any, text: str, begin: int, end: int) -> tuple[int, int]:
-    """The tokens [first, last) of `text` that hold any of its characters [begin, end); (0, 0): none.
+    """The tokens [first, last) of `text` that overlap its characters [begin, end); (0, 0) if none does.
 
-    Errors: ZeroTuningError for a tokenizer without offsets.
+    Raises:
+        ZeroTuningError: The tokenizer gives no offsets.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ZeroTuningError(
-            f"spans need a fast tokenizer, which knows its tokens' characters, got {type(tokenizer).__name__}"
+            f"spans need a fast tokenizer, which gives the characters of its tokens, got {type(tokenizer).__name__}"
         )
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
     inside = [place for place, (start, stop) in enumerate(offsets) if start < stop and start < end and stop > begin]

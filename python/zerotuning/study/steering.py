@@ -1,10 +1,11 @@
-"""Other ways to intervene in a frozen model's attention, exact and dense: what the studies compare head scales with.
+"""Other interventions in a frozen model's attention, which the studies compare with head scales; computed densely.
 
     with steered(model, CalibratedSinks(), strength):
         scores = scorer.scores(batch)
 
-An intervention turns the attention weights of all heads of a layer into others; `strength` [layers, heads] says in which heads
-(1: steered, 0: left alone). It is a mixture in between and differentiable, so that one backward pass ranks all heads.
+An intervention replaces the attention weights of all heads of a layer. `strength` [layers, heads] selects the heads: 1 is the
+intervention, 0 the head's own weights, and a value between mixes them. The strength is differentiable, so that one backward
+pass ranks all heads.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ IMPLEMENTATION = "zerotuning_steered"
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """What an intervention sees of one layer in one pass over B samples of T tokens.
+    """The attention of one layer in one pass over B samples of T tokens.
 
-    layer     its index
-    logits    (B, H, T, T) before the softmax, scaled; -inf where hidden; float32 or float64
-    weights   (B, H, T, T), their softmax over the visible keys; 0 in the rows of padding
-    visible   bool (B, 1, T, T)
+    Attributes:
+        layer: Index of the layer.
+        logits: (B, H, T, T) before the softmax, scaled; -inf at hidden keys; float32 or float64.
+        weights: (B, H, T, T), the softmax of the logits over visible keys; 0 in rows of padding.
+        visible: Which keys each query sees, bool (B, 1, T, T).
     """
 
     layer: int
@@ -44,21 +46,27 @@ class AttentionMaps:
 
     @property
     def real(self) -> Tensor:
-        """Which keys are no padding: bool (B, T)."""
+        """Which tokens are no padding: bool (B, T)."""
         return self.visible.any(dim=-2)[:, 0]
 
 
 class Intervention(Protocol):
-    """The weights (B, H, T, T) that a layer's heads have in place of their own. Rows sum to 1, those of padding to 0."""
+    """Attention maps of a layer -> the weights (B, H, T, T) that replace its own. Rows sum to 1, rows of padding to 0."""
 
-    def __call__(self, maps: AttentionMaps) -> Tensor: ...
+    def __call__(self, maps: AttentionMaps) -> Tensor:
+        """The new weights (B, H, T, T)."""
+        ...
 
 
 @dataclass(frozen=True)
 class Temperature:
-    """softmax(logits / temperature): above 1 flatter, below 1 sharper.
+    """softmax(logits / temperature): flatter above 1, sharper below 1.
 
-    temperature   one number > 0, or one for each head: [layers, heads]
+    Attributes:
+        temperature: One number > 0 for all heads, or one for each head: [layers, heads].
+
+    Raises:
+        ZeroTuningError: A temperature is not positive.
     """
 
     temperature: float | Tensor
@@ -68,22 +76,28 @@ class Temperature:
             raise ZeroTuningError(f"temperature must be positive, got {self.temperature}")
 
     def __call__(self, maps: AttentionMaps) -> Tensor:
-        own = self.temperature
-        if isinstance(own, Tensor):
-            own = own.to(maps.logits)[maps.layer][:, None, None]
-        return _softmax(maps.logits / own, maps.visible)
+        """The softmax of the divided logits."""
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(maps.logits)[maps.layer][:, None, None]
+        return _softmax(maps.logits / temperature, maps.visible)
 
 
 @dataclass(frozen=True)
 class CalibratedSinks:
-    """ACT (Yu et al. 2024, arXiv 2406.15765): less weight for the attention sinks other than the initial token.
+    """ACT (Yu et al. 2024, arXiv 2406.15765): less weight for attention sinks other than the initial token.
 
-    A key is a sink of a head and an input if the mean of its weights, over the queries that see it, exceeds alpha / N with N the
-    input's tokens. A sink's weights become beta times theirs, in every row; what that frees goes to the row's other keys, the
-    initial token among them, in proportion to their weights (as the authors' code has it, github.com/GATECH-EIC/ACT,
-    models/llama_modelling_aug.py, which takes 0.1 in place of alpha / N).
+    A key of an input is a sink of a head if its mean weight, over the queries that see the key, exceeds alpha / N, where N is
+    the number of the input's tokens. In every row the weights of sinks are multiplied by beta, and the freed weight goes to
+    the row's other keys, the initial token included, in proportion to their weights. The authors' code
+    (github.com/GATECH-EIC/ACT, models/llama_modelling_aug.py) redistributes the same way, with 0.1 in place of alpha / N.
 
-    alpha, beta   the paper's values are the defaults
+    Attributes:
+        alpha: The default is the paper's value.
+        beta: The default is the paper's value.
+
+    Raises:
+        ZeroTuningError: alpha is not positive, or beta is outside [0, 1].
     """
 
     alpha: float = 5.0
@@ -96,17 +110,18 @@ class CalibratedSinks:
             raise ZeroTuningError(f"beta must be in [0, 1], got {self.beta}")
 
     def __call__(self, maps: AttentionMaps) -> Tensor:
+        """The weights with those of sinks reduced."""
         weights = maps.weights
         sinks = self.sinks(maps)[:, :, None, :]
         others = (weights * ~sinks).sum(dim=-1, keepdim=True)
         freed = (1 - self.beta) * (weights * sinks).sum(dim=-1, keepdim=True)
-        # A row whose other weights vanish has nobody to give to, and stays.
+        # A row in which all other weights vanish stays as it is: no key could receive the freed weight.
         possible = others > torch.finfo(weights.dtype).eps
         grown = weights * (1 + freed / others.masked_fill(~possible, 1.0))
         return torch.where(possible, torch.where(sinks, self.beta * weights, grown), weights)
 
     def sinks(self, maps: AttentionMaps) -> Tensor:
-        """Which keys are sinks of which heads: bool (B, H, T)."""
+        """Which keys are sinks of which head: bool (B, H, T)."""
         real = maps.real
         seen = maps.visible.sum(dim=-2).clamp_min(1)  # (B, 1, T): how many queries see each key
         mean = maps.weights.sum(dim=-2) / seen
@@ -118,14 +133,19 @@ class CalibratedSinks:
 
 @dataclass(frozen=True)
 class MarkedSpan:
-    """PASTA (Zhang et al. 2023, arXiv 2311.02262): keys outside the marked span get alpha times their weight, renormalised.
+    """PASTA (Zhang et al. 2023, arXiv 2311.02262): weights of keys outside the marked span times alpha, renormalized.
 
-    As its code has it (github.com/QingruZhang/PASTA, pastalib/pasta.py: log alpha added to the logits). Queries that see nothing
-    of the span are as before. AutoPASTA (arXiv 2409.10790) weakens only what lies within the context and outside the span: `within`.
+    As in the authors' code (github.com/QingruZhang/PASTA, pastalib/pasta.py), log alpha is added to these keys' logits. The
+    weights of a query that sees no key of the span do not change. AutoPASTA (arXiv 2409.10790) weakens only keys that lie in
+    the context and outside the span: `within`.
 
-    spans    int64 [B, 2]: keys [first, end) of each sample that are marked, places in the padded batch
-    alpha    in (0, 1]; the paper's value is the default
-    within   int64 [B, 2]: keys that may be weakened; None: all
+    Attributes:
+        spans: Marked keys [first, end) of each sample, as positions in the padded batch: int64 [B, 2].
+        alpha: In (0, 1]; the default is the paper's value.
+        within: Keys that may be weakened: int64 [B, 2]; None: all keys.
+
+    Raises:
+        ZeroTuningError: alpha is outside (0, 1], or spans have another type or shape.
     """
 
     spans: Tensor
@@ -140,6 +160,7 @@ class MarkedSpan:
                 raise ZeroTuningError(f"{name} must be int64 [B, 2], got {spans.dtype} {list(spans.shape)}")
 
     def __call__(self, maps: AttentionMaps) -> Tensor:
+        """The weights with those outside the span reduced."""
         batch, keys = maps.logits.shape[0], maps.logits.shape[-1]
         if self.spans.shape[0] != batch:
             raise ZeroTuningError(f"spans mark the keys of {self.spans.shape[0]} samples, the batch has {batch}")
@@ -157,10 +178,10 @@ def _inside(spans: Tensor, keys: int) -> Tensor:
 
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
-    """Over the visible keys; 0 in a row that sees none."""
-    blind = ~visible.any(dim=-1, keepdim=True)
+    """Softmax over visible keys; 0 in the rows of queries that see no key."""
+    sees_nothing = ~visible.any(dim=-1, keepdim=True)
     hidden = logits.masked_fill(~visible, -torch.inf)
-    return torch.softmax(hidden.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
+    return torch.softmax(hidden.masked_fill(sees_nothing, 0.0), dim=-1).masked_fill(sees_nothing, 0.0)
 
 
 # Switching a model over.
@@ -177,12 +198,18 @@ _active: _Steering | None = None
 
 @contextmanager
 def steered(model: nn.Module, intervention: Intervention, strength: Tensor | None = None) -> Iterator[nn.Module]:
-    """Within it the model attends as the intervention says; afterwards as before, also after an exception.
+    """Within the context an intervention replaces the model's attention weights.
 
-    model      a transformers causal language model, patched or not; head scales that are applied do nothing within
-    strength   float [layers, heads]: s in (1 - s) · own weights + s · the intervention's; None: 1 everywhere
-    For passes without a cache, in float32 (float64 of a float64 model), with all T × T weights.
-    Raises: ZeroTuningError for a strength of another shape or a model that cannot be steered.
+    The context is for passes without a cache. Attention is computed in float32 (float64 for a float64 model) with all
+    T × T weights.
+
+    Args:
+        model: A transformers causal language model, patched or not; applied head scales have no effect within the context.
+        intervention: Makes the weights.
+        strength: s in (1 - s) · own weights + s · the intervention's weights, float [layers, heads]; None: 1 everywhere.
+
+    Raises:
+        ZeroTuningError: The strength has another shape, or the model cannot be steered.
     """
     global _active
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -209,7 +236,7 @@ def steered_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What a steered model calls in place of its attention: query (B, H, T, D) -> output (B, T, H, Dv)."""
+    """The attention function of a steered model: query (B, H, T, D) -> output (B, T, H, Dv)."""
     refuse_unsupported(module, dropout, is_causal, kwargs)
     steering, layer = _active, getattr(module, "layer_idx", None)
     if steering is None or layer is None:
@@ -245,7 +272,7 @@ def steered_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Which keys each query sees, always dense: bool (B, 1, T, T)."""
+    """The mask function of a steered model: which keys each query sees, always dense: bool (B, 1, T, T)."""
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     visible: Tensor = sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **kwargs
