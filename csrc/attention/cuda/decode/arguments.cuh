@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "attention/cuda/addresses.cuh"
 #include "attention/cuda/launch.cuh"
 #include "attention/cuda/visibility.cuh"
 
@@ -15,20 +16,15 @@ constexpr int tile_rows = 16;
 constexpr int merge_threads = 256;  // that merge the splits of a row
 
 struct Arguments {
-  const uint16_t *query, *key, *value;
-  int64_t query_batch_stride, query_head_stride, query_row_stride;
-  int64_t key_batch_stride, key_head_stride, key_row_stride;
-  int64_t value_batch_stride, value_head_stride, value_row_stride;
+  Strided4<const void> query, key, value;
   CudaGeometry geometry;
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
-  uint16_t* output;
-  int64_t output_batch_stride, output_head_stride, output_row_stride;
-  float* logsumexp;  // or null
-  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
-  float* split_output;     // [batch, heads, queries, splits, value_head_size], if splits > 1
-  float* split_logsumexp;  // [batch, heads, queries, splits], base 2
-  uint32_t* arrivals;      // [batch, key heads, row_groups], zeros; or null: merge_splits follows
+  Strided4<void> output;
+  Strided4<void> logsumexp;  // data may be null
+  float* split_output;       // [batch, heads, queries, splits, value_head_size], if splits > 1
+  float* split_logsumexp;    // [batch, heads, queries, splits], base 2
+  uint32_t* arrivals;        // [batch, key heads, row_groups], zeros; or null: merge_splits follows
   int heads, group, queries, keys, head_size, value_head_size;
   int rows;        // of a key head: group * queries, queries innermost
   int row_groups;  // blocks that share a key head's rows

@@ -37,7 +37,7 @@ __device__ __forceinline__ void wait_copies() {
 template <int size, int rows>
 __device__ __forceinline__ void copy_query(const Arguments& args, int batch, int key_head,
                                            int first_row, uint32_t to, uint64_t policy) {
-  const uint16_t* base = args.query + batch * args.query_batch_stride;
+  const uint16_t* base = row_of<uint16_t>(args.query, batch, 0, 0);
   for (int i = threadIdx.x; i < rows * Tile<size>::chunks; i += blockDim.x) {
     const int tile_row = i / Tile<size>::chunks, chunk = i % Tile<size>::chunks;
     const int row = first_row + tile_row;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void copy_query(const Arguments& args, int batch, int
     const int64_t head = key_head * args.group + row / args.queries, query = row % args.queries;
     copy_chunk(
         to + tile_row * Tile<size>::row_bytes + chunk * 16,
-        exists ? base + head * args.query_head_stride + query * args.query_row_stride + chunk * 8
+        exists ? base + head * args.query.head_stride + query * args.query.row_stride + chunk * 8
                : base,
         exists, policy);
   }

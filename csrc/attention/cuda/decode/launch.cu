@@ -100,11 +100,10 @@ __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__
 
   const VisibleRange visible = visible_range(args, batch);
   const WarpTiles tiles = warp_tiles(args, visible, split);
-  const Source key{args.key + batch * args.key_batch_stride + key_head * args.key_head_stride,
-                   args.key_row_stride, args.head_size, visible.end};
-  const Source value{
-      args.value + batch * args.value_batch_stride + key_head * args.value_head_stride,
-      args.value_row_stride, args.value_head_size, visible.end};
+  const Source key{row_of<uint16_t>(args.key, batch, key_head, 0), args.key.row_stride,
+                   args.head_size, visible.end};
+  const Source value{row_of<uint16_t>(args.value, batch, key_head, 0), args.value.row_stride,
+                     args.value_head_size, visible.end};
   char* rings = memory + rows * Tile<size>::row_bytes;
   char* ring = rings + threadIdx.x / 32 * Shape::bytes;
   // A tile's keys and values are one group of copies; a group is committed even if there is no
@@ -173,7 +172,7 @@ __global__ void __launch_bounds__(merge_threads)
     if (!is_rehearsal) wait_for_previous_kernel();
     RowSplits splits = splits_of_row(args, first, column);
     if (is_rehearsal) {
-      splits.output = splits.logsumexp = reinterpret_cast<const float*>(args.query);
+      splits.output = splits.logsumexp = static_cast<const float*>(args.query.data);
       splits.last_row = 0;
     }
     PartialRow result = empty_row();
@@ -194,30 +193,15 @@ __global__ void __launch_bounds__(merge_threads)
 Arguments arguments_of(const CudaAttention& call, const Plan& plan, void* scratch,
                        uint32_t* counters) {
   Arguments args{};
-  args.query = static_cast<const uint16_t*>(call.query.data);
-  args.query_batch_stride = call.query.batch_stride;
-  args.query_head_stride = call.query.head_stride;
-  args.query_row_stride = call.query.row_stride;
-  args.key = static_cast<const uint16_t*>(call.key.data);
-  args.key_batch_stride = call.key.batch_stride;
-  args.key_head_stride = call.key.head_stride;
-  args.key_row_stride = call.key.row_stride;
-  args.value = static_cast<const uint16_t*>(call.value.data);
-  args.value_batch_stride = call.value.batch_stride;
-  args.value_head_stride = call.value.head_stride;
-  args.value_row_stride = call.value.row_stride;
+  args.query = call.query;
+  args.key = call.key;
+  args.value = call.value;
   args.geometry = call.geometry;
   args.log_scale = static_cast<const float*>(call.log_scale);
   args.log_scale_batch_stride = call.log_scale_batch_stride;
   args.log_scale_head_stride = call.log_scale_head_stride;
-  args.output = static_cast<uint16_t*>(call.output.data);
-  args.output_batch_stride = call.output.batch_stride;
-  args.output_head_stride = call.output.head_stride;
-  args.output_row_stride = call.output.row_stride;
-  args.logsumexp = static_cast<float*>(call.logsumexp.data);
-  args.logsumexp_batch_stride = call.logsumexp.batch_stride;
-  args.logsumexp_head_stride = call.logsumexp.head_stride;
-  args.logsumexp_row_stride = call.logsumexp.row_stride;
+  args.output = call.output;
+  args.logsumexp = call.logsumexp;
   args.split_output = static_cast<float*>(scratch);
   args.split_logsumexp = args.split_output + split_rows(call, plan) * call.value_head_size;
   args.arrivals = last_block_merges(call, plan) ? counters : nullptr;

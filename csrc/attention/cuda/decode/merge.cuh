@@ -73,14 +73,11 @@ template <typename T>
 __device__ __forceinline__ void write_result(const Arguments& args, int64_t batch, int64_t head,
                                              int64_t query, int column, PartialRow row) {
   const float logsumexp = normalize(row);
-  uint16_t* output = args.output + batch * args.output_batch_stride +
-                     head * args.output_head_stride + query * args.output_row_stride + column;
+  uint16_t* output = written_row_of<uint16_t>(args.output, batch, head, query) + column;
   *reinterpret_cast<uint2*>(output) = {pack<T>(row.output.x, row.output.y),
                                        pack<T>(row.output.z, row.output.w)};
-  if (args.logsumexp && column == 0) {
-    args.logsumexp[batch * args.logsumexp_batch_stride + head * args.logsumexp_head_stride +
-                   query * args.logsumexp_row_stride] = logsumexp * ln_2;
-  }
+  if (args.logsumexp.data && column == 0)
+    *written_row_of<float>(args.logsumexp, batch, head, query) = logsumexp * ln_2;
 }
 
 // The results of a row's splits in scratch memory, four columns of them.

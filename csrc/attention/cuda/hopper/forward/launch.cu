@@ -87,10 +87,7 @@ cudaError_t launch(const CudaAttention& call, int multiprocessors, cudaStream_t 
   args.log_scale = static_cast<const float*>(call.log_scale);
   args.log_scale_batch_stride = call.log_scale_batch_stride;
   args.log_scale_head_stride = call.log_scale_head_stride;
-  args.logsumexp = static_cast<float*>(call.logsumexp.data);
-  args.logsumexp_batch_stride = call.logsumexp.batch_stride;
-  args.logsumexp_head_stride = call.logsumexp.head_stride;
-  args.logsumexp_row_stride = call.logsumexp.row_stride;
+  args.logsumexp = call.logsumexp;
   args.heads = call.heads;
   args.group = call.heads / call.key_heads;
   args.queries = call.queries;

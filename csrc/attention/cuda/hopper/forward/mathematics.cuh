@@ -114,9 +114,8 @@ __device__ __forceinline__ void write_results(const Arguments& args, const WorkT
     const float row_sum = quad_sum(softmax.row_sum[half]);
     factor[half] = row_sum == 0 ? 0 : 1 / row_sum;
     const int row = work.row + consumer * warpgroup_rows + warp * 16 + lane / 4 + 8 * half;
-    if (args.logsumexp && lane % 4 == 0 && row < args.queries) {
-      args.logsumexp[work.batch * args.logsumexp_batch_stride +
-                     work.head * args.logsumexp_head_stride + row * args.logsumexp_row_stride] =
+    if (args.logsumexp.data && lane % 4 == 0 && row < args.queries) {
+      *written_row_of<float>(args.logsumexp, work.batch, work.head, row) =
           row_sum == 0 ? -INFINITY : softmax.row_max[half] * args.scale + logf(row_sum);
     }
   }

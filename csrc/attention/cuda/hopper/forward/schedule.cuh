@@ -18,8 +18,7 @@ struct Arguments {
   CudaGeometry geometry;
   const float* log_scale;
   int64_t log_scale_batch_stride, log_scale_head_stride;
-  float* logsumexp;  // or null
-  int64_t logsumexp_batch_stride, logsumexp_head_stride, logsumexp_row_stride;
+  Strided4<void> logsumexp;         // data may be null
   Strided4<const void> value_rows;  // value in global memory; null: no output_minus_initial_value
   int heads, group, queries, keys;
   int value_columns;
