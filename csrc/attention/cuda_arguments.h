@@ -42,8 +42,7 @@ struct CudaGeometry {
   int64_t key_mask_batch_stride;
   const int64_t* span;  // [batch, 2]: scaled keys [first, end), or null: the first real key
   int64_t span_batch_stride, span_stride;
-  const int64_t*
-      query_start;  // [batch]: position of query row 0 among the keys, or null: keys - queries
+  const int64_t* query_start;  // [batch]: position of query row 0, or null: keys - queries
   int64_t query_start_stride;
   // [batch] each: results of find_real_keys, or null: 0, keys and keys.
   const int32_t* first_key;

@@ -1,7 +1,7 @@
 // The initial token's share of attention whose other keys a kernel of torch computes.
 //
 // Bound: memory, one pass over the rows. A row belongs to `lanes` neighbouring lanes of 16 bytes
-// each; k_0 and v_0 stay in registers while a block walks through its rows. The formulas are beside
+// each; k_0 and v_0 stay in registers while a block processes its rows. The formulas are beside
 // the declarations, in cuda_initial_token.h.
 #include <algorithm>
 
@@ -23,9 +23,9 @@ constexpr int blocks_per_multiprocessor = 2;
 // 4 x 1024, where 64 rows without prefetching gave 0.73).
 constexpr int max_block_rows = 512, min_block_rows = 64;
 // Key 1's duplicate contribution is subtracted as torch computed it: with Δ from the output in 16
-// bits, so that the rounding cancels. If output_minus_initial_value is given, the 16-bit output is
-// not read up to this weight of key 1: the remaining rounding error is then at most a sixteenth of
-// that in key 1's own gradient.
+// bits, so that the rounding of the output cancels. If output_minus_initial_value is given, the
+// 16-bit output is read only above this weight of key 1. Below it at most a sixteenth of that
+// rounding remains, no more than in the gradient of key 1 itself.
 constexpr float max_weight_without_output = 1.f / 16;
 
 // A block's work: rows [begin, end) of one head, and the scaled key.

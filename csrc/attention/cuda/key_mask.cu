@@ -8,6 +8,7 @@ namespace {
 
 constexpr int threads = 256;
 
+// A block for each sample.
 __global__ void __launch_bounds__(threads)
     find_runs(const bool* key_mask, int64_t batch_stride, int keys, int32_t* first_key,
               int32_t* end_key, int32_t* past_key) {
@@ -19,10 +20,10 @@ __global__ void __launch_bounds__(threads)
   }
   __syncthreads();
   for (int key = threadIdx.x; key < keys; key += threads) {
-    const bool real = mask[key];
-    // Few keys begin or end a run.
-    if (real && (key == 0 || !mask[key - 1])) atomicMin(&first, key);
-    if (real && (key == keys - 1 || !mask[key + 1])) atomicMax(&past, key + 1);
+    const bool is_real = mask[key];
+    // Only keys that begin or end a run of real keys need an atomic operation.
+    if (is_real && (key == 0 || !mask[key - 1])) atomicMin(&first, key);
+    if (is_real && (key == keys - 1 || !mask[key + 1])) atomicMax(&past, key + 1);
   }
   __syncthreads();
   for (int key = first + 1 + threadIdx.x; key < keys; key += threads) {
@@ -39,6 +40,7 @@ __global__ void __launch_bounds__(threads)
   }
 }
 
+// A block for each sample, a thread for each word.
 __global__ void __launch_bounds__(threads)
     write_encoding(const bool* key_mask, int64_t batch_stride, int length, int64_t words,
                    int64_t query_start, int64_t* encoded) {

@@ -1,6 +1,4 @@
-// Inputs of torch's own kernels that make them exclude the initial key, and the architecture that
-// this library was compiled for.
-
+// Inputs for torch's own kernels: the bias that excludes keys, and a logsumexp without -inf.
 #include <cmath>
 
 #include "attention/cuda_initial_token.h"
@@ -27,15 +25,6 @@ __global__ void replace_minus_infinity(float* values, int64_t count) {
 }
 
 }  // namespace
-
-cudaError_t compiled_capability_of_kernels(int32_t& capability) {
-  cudaFuncAttributes attributes{};
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, write_exclusion_bias);
-  // Clears the error: the next launch would return it as its own.
-  if (error != cudaSuccess) cudaGetLastError();
-  capability = attributes.ptxVersion;
-  return error;
-}
 
 cudaError_t exclusion_bias(const CudaAttention& c, void* bias, cudaStream_t stream) {
   const dim3 blocks((c.keys + threads - 1) / threads, c.batch);

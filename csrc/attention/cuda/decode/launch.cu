@@ -43,7 +43,7 @@ struct WarpTiles {
   int first, step, count;
 };
 
-// A block's tiles are contiguous, and its warps take them in turn: the block reads one stream.
+// A block's tiles are contiguous, and its warps process them in turn: the block reads one stream.
 __device__ __forceinline__ WarpTiles warp_tiles(const Arguments& args, const VisibleRange& v,
                                                 int split) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -5,7 +5,7 @@
 //   P = exp(scale Q K^T + log_scale - lse),  dS = P (dO V^T - Δ),  dQ += dS K  (times scale at the
 //   end)
 // The first scaled key k_0 is left out of that product: its dS is corrected for the rounding of the
-// output (rounding_correction.cuh) with the sum of dS over all other keys, known after the last
+// output (rounding_correction.cuh) with the sum of dS over all other keys, complete after the last
 // tile. Then dQ += dS_0 k_0, and sums of dS_0 q and of the scaled keys' dS are written as partial
 // gradients of k_0 and of log_scale. So rounding the output does not affect log_scale's gradient,
 // and affects those of query and key only where another key has nearly all of the weight.
