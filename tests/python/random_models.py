@@ -1,4 +1,4 @@
-"""Small random models of any architecture that transformers knows."""
+"""Small random models of any architecture that transformers has."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from zerotuning.patching.patch import patched_shape
 
 
 def random_model(kind: str, attention: str | None = None, **config: Any) -> Any:
-    """A model in evaluation mode whose weights are larger than the default: attention is far from uniform.
+    """A model in evaluation mode with larger weights than the default, so that attention is far from uniform.
 
-    attention   transformers' name of its attention implementation; None: its default
+    Args:
+        kind: the model_type of transformers.
+        attention: the name of an attention implementation; None: transformers' default.
+        config: of the model.
     """
     torch.manual_seed(0)
     named = {} if attention is None else {"attn_implementation": attention}

@@ -1,1 +1,1 @@
-"""Attention with a scaled initial token above the operators: the formula as a reference, masks and packed sequences."""
+"""Attention above the operators: the formula as a reference, the encoding of masks, dense masks and packed sequences."""

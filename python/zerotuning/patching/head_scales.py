@@ -1,4 +1,4 @@
-"""HeadScales: one number γ for each attention head, with where it came from, in two small files."""
+"""HeadScales: one number γ for each attention head and the metadata of its calibration, saved as two small files."""
 
 from __future__ import annotations
 
@@ -27,8 +27,12 @@ class HeadScales:
     """γ of every head: the factor of its attention to the initial token (arXiv 2505.11739); 1 leaves a head as it is.
 
     Args:
-        gamma: [layers, heads], positive and finite; anything `torch.as_tensor` takes.
-        metadata: what to keep beside it: model_type, model_name, task, method, objective, versions, calibration.
+        gamma: (layers, heads), positive and finite; a tensor, an array or nested sequences.
+        metadata: kept beside γ: model_type, model_name, task, method, objective, versions, calibration.
+
+    Attributes:
+        gamma: float32 (layers, heads), on the CPU.
+        metadata: a dictionary.
 
     Raises:
         ZeroTuningError: gamma has another shape, or a value that is not a positive finite number; metadata is no mapping.
@@ -54,7 +58,15 @@ class HeadScales:
 
     @classmethod
     def ones(cls, layers: int, heads: int) -> HeadScales:
-        """Scales that change nothing. Errors: ZeroTuningError for a count that is no positive integer."""
+        """Return scales that change nothing.
+
+        Args:
+            layers: number of layers.
+            heads: number of query heads of a layer.
+
+        Raises:
+            ZeroTuningError: a count is no positive integer.
+        """
         for name, count in (("layers", layers), ("heads", heads)):
             if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
                 raise ZeroTuningError(f"{name} must be a positive integer, got {count!r}")
@@ -62,22 +74,28 @@ class HeadScales:
 
     @property
     def log_scale(self) -> Tensor:
-        """log γ: float32 [layers, heads]."""
+        """log γ, float32 (layers, heads)."""
         return self.gamma.log()
 
     @property
     def num_layers(self) -> int:
+        """Number of layers."""
         return self.gamma.shape[0]
 
     @property
     def num_heads(self) -> int:
+        """Number of query heads of a layer."""
         return self.gamma.shape[1]
 
     def __repr__(self) -> str:
         return f"HeadScales({self.num_layers} layers x {self.num_heads} heads, {self.metadata})"
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Writes head_scales.safetensors and zerotuning_config.json, each whole or not at all.
+        """Write head_scales.safetensors and zerotuning_config.json, each whole or not at all.
+
+        Args:
+            folder: created if it does not exist.
+            overwrite: replace scales that the folder holds.
 
         Raises:
             ZeroTuningError: the folder holds scales already (without overwrite) or cannot be written.
@@ -95,10 +113,13 @@ class HeadScales:
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike[str]) -> HeadScales:
-        """Reads a folder that `save_pretrained` wrote, or such a repository of the Hugging Face hub.
+        """Read scales that `save_pretrained` wrote.
+
+        Args:
+            name: a folder, or the name owner/repository of such a folder on the Hugging Face hub.
 
         Raises:
-            ZeroTuningError: a file is missing, damaged or holds something else; the message names it.
+            ZeroTuningError: a file is missing, damaged or holds something else; the message names the file.
         """
         folder = Path(name)
         if folder.is_dir():

@@ -57,35 +57,48 @@ def zerotuning_mask(
     if probing is not None and local_size is not None and not is_chunked:
         probing.mask_windows.add(local_size)
     is_sliding = local_size is not None and not is_chunked and (allow_is_causal_skip or q_length == 1)
-    if not (mask_function is causal_mask_function or is_sliding):
-        arguments = {
-            "batch_size": batch_size,
-            "q_length": q_length,
-            "kv_length": kv_length,
-            "q_offset": q_offset,
-            "kv_offset": kv_offset,
-            "mask_function": mask_function,
-            "attention_mask": attention_mask,
-            "device": device,
-            "use_vmap": kwargs.get("use_vmap", False),
-        }
-        packed = _packed_mask(**arguments)
-        return _dense_mask(is_chunked, **arguments) if packed is None else packed
-    queries_are_last_keys = isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length
-    is_decode_step = q_length < kv_length and q_length <= DECODE_QUERIES  # an export settles the lengths here
+    if mask_function is causal_mask_function or is_sliding:
+        return _key_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask, device)
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "device": device,
+        "use_vmap": kwargs.get("use_vmap", False),
+    }
+    packed = _packed_mask(**arguments)
+    return _dense_mask(is_chunked, **arguments) if packed is None else packed
+
+
+def _key_mask(
+    batch: int,
+    queries: int,
+    keys: int,
+    q_offset: int | Tensor,
+    kv_offset: int,
+    attention_mask: Tensor | None,
+    device: torch.device | str,
+) -> Tensor | None:
+    """The encoded KeyMask of a causal mask; None if the queries are the last keys and all keys are real."""
+    queries_are_last_keys = isinstance(q_offset, int) and kv_offset == 0 and q_offset + queries == keys
+    is_decode_step = queries < keys and queries <= DECODE_QUERIES  # an export settles the lengths here
     if queries_are_last_keys and (attention_mask is None or _is_all_real(attention_mask, is_decode_step)):
         return None
     if queries_are_last_keys and not is_decode_step:
-        return KeyMask(_real_keys(attention_mask, batch_size, kv_length, kv_offset, device)).encode()
+        return KeyMask(_real_keys(attention_mask, batch, keys, kv_offset, device)).encode()
     is_traced = torch.compiler.is_compiling()
     if is_decode_step and kv_offset == 0 and isinstance(q_offset, int) and attention_mask is not None and not is_traced:
         real = attention_mask if attention_mask.dtype == torch.bool else attention_mask != 0
-        return ops.encode_key_mask(real, kv_length, q_offset)
-    first = _first_real(attention_mask, batch_size, device) - kv_offset
+        return ops.encode_key_mask(real, keys, q_offset)
+    first = _first_real(attention_mask, batch, device) - kv_offset
     is_present = first >= 0  # a sliding-window cache drops old keys, the initial token among them
     span = torch.stack((torch.where(is_present, first, 0), torch.where(is_present, first + 1, 0)), dim=1)
     query_start = torch.zeros_like(first) + (q_offset - kv_offset)
-    return KeyMask(_real_keys(attention_mask, batch_size, kv_length, kv_offset, device), span, query_start).encode()
+    return KeyMask(_real_keys(attention_mask, batch, keys, kv_offset, device), span, query_start).encode()
 
 
 def _is_all_real(attention_mask: Tensor, is_decode_step: bool) -> bool:

@@ -1,4 +1,4 @@
-"""A model with head scales applied, from the names that users give."""
+"""Loading a model and its head scales by the names of folders or hub repositories."""
 
 from __future__ import annotations
 
@@ -22,10 +22,21 @@ def load_scaled_model(
     device: torch.device | str | None = None,
     device_map: Any = None,
 ) -> tuple[Any, Any]:
-    """`load_model`, then `apply_scales`; without scales the model stays as transformers has it.
+    """Load a model and its tokenizer, and apply head scales.
 
-    scales   HeadScales, the folder of such, or owner/name on the hub; read before the model is loaded
-    Errors: ZeroTuningError as of both, and for scales of another shape, which names scales and model.
+    Args:
+        name: as in `load_model`.
+        scales: HeadScales, their folder, or owner/repository on the hub; read before the model is loaded. None: the model
+            is not patched.
+        dtype: as in `load_model`.
+        device: as in `load_model`.
+        device_map: as in `load_model`.
+
+    Returns:
+        The model and its tokenizer.
+
+    Raises:
+        ZeroTuningError: the model or the scales cannot be read, or the scales do not fit the model; the message names both.
     """
     chosen = None if scales is None else read_scales(scales)
     model, tokenizer = load_model(name, dtype, device, device_map)
@@ -35,7 +46,14 @@ def load_scaled_model(
 
 
 def read_scales(scales: HeadScales | str | os.PathLike[str]) -> HeadScales:
-    """Head scales as they are, or from where they were saved."""
+    """Return head scales, read from where they were saved if a name is given.
+
+    Args:
+        scales: HeadScales, their folder, or owner/repository on the hub.
+
+    Raises:
+        ZeroTuningError: no such folder, a folder of an unfinished calibration, or files that cannot be read.
+    """
     if isinstance(scales, HeadScales):
         return scales
     folder = Path(scales)
@@ -51,7 +69,17 @@ def read_scales(scales: HeadScales | str | os.PathLike[str]) -> HeadScales:
 
 
 def apply_scales_to(model: Any, chosen: HeadScales, model_name: str, scales: Any) -> None:
-    """`apply_scales`, whose error also names the model and where the scales came from."""
+    """Apply scales to a model, with an error that also names the model and where the scales came from.
+
+    Args:
+        model: a transformers model, patched or not.
+        chosen: the scales.
+        model_name: for the error.
+        scales: where the scales came from, for the error: HeadScales or a name.
+
+    Raises:
+        ZeroTuningError: the scales do not fit the model.
+    """
     try:
         apply_scales(model, chosen)
     except ZeroTuningError as error:
