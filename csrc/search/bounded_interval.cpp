@@ -10,13 +10,13 @@ BoundedInterval::BoundedInterval(double bound)
     : bound_(bound), margin_(std::min(bound, (1 + bound) / 20)) {}
 
 double BoundedInterval::map(double free) const {
-  const double top = bound_ + margin_;  // the mirrors stand at odd multiples of it
-  if (std::fabs(free) > top) {
-    free = std::remainder(free, 4 * top);  // in [-2 top, 2 top]
-    if (std::fabs(free) > top) free = std::copysign(2 * top, free) - free;
+  const double mirror = bound_ + margin_;  // the map is mirrored at its odd multiples
+  if (std::fabs(free) > mirror) {
+    free = std::remainder(free, 4 * mirror);  // in [-2 mirror, 2 mirror]
+    if (std::fabs(free) > mirror) free = std::copysign(2 * mirror, free) - free;
   }
   if (std::fabs(free) <= bound_ - margin_) return free;
-  const double rest = top - std::fabs(free);
+  const double rest = mirror - std::fabs(free);
   return std::copysign(bound_ - rest * rest / (4 * margin_), free);
 }
 

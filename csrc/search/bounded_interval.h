@@ -1,14 +1,15 @@
-// A smooth map of the line onto [-bound, bound]: bounds for a search that knows none.
+// A smooth map of the real line onto [-bound, bound], for a search over unbounded numbers.
 #pragma once
 
 namespace zerotuning::search {
 
-// With margin = min(bound, (1 + bound)/20), x = map(y) is y itself up to bound - margin; from there
-// a parabola that is level where it reaches the bound, at y = bound + margin,
+// With margin = min(bound, (1 + bound)/20), x = map(y) is y itself up to bound - margin. From there
+// to y = bound + margin it is a parabola that is level where it reaches the bound,
 //   x = bound - (bound + margin - y)^2 / (4 margin)
-// and beyond that the mirror image of what came before; the same below 0. So does pycma, Hansen's
-// reference implementation of CMA-ES ("BoundTransform"). Moving candidates to the nearest point
-// within the bounds instead shrinks the covariance across a bound and ends the search early.
+// and beyond y = bound + margin the map is mirrored. Below 0 it is odd: map(-y) = -map(y). pycma,
+// Hansen's reference implementation of CMA-ES, has the same map ("BoundTransform"). Moving
+// candidates to the nearest point within the bounds instead would shrink the covariance across a
+// bound and end the search early.
 class BoundedInterval {
  public:
   explicit BoundedInterval(double bound);

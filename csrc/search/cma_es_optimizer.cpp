@@ -1,4 +1,4 @@
-// One generation of CMA-ES after the other.
+// The generations of CMA-ES.
 #include "search/cma_es_optimizer.h"
 
 #include <algorithm>
@@ -189,9 +189,9 @@ std::vector<double> CmaEsOptimizer::move_mean(const std::vector<std::vector<doub
   return mean_step;
 }
 
-// p_sigma <- (1 - c_sigma) p_sigma + sqrt(c_sigma (2 - c_sigma) mu_eff) C^{-1/2} <y>_w;  p_c
-// likewise with <y>_w itself, standing still while p_sigma is long. Returns h_sigma, whether
-// p_sigma is not long.
+// p_sigma <- (1 - c_sigma) p_sigma + sqrt(c_sigma (2 - c_sigma) mu_eff) C^{-1/2} <y>_w
+// p_c     <- (1 - c_c) p_c + h_sigma sqrt(c_c (2 - c_c) mu_eff) <y>_w
+// h_sigma is 0 while p_sigma is long, else 1. Returns h_sigma.
 bool CmaEsOptimizer::update_paths(const std::vector<double>& mean_step) {
   const double c_sigma = parameters_.sigma_path_rate;
   const double c_c = parameters_.covariance_path_rate;
@@ -209,7 +209,8 @@ bool CmaEsOptimizer::update_paths(const std::vector<double>& mean_step) {
 }
 
 // C <- (1 + c_1 delta - c_1 - c_mu sum w) C + c_1 p_c p_c^T + c_mu sum_k w_k' y_k y_k^T, where a
-// negative weight is w' = w n / |C^{-1/2} y|^2, and delta = c_c (2 - c_c) makes up for p_c.
+// negative weight is w' = w n / |C^{-1/2} y|^2. delta = c_c (2 - c_c) replaces the variance that
+// p_c lacks where h_sigma = 0; else delta = 0.
 void CmaEsOptimizer::update_covariance(const std::vector<std::vector<double>>& steps,
                                        bool sigma_path_is_short) {
   const double c_1 = parameters_.rank_one_rate;
@@ -227,8 +228,8 @@ void CmaEsOptimizer::update_covariance(const std::vector<std::vector<double>>& s
   for (size_t k = 0; k < steps.size(); ++k) state_.covariance.add(c_mu * weights[k], steps[k]);
 }
 
-// sigma <- sigma exp(c_sigma/d_sigma (|p_sigma| / E|N(0, I)| - 1)). On a plateau (70 % of the
-// losses equal the least) sigma grows to leave it.
+// sigma <- sigma exp(c_sigma/d_sigma (|p_sigma| / E|N(0, I)| - 1)). On a plateau, where 70 % of the
+// losses equal the least one, sigma grows further, so that the search leaves it.
 void CmaEsOptimizer::update_sigma(bool flat) {
   const double rate = parameters_.sigma_path_rate / parameters_.sigma_damping;
   const double excess = length(state_.sigma_path) / parameters_.expected_normal_length - 1;
@@ -238,7 +239,8 @@ void CmaEsOptimizer::update_sigma(bool flat) {
   state_.sigma = std::min(state_.sigma, widest);
 }
 
-// The decomposition costs n^3: it waits until C can have changed by a tenth (appendix B.2).
+// A decomposition costs n^3 operations: one is made when C can have changed by a tenth (appendix
+// B.2).
 void CmaEsOptimizer::refresh_covariance() {
   const double rate = parameters_.rank_one_rate + parameters_.rank_mu_rate;
   const double wait = diagonal_ ? 1 : 1 / (10 * static_cast<double>(dimension()) * rate);

@@ -23,7 +23,7 @@ struct CmaEsOptions {
   uint64_t seed = 0;
   // Most evaluations, at least the population.
   int64_t evaluations = 1000;
-  // Whether only the covariance's diagonal is learned; unset: above 200 dimensions.
+  // Whether the covariance is diagonal; unset: above 200 dimensions.
   std::optional<bool> diagonal{};
   // > 0; every |x| stays within it (bounded_interval.h).
   double max_abs_log_scale = 4.0;
@@ -53,13 +53,13 @@ class CmaEsOptimizer final : public Optimizer {
   int64_t steps_done() const override;
   int64_t steps_total() const override;
 
-  // Why the search came to its end: "evaluations", "tolfun", "tolx" or "condition" (of the
-  // covariance, > 1e14); empty before.
+  // Why the search ended: "evaluations", "tolfun", "tolx" or "condition" (the covariance's
+  // condition number exceeds 1e14); empty before.
   std::string stop_reason() const;
   int64_t population() const { return parameters_.population; }
   bool diagonal() const { return diagonal_; }
   double sigma() const { return state_.sigma; }
-  // The point in the middle of the distribution.
+  // The mean of the distribution, within the bounds.
   std::vector<double> mean() const { return bounded(state_.mean); }
 
  private:
@@ -67,7 +67,7 @@ class CmaEsOptimizer final : public Optimizer {
   struct State {
     State(int64_t dimension, bool diagonal, uint64_t seed);
     int64_t generation = 0;
-    int64_t refreshed = 0;  // generation of the last eigendecomposition
+    int64_t refreshed = 0;  // generation of the last decomposition
     double sigma = 0;
     std::vector<double> mean, sigma_path, covariance_path;
     Covariance covariance;
@@ -94,7 +94,7 @@ class CmaEsOptimizer final : public Optimizer {
   void draw_candidates();
   void record_losses(const std::vector<double>& losses, const std::vector<size_t>& ranking);
   std::vector<std::vector<double>> ranked_steps(const std::vector<size_t>& ranking) const;
-  // The following are the tutorial's update, in its order.
+  // The steps of the tutorial's update, in its order.
   std::vector<double> move_mean(const std::vector<std::vector<double>>& steps);
   bool update_paths(const std::vector<double>& mean_step);
   void update_covariance(const std::vector<std::vector<double>>& steps, bool sigma_path_is_short);

@@ -7,8 +7,8 @@
 
 namespace zerotuning::search {
 
-// C = B diag(D)^2 B^T. The decomposition is renewed by refresh() only: C may be some updates ahead
-// of it, as in Hansen's tutorial (arXiv 1604.00772, appendix B.2). The diagonal form keeps n
+// C = B diag(D)^2 B^T. Only refresh() computes the decomposition anew: C may be some updates ahead
+// of B and D, as in Hansen's tutorial (arXiv 1604.00772, appendix B.2). The diagonal form has n
 // numbers and needs no decomposition (Ros and Hansen, "A simple modification in CMA-ES achieving
 // linear time and space complexity", 2008).
 class Covariance {
@@ -27,6 +27,7 @@ class Covariance {
   void scale(double keep);
   // C <- C + weight * y y^T
   void add(double weight, const std::vector<double>& step);
+  // Computes B and D of the present C.
   void refresh();
 
   // Square root of the largest diagonal element of C.

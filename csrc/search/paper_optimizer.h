@@ -12,7 +12,7 @@ namespace zerotuning::search {
 struct PaperOptions {
   // The scale that each head is tried with, > 1.
   double profile_gamma = 1.5;
-  // Whether each head is also tried with 1/profile_gamma.
+  // Whether each head is also tried with the scale 1/profile_gamma.
   bool two_sided = false;
   // The scales tried on the group, > 0.
   std::vector<double> sweep{0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.8, 1.25, 1.5, 2.0, 2.75, 4.0};

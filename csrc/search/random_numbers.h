@@ -1,4 +1,4 @@
-// Random numbers that are the same on every platform and whose state can be saved.
+// Random numbers that are the same on every platform, from a state that can be saved.
 #pragma once
 
 #include <array>
@@ -7,9 +7,9 @@
 namespace zerotuning::search {
 
 // xoshiro256** 1.0 (Blackman and Vigna, "Scrambled linear pseudorandom number generators", 2021),
-// its 256 bits filled from a 64-bit seed by splitmix64 as its authors advise.
-// std::normal_distribution is not used: what it returns is left to each standard library, and its
-// state cannot be saved portably.
+// with its 256 bits filled from a 64-bit seed by splitmix64, as its authors advise. The numbers of
+// std::normal_distribution would differ between standard libraries, and its state cannot be saved
+// portably.
 class RandomNumbers {
  public:
   explicit RandomNumbers(uint64_t seed);
@@ -17,7 +17,8 @@ class RandomNumbers {
   uint64_t next_bits();
   // Uniform in [0, 1), a multiple of 2^-53.
   double uniform();
-  // Standard normal: the Box-Muller transform, its cosine half only: nothing is carried along.
+  // Standard normal: the cosine half of the Box-Muller transform. Its sine half would have to be
+  // kept for the next call.
   double normal();
 
   const std::array<uint64_t, 4>& state() const { return state_; }

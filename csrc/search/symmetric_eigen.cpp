@@ -34,8 +34,8 @@ std::vector<double> symmetric_from_lower(const std::vector<double>& matrix, size
   return full;
 }
 
-// Turns x [count] into a v for which (I - beta v v^T) x = (alpha, 0, ..., 0). Returns beta; 0 if x
-// is that already.
+// Turns x [count] into a v for which (I - beta v v^T) x = (alpha, 0, ..., 0). Returns beta: 0 if x
+// has that form already.
 double make_reflector(double* x, size_t count, double& alpha) {
   double scale = 0;
   for (size_t i = 1; i < count; ++i) scale = std::fmax(scale, std::fabs(x[i]));
@@ -88,7 +88,7 @@ Tridiagonal tridiagonalise(std::vector<double> a, size_t n) {
   return result;
 }
 
-// First index >= low after which T falls apart, its off-diagonal element being negligible.
+// First index >= low after which T splits into blocks: its off-diagonal element is negligible.
 size_t block_end(const Tridiagonal& t, size_t low) {
   size_t i = low;
   for (; i + 1 < t.diagonal.size(); ++i) {
@@ -123,7 +123,7 @@ void ql_step(Tridiagonal& t, size_t low, size_t high) {
     const double bulge = sine * e[i];
     const double side = cosine * e[i];
     e[i + 1] = std::hypot(bulge, bulge_diagonal);
-    if (e[i + 1] == 0) {  // the block falls apart here
+    if (e[i + 1] == 0) {  // the block splits here
       d[i + 1] -= shift;
       e[high] = 0;
       return;
@@ -147,7 +147,7 @@ void ql_step(Tridiagonal& t, size_t low, size_t high) {
 SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int64_t n) {
   const auto size = static_cast<size_t>(n);
   Tridiagonal t = tridiagonalise(symmetric_from_lower(matrix, size), size);
-  constexpr int kMostSteps = 100;  // two or three a value are usual
+  constexpr int kMostSteps = 100;  // two or three for each value are usual
   for (size_t low = 0; low < size; ++low) {
     for (int step = 0; step < kMostSteps; ++step) {
       const size_t high = block_end(t, low);

@@ -16,17 +16,17 @@ class GradientStepper:
     The stepper sees gradients alone: its caller decides which of the points is accepted, and when to stop.
 
     Args:
-        dimension: number of components of x.
-        steps: number of steps, over which the learning rate falls with schedule 'cosine'.
-        learning_rate: the first step moves each component by about this much.
-        beta1: decay of the mean gradient.
-        beta2: decay of the mean squared gradient.
-        epsilon: components whose gradients are smaller move by less than learning_rate.
-        l2_penalty: strength of the pull toward x = 0.
-        max_abs_log_scale: bound of every |x|.
+        dimension: Number of components of x.
+        steps: Number of steps, over which the learning rate falls with schedule 'cosine'.
+        learning_rate: The first step moves each component by about this much.
+        beta1: Decay of the mean gradient.
+        beta2: Decay of the mean squared gradient.
+        epsilon: Components whose gradients are smaller move by less than learning_rate.
+        l2_penalty: Strength of the pull toward x = 0.
+        max_abs_log_scale: Bound of every |x|.
         schedule: 'cosine' or 'constant'.
-        average_decay: decay of the moving average, in [0, 1).
-        start: the first point [dimension]; None: 0.
+        average_decay: Decay of the moving average, in [0, 1).
+        start: The first point [dimension]; None: 0.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class GradientStepper:
         """Take a step.
 
         Args:
-            gradient: of the loss (without the penalty) at `point()`, [dimension].
+            gradient: Of the loss (without the penalty) at `point()`, [dimension].
 
         Raises:
-            ValueError: numbers that are not finite, another count of them, a step beyond the last.
+            ValueError: Numbers that are not finite, another count of them, a step beyond the last.
         """
     def learning_rate(self) -> float:
         """Return the learning rate of the next step."""
@@ -67,7 +67,7 @@ class GradientStepper:
         """Continue from the state of a stepper of the same dimension and options.
 
         Raises:
-            ValueError: a field is missing, unknown, or of another value than this stepper allows.
+            ValueError: A field is missing, unknown, or of another value than this stepper allows.
         """
     @property
     def steps_done(self) -> int: ...
@@ -88,7 +88,7 @@ class Optimizer:
             losses: None, NaN and infinities stand for failed evaluations, worse than every finite loss.
 
         Raises:
-            ValueError: another number of losses; the search is as it was.
+            ValueError: Another number of losses; the search is as it was.
         """
     def finished(self) -> bool:
         """Return whether nothing is left to evaluate."""
@@ -102,7 +102,7 @@ class Optimizer:
         """Continue from the state of a search of the same method, dimension and options.
 
         Raises:
-            ValueError: a field is missing, unknown, or of another value than this search allows.
+            ValueError: A field is missing, unknown, or of another value than this search allows.
         """
     @property
     def steps_done(self) -> int:

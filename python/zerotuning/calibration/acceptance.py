@@ -8,11 +8,11 @@ With labels a candidate is admissible if its held-out accuracy is no lower than 
 such as `information` can be lowered by any split of the inputs into groups, right or wrong, so that three more
 conditions are tested:
 
-- evidence: the untuned model's predictions must depend on the input, or there is nothing to bring out. Measured by
+- evidence: the untuned model's predictions must depend on the input, or there is nothing to bring out. The measure is
   their mutual information with the input, as a share of log C.
 - agreement: searches on disjoint parts of the examples must lead to the same predictions, or what they found is chance.
-  Measured by Cohen's kappa of the folds' predictions, the mean over pairs of folds.
-- resemblance: what tells the inputs apart must be the same as at γ = 1. Measured by the correlation over examples of
+  The measure is Cohen's kappa of the folds' predictions, the mean over pairs of folds.
+- resemblance: what tells the inputs apart must be the same as at γ = 1. The measure is the correlation over examples of
   each label's log-odds with the untuned ones, the mean over labels; adding a constant to a label's scores changes
   nothing.
 
@@ -54,13 +54,13 @@ LEAST_RESEMBLANCE = 0.85
 
 @dataclass(frozen=True)
 class Decision:
-    """What held-out examples say about a candidate.
+    """The held-out loss and accuracy of a candidate, and whether it may be chosen.
 
     Attributes:
-        loss: their loss.
-        accuracy: their accuracy; None without labels.
-        admissible: whether the candidate may be chosen.
-        details: agreement and resemblance, for the report.
+        loss: Of the held-out examples.
+        accuracy: Of the held-out examples; None without labels.
+        admissible: Whether the candidate may be chosen.
+        details: Agreement and resemblance, for the report.
     """
 
     loss: float
@@ -75,11 +75,11 @@ class Selection(Generic[C]):
     γ = 1 is the first candidate, so that nothing worse than it is ever chosen; of equal candidates the first is kept.
 
     Args:
-        baseline_loss: the held-out loss at γ = 1.
+        baseline_loss: The held-out loss at γ = 1.
 
     Attributes:
-        loss: the least loss so far.
-        best: the candidate with that loss; None while γ = 1 has it.
+        loss: The least loss so far.
+        best: The candidate with that loss; None while γ = 1 has it.
     """
 
     def __init__(self, baseline_loss: float) -> None:
@@ -112,7 +112,7 @@ class Patience:
         return 0 < self.limit <= self.without_gain
 
     def state(self) -> dict[str, Any]:
-        """Return what JSON keeps of it."""
+        """Return the counts as JSON values."""
         least = self.least_loss if math.isfinite(self.least_loss) else None
         return {"least_loss": least, "without_gain": self.without_gain}
 
@@ -127,15 +127,15 @@ class AcceptanceTest:
     """Compares candidates' scores with those at γ = 1, which are measured once, on all examples.
 
     Args:
-        measurement: scores and losses of the examples.
-        parameterization: maps points to log γ.
-        all_examples: positions of all examples.
-        splits: whose held-out examples count.
+        measurement: Scores and losses of the examples.
+        parameterization: Maps points to log γ.
+        all_examples: Positions of all examples.
+        splits: The splits, whose held-out examples are pooled.
 
     Attributes:
-        baseline: the decision on γ = 1 itself, on the held-out examples of all splits.
-        label_free: whether the objective uses no labels.
-        evidence: without labels, the least of the tasks' evidence at γ = 1; None with labels.
+        baseline: The decision on γ = 1 itself, on the held-out examples of all splits.
+        label_free: Whether the objective uses no labels.
+        evidence: Without labels, the least of the tasks' evidence at γ = 1; None with labels.
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class AcceptanceTest:
         """Decide on a candidate: one point for each split's search.
 
         Args:
-            splits: the splits.
-            results: for each split and task, the scores [n, C] of `places_to_score` at that split's point.
+            splits: The splits.
+            results: For each split and task, the scores [n, C] of `places_to_score` at that split's point.
         """
         held_out = results
         if self.label_free:
@@ -219,8 +219,8 @@ def fold_agreement(splits: Sequence[Split], results: Sequence[Sequence[Tensor]])
     """Return Cohen's kappa of the folds' predictions: the mean over pairs of one seed's folds, the least over tasks.
 
     Args:
-        splits: the splits.
-        results: for each split and task, the scores [N, C] of all examples.
+        splits: The splits.
+        results: For each split and task, the scores [N, C] of all examples.
 
     Returns:
         The agreement; None where every seed has one fold only.
@@ -244,9 +244,9 @@ def kappa(first: Tensor, second: Tensor, count: int) -> float:
     0 where both lists hold one and the same label only, which shows nothing.
 
     Args:
-        first: labels in [0, count), int64 [N].
-        second: labels of the same examples.
-        count: number of labels.
+        first: Labels in [0, count), int64 [N].
+        second: Labels of the same examples.
+        count: Number of labels.
     """
     shares = [torch.bincount(labels, minlength=count).double() / len(labels) for labels in (first, second)]
     chance = float((shares[0] * shares[1]).sum())
@@ -266,8 +266,8 @@ def resemblance(before: Tensor, after: Tensor) -> float:
     labels. Labels that some examples lack (score -inf) are left out.
 
     Args:
-        before: scores [N, C].
-        after: scores [N, C] of the same examples.
+        before: Scores [N, C].
+        after: Scores [N, C] of the same examples.
     """
     present = torch.isfinite(before).all(dim=0) & torch.isfinite(after).all(dim=0)
     rows = [scores[:, present].double() for scores in (before, after)]

@@ -40,7 +40,7 @@ def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> lis
     """Draw `options.examples` of the records, or all of them, in an order that `options.seed` decides.
 
     Raises:
-        ZeroTuningError: there are fewer records than `options.examples` or than LEAST_EXAMPLES.
+        ZeroTuningError: There are fewer records than `options.examples` or than LEAST_EXAMPLES.
     """
     if options.examples is not None and len(records) < options.examples:
         raise ZeroTuningError(f"examples must be at most {len(records)}, all there are, got {options.examples}")

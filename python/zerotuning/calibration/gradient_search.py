@@ -39,8 +39,8 @@ class Candidate:
     """A point of each split's search, all of one step, penalty and kind.
 
     Attributes:
-        step: number of steps that led to the points.
-        penalty: their L2 penalty.
+        step: Number of steps that led to the points.
+        penalty: Their L2 penalty.
         kind: `point`, `averaged` (the moving average of the points) or `zero` (γ = 1, beside a start elsewhere).
         points: x [P] of each split.
     """
@@ -56,11 +56,11 @@ class PenaltySearch:
     """The searches with one L2 penalty, one for each split.
 
     Attributes:
-        penalty: the L2 penalty.
-        steppers: of each split.
-        patience: ends these searches early.
-        stopped: whether they are ended.
-        history: losses by step, for the report.
+        penalty: The L2 penalty.
+        steppers: One for each split.
+        patience: Ends these searches early.
+        stopped: Whether they are ended.
+        history: Losses by step, for the report.
     """
 
     penalty: float
@@ -74,12 +74,12 @@ class GradientSearch:
     """All searches of the gradient method. One round, `advance`, is a step of every search that is not stopped.
 
     Args:
-        measurement: losses, gradients and scores of the examples.
-        parameterization: maps points to log γ.
-        options: of the calibration.
-        splits: a search is made for each.
-        all_examples: positions of all examples, for searches on all of them.
-        acceptance: decides on the candidates.
+        measurement: Losses, gradients and scores of the examples.
+        parameterization: Maps points to log γ.
+        options: The calibration's options.
+        splits: A search is made for each.
+        all_examples: Positions of all examples, for searches on all of them.
+        acceptance: Decides on the candidates.
     """
 
     def __init__(
@@ -240,7 +240,7 @@ class GradientSearch:
     # State.
 
     def state(self) -> dict[str, Any]:
-        """Return what JSON keeps of the search."""
+        """Return the state of all searches as JSON values."""
         best = self.selection.best
         return {
             "round": self.round,
@@ -270,7 +270,7 @@ class GradientSearch:
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: a field is missing or wrong; the message names it.
+            ValueError: A field is missing or wrong; the message names it.
         """
         self.round = saved.integer("round", 0, self.steps + 1)
         for search, fields in zip(self.searches, saved.objects("searches", len(self.searches)), strict=True):
@@ -332,7 +332,7 @@ class GradientSearch:
 
 
 def _figures(kind: str, decision: Decision) -> dict[str, Any]:
-    """What the report's history holds of a decision."""
+    """The entries of the report's history for a decision."""
     name = "held_out" if kind == "point" else f"{kind}_held_out"
     loss = decision.loss if math.isfinite(decision.loss) else None
     return {f"{name}_loss": loss, f"{name}_accuracy": decision.accuracy} | decision.details

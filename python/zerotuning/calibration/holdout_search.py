@@ -23,12 +23,12 @@ class SeedSearch:
     """One seed's search: the optimiser proposes finalists from the fit examples, the held-out ones choose among them.
 
     Args:
-        optimizer: the search.
-        split: its examples.
+        optimizer: The search.
+        split: Its examples.
 
     Attributes:
-        selection: the best finalist by held-out loss; None before the loss at γ = 1 is measured.
-        is_judged: whether the finalists' held-out losses are measured.
+        selection: The best finalist by held-out loss; None before the loss at γ = 1 is measured.
+        is_judged: Whether the finalists' held-out losses are measured.
     """
 
     def __init__(self, optimizer: _search.Optimizer, split: Split) -> None:
@@ -52,7 +52,7 @@ class SeedSearch:
         return None if self.selection is None else self.selection.best
 
     def state(self) -> dict[str, Any]:
-        """Return what JSON keeps of it."""
+        """Return the state as JSON values."""
         selection = self.selection
         best = None if selection is None or selection.best is None else selection.best.tolist()
         return {
@@ -80,10 +80,10 @@ class HoldoutSearch:
     """The searches of all seeds, one after another. One round, `advance`, evaluates what a search asks for at once.
 
     Args:
-        measurement: losses of the examples.
-        parameterization: maps points to log γ.
-        options: of the calibration.
-        splits: one for each seed.
+        measurement: Losses of the examples.
+        parameterization: Maps points to log γ.
+        options: The calibration's options.
+        splits: One for each seed.
     """
 
     share_of_time = 1.0
@@ -170,7 +170,7 @@ class HoldoutSearch:
 
     @property
     def profile(self) -> dict[str, Any] | None:
-        """What the paper's method measured head by head, of the first seed; None of another method."""
+        """The first seed's profile of the heads by the paper's method; None for another method."""
         first = self.searches[0].optimizer
         if not isinstance(first, _search.PaperOptimizer):
             return None
@@ -181,7 +181,7 @@ class HoldoutSearch:
         }
 
     def state(self) -> dict[str, Any]:
-        """Return what JSON keeps of the searches."""
+        """Return the state of all searches as JSON values."""
         return {
             "searches": [search.state() for search in self.searches],
             "history": self.history,
@@ -192,7 +192,7 @@ class HoldoutSearch:
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: a field is missing or wrong; the message names it.
+            ValueError: A field is missing or wrong; the message names it.
         """
         for search, fields in zip(self.searches, saved.objects("searches", len(self.searches)), strict=True):
             search.restore(fields)
@@ -211,7 +211,7 @@ def new_optimizer(
     """Make the search of csrc/search that the options ask for.
 
     Raises:
-        ZeroTuningError: the paper's method with a start, or too few evaluations for a generation of CMA-ES.
+        ZeroTuningError: The paper's method with a start, or too few evaluations for a generation of CMA-ES.
     """
     if options.method == "paper":
         if parameterization.start.any():

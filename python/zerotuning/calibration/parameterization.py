@@ -19,19 +19,19 @@ class ScaleParameterization:
     other heads stay at `start` (γ = 1 without it). x = 0 is γ = 1 in all free heads.
 
     Args:
-        layers: number of the model's layers.
-        heads: number of heads in each layer.
-        only_layers: heads of these layers are free; None: of all.
-        only_heads: these (layer, head) pairs are free; None: all.
+        layers: Number of the model's layers.
+        heads: Number of heads in each layer.
+        only_layers: Heads of these layers are free; None: of all.
+        only_heads: These (layer, head) pairs are free; None: all.
         exclude_heads: (layer, head) pairs that are not free.
-        tie: which free heads share a number: `none`, those of a `layer`, or `all`.
+        tie: Which free heads share a number: `none`, those of a `layer`, or `all`.
         start: log γ [layers, heads] to begin with; None: 0.
 
     Attributes:
         start: x [P] to begin with, within ±MAX_ABS_LOG_SCALE; of tied heads the mean of their log γ.
 
     Raises:
-        ZeroTuningError: a layer or head that the model lacks, no free head at all, a start of another shape.
+        ZeroTuningError: A layer or head that the model lacks, no free head at all, a start of another shape.
     """
 
     def __init__(

@@ -12,8 +12,8 @@ class SavedFields:
     """A JSON object of a saved state. Every error is a ValueError that names the field, such as `search.round`.
 
     Args:
-        content: what JSON gave for the object.
-        name: the object's own name; "" for the outermost.
+        content: The object, as json.loads returned it.
+        name: The object's own name; "" for the outermost.
     """
 
     def __init__(self, content: Any, name: str = "") -> None:
@@ -23,7 +23,7 @@ class SavedFields:
         self._content = content
 
     def value(self, name: str) -> Any:
-        """Return the field, whatever it is."""
+        """Return a field of any kind."""
         if name not in self._content:
             raise ValueError(f"{self._path(name)} is missing")
         return self._content[name]

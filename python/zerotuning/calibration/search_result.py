@@ -16,8 +16,8 @@ class SearchResult:
 
     Attributes:
         point: x [P], the numbers of a ScaleParameterization; None where nothing beat γ = 1.
-        held_out_points: for each split, the x whose loss its held-out examples measured (x = 0 where nothing beat it).
-        chosen: how `point` was found, for the report: step, penalty, kind of point …
+        held_out_points: For each split, the x whose loss its held-out examples measured (x = 0 where nothing beat it).
+        chosen: How `point` was found, for the report: step, penalty, kind of point …
     """
 
     point: np.ndarray | None

@@ -14,7 +14,7 @@ from zerotuning.calibration.fingerprint import tokens_digest, weights_digest
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.errors import ZeroTuningError
-from zerotuning.files import write_json_atomically
+from zerotuning.files import write_text_atomically
 from zerotuning.models.process_group import Processes
 from zerotuning.output import RESULT_FILES, STATE_FILE, TRIALS_FILE
 from zerotuning.patching.head_scales import HeadScales
@@ -29,9 +29,9 @@ class CalibrationState:
     """Reads and writes the state file; of several processes only the main process touches the folder.
 
     Args:
-        folder: the calibration's output; None: no state is written.
-        identity: what must be equal for a saved state to be resumed.
-        processes: the processes that make the calibration together.
+        folder: The calibration's output; None: no state is written.
+        identity: What must be equal for a saved state to be resumed.
+        processes: The processes that make the calibration together.
     """
 
     def __init__(self, folder: Path | None, identity: Mapping[str, Any], processes: Processes) -> None:
@@ -43,7 +43,7 @@ class CalibrationState:
         """Read the state of the same calibration, interrupted earlier; None where there is none.
 
         Raises:
-            ZeroTuningError: the file is damaged, or of another calibration.
+            ZeroTuningError: The file is damaged, or of another calibration.
         """
         if self.path is None:
             return None
@@ -79,7 +79,7 @@ class CalibrationState:
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the state on disk."""
         if self.path is not None and self.processes.is_main_process:
-            write_json_atomically(self.path, {"calibration": self.identity, "state": dict(state)})
+            write_text_atomically(self.path, _laid_out({"calibration": self.identity, "state": dict(state)}) + "\n")
 
     def clear(self) -> None:
         """Remove the state, and unfinished files that a run left when it was killed."""
@@ -103,13 +103,13 @@ def identity(
     """Return what two calibrations must have in common for one to resume the other, as JSON values.
 
     Args:
-        model: the model.
-        tasks: its tasks.
-        records: each task's examples.
-        tokens: the same, tokenized.
-        options: of the calibration.
-        start: the scales to begin with, if any.
-        metric: name of the metric of generated text; "" where there is none.
+        model: The model.
+        tasks: Its tasks.
+        records: Each task's examples.
+        tokens: The same, tokenized.
+        options: Of the calibration.
+        start: The scales to begin with, if any.
+        metric: Name of the metric of generated text; "" where there is none.
     """
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
@@ -145,3 +145,14 @@ def _shown_shots(shots: Sequence[Shot]) -> str:
         return "none"
     texts = json.dumps([(shot.prompt, shot.answer) for shot in shots])
     return f"{len(shots)} of SHA-256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}"
+
+
+def _laid_out(value: Any, indent: str = "") -> str:
+    """JSON with a line for each field, and for each list of numbers: readable, and faster to write than one a number."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        fields = [f"{inner}{json.dumps(name)}: {_laid_out(part, inner)}" for name, part in value.items()]
+        return "{\n" + ",\n".join(fields) + "\n" + indent + "}"
+    if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
+        return "[\n" + ",\n".join(inner + _laid_out(part, inner) for part in value) + "\n" + indent + "]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
