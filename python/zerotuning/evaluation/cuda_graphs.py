@@ -200,7 +200,7 @@ def supports_recording(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Within the context, graphs of an earlier search that reference cycles keep alive stay: freeing one breaks a recording."""
+    """Keep graphs of earlier searches that only reference cycles keep alive: freeing one breaks a recording."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -33,11 +33,11 @@ class Evaluation:
     Attributes:
         task: The task's name.
         examples: How many examples were scored.
-        accuracy: Fraction, in [0, 1], whose gold label is the most likely of the labels. With a continuation: which greedy
-            decoding would generate token for token. With scoring `generate`: whose greedily generated text begins with
-            the gold label.
-        loss: Mean cross entropy of the gold label among the labels, nats; of a continuation, per token. None with scoring
-            `generate`: a generated text has no probabilities of labels.
+        accuracy: Fraction, in [0, 1], whose gold label is the most likely of the labels. With a continuation: which
+            greedy decoding would generate token for token. With scoring `generate`: whose greedily generated text
+            begins with the gold label.
+        loss: Mean cross entropy of the gold label among the labels, nats; of a continuation, per token. None with
+            scoring `generate`: a generated text has no probabilities of labels.
         entropy: Mean entropy of the distribution over the labels, nats; of a continuation, of the next token. None with
             scoring `generate`.
         seconds: Wall time of the model's passes.

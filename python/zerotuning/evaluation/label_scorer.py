@@ -1,8 +1,8 @@
 """Scores of labels: log-probabilities of what may follow a prompt under a causal language model.
 
-The score of a label is the summed log-probability of its tokens after the prompt, or what the task's `scoring` asks for.
-Only the logits that are needed are computed: the last position, and there the labels' tokens only, when every label is
-a single token; otherwise the last few positions of one sequence for each distinct beginning of a label.
+The score of a label is the summed log-probability of its tokens after the prompt, or what the task's `scoring` asks
+for. Only the logits that are needed are computed: the last position, and there the labels' tokens only, when every
+label is a single token; otherwise the last few positions of one sequence for each distinct beginning of a label.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ class LabelScorer:
         """Log-probability of each label, given that the answer is one of the example's labels: float32 [n, C].
 
         Each row is `log_probabilities`, divided by the labels' numbers of tokens with scoring `mean`, less a constant
-        of that row: its exp sums to 1 over the example's labels. Columns beyond an example's labels are -inf. For a task
-        with a continuation: the continuation's mean log-probability per token, [n, 1]. Differentiable when gradients
-        are enabled.
+        of that row: its exp sums to 1 over the example's labels. Columns beyond an example's labels are -inf. For a
+        task with a continuation: the continuation's mean log-probability per token, [n, 1]. Differentiable when
+        gradients are enabled.
         """
         if self.task.continuation:
             return self.continuations(batch).log_probability[:, None]
@@ -171,8 +171,8 @@ class LabelScorer:
     def log_probabilities(self, batch: Batch) -> Tensor:
         """Log-probability of each label after the prompt, summed over its tokens: float32 [n, C].
 
-        Normalized over the whole vocabulary. With scoring `first-token` a label is its first token alone. Columns beyond
-        an example's labels are -inf. Differentiable when gradients are enabled.
+        Normalized over the whole vocabulary. With scoring `first-token` a label is its first token alone. Columns
+        beyond an example's labels are -inf. Differentiable when gradients are enabled.
         """
         positions = max(len(tokens) for example in batch.examples for tokens in example.labels)
         logits = self.forward.logits(batch, positions)

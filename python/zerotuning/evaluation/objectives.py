@@ -1,11 +1,11 @@
 """Objectives of a calibration: functions of label log-probabilities that a search minimizes.
 
 The argument `scores` is float [N, C], one row for each example and one column for each label: log-probabilities up to a
-constant of each row, -inf in the columns beyond an example's own labels. All functions are differentiable in `scores`; a
--inf column contributes nothing and gets gradient 0. Values are in nats.
+constant of each row, -inf in the columns beyond an example's own labels. All functions are differentiable in `scores`;
+a -inf column contributes nothing and gets gradient 0. Values are in nats.
 
-To add an objective, write its function, enter it in OBJECTIVES (and in MEANS_OVER_EXAMPLES if it is a mean over examples),
-and add its name to `calibration.options.OBJECTIVES`.
+To add an objective, write its function, enter it in OBJECTIVES (and in MEANS_OVER_EXAMPLES if it is a mean over
+examples), and add its name to `calibration.options.OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def information(scores: Tensor, prior: Tensor | None = None, weight: float = 1.0
 def estimated_prior(scores: Tensor) -> Tensor:
     """Shares of the classes, estimated from untuned predictions: halfway from their mean to equal shares, [C].
 
-    Halfway, because an untuned model's mean prediction reflects the model's preference for a label as well as the shares
-    of the classes.
+    Halfway, because an untuned model's mean prediction reflects the model's preference for a label as well as the
+    shares of the classes.
     """
     _check_scores(scores)
     mean = _probabilities(scores).mean(dim=0)
@@ -145,6 +145,6 @@ OBJECTIVES: dict[str, Objective] = {
     "information": _information_objective,
 }
 
-#: Objectives that are means over examples: their gradient is a sum over batches. Another objective depends on all scores
-#: at once, whose gradient is computed first.
+#: Objectives that are means over examples: their gradient is a sum over batches. Another objective depends on all
+#: scores at once, whose gradient is computed first.
 MEANS_OVER_EXAMPLES = frozenset({"task-loss", "entropy"})

@@ -1,8 +1,8 @@
 r"""Examples from the Hugging Face hub, read by the library `datasets` (the extra zerotuning[datasets]).
 
 Data are named `hub` (the data set that the task names), `hub:owner/name`, `hub:owner/name/config`, or a local folder of
-data files `hub:FOLDER`; each may end in `:split`. In a task file `hub:` locates the task's data set and maps its columns
-to the task's fields:
+data files `hub:FOLDER`; each may end in `:split`. In a task file `hub:` locates the task's data set and maps its
+columns to the task's fields:
 
     hub:
       name: allenai/ai2_arc                         # owner/name

@@ -1,4 +1,4 @@
-"""Scoring by written text: against a greedy loop written out, and labels read by hand."""
+"""Generated texts against a greedy loop written out, and the labels that texts begin with."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_prompts_of_different_lengths_are_continued_as_each_by_itself(tiny_model
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_the_model_writes_greedily_after_each_prompt(tiny_model: Any, tiny_tokenizer: Any, batch_size: int) -> None:
+def test_answers_are_generated_greedily_after_each_prompt(
+    tiny_model: Any, tiny_tokenizer: Any, batch_size: int
+) -> None:
     task = Task("said", "Say {text}:", continuation=" {answer}", scoring="generate")
     records = []
     for index, text in enumerate(("good", "a bad story", "far too long, not well told", "films", "x", "the end")):
@@ -81,7 +83,7 @@ def test_labels_that_differ_by_case_or_space_only_are_refused(tiny_model: Any, t
         assert evaluate(tiny_model, tiny_tokenizer, replace(task, scoring="sum"), records).examples == 1
 
 
-def test_cma_es_tunes_what_is_written_and_gradients_refuse(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_cma_es_tunes_generated_answers_and_gradients_refuse(tiny_model: Any, tiny_tokenizer: Any) -> None:
     records = [{"text": f"film {i}", "label": i % 2} for i in range(10)]
     found = calibrate(tiny_model, tiny_tokenizer, FILMS, records=records, method="cma-es", steps=24)
     assert found.report["objective"] == "metric"
@@ -95,7 +97,7 @@ def test_cma_es_tunes_what_is_written_and_gradients_refuse(tiny_model: Any, tiny
         calibrate(tiny_model, tiny_tokenizer, tasks, records=[records, records], method="cma-es")
 
 
-def test_what_is_written_must_fit_the_context(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_a_generated_answer_must_fit_the_context(tiny_model: Any, tiny_tokenizer: Any) -> None:
     word = "z"
     count = 256 - len(tiny_tokenizer("Review: \nSentiment:")["input_ids"])
     record = {"text": word * count, "label": 1}

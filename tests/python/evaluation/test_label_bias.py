@@ -1,4 +1,4 @@
-"""The label biases that suit some scores, against finite differences of the penalised loss."""
+"""Fitted label biases against finite differences of the penalized loss."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ def test_biases_are_where_the_penalised_loss_has_no_slope() -> None:
         return np.array([(penalised(bias + step) - penalised(bias - step)) / 2e-5 for step in steps])
 
     assert np.abs(slopes(fit_label_bias(scores, labels, ridge=ridge).double().numpy())).max() < 1e-5
-    assert np.abs(slopes(np.zeros(3))).min() > 1e-3  # not where it began
+    assert np.abs(slopes(np.zeros(3))).min() > 1e-3  # the start is not the minimum

@@ -1,4 +1,4 @@
-"""Label scores against the plain way: one prompt and label at a time, unpadded, logits at all positions."""
+"""Label scores against one unpadded sequence for each prompt and label, with logits at all positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.tasks.task import Task
 
 SENTIMENT = Task("sentiment", "Review: {text}\nSentiment:", (" negative", " positive"))
-# Several tokens each; the first three begin alike, and the last is one token.
+# Labels of several tokens, of which the first three begin alike, and one label of one token.
 WORDY = Task("wordy", "Review: {text}\nIt is a", (" good story", " good film", " good", " terribly bad", " film"))
 QUIZ = Task("quiz", "{text}\n{choices}\nAnswer:", "letters")
 
@@ -89,7 +89,7 @@ def test_labels_of_several_tokens_score_as_one_by_one_without_padding(
 ) -> None:
     scorer = LabelScorer(tiny_model, tiny_tokenizer, WORDY, RECORDS, batch_size=batch_size)
     assert {len(tokens) for tokens in scorer.examples[0].labels} == {1, 2, 9}
-    # " good" is the beginning of " good story" and " good film"; labels of one token need none of their own.
+    # " good" is the beginning of " good story" and " good film"; labels of one token need no sequence of their own.
     assert len(scorer.examples[0].beginnings) == 2
     expected = torch.stack(plain_scores(tiny_model, tiny_tokenizer, WORDY, RECORDS))
     torch.testing.assert_close(all_scores(scorer, normalized=False), expected, atol=1e-4, rtol=0)
@@ -264,7 +264,7 @@ def test_a_missing_label_is_an_error_only_where_labels_are_required(tiny_model: 
 
 
 def word_tokenizer(*, bos: bool = False, eos: bool = False) -> Any:
-    """Whole words only; what it does not know becomes <unk>."""
+    """A tokenizer of whole words; unknown words become <unk>."""
     words = ["<unk>", "<s>", "</s>", "Review:", "good", "bad", "Sentiment:", "yes", "no"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -110,7 +110,7 @@ def test_builtin_tasks_are_listed_and_limited() -> None:
         assert "limit must be a positive integer" in one_line_error(builtin_examples, "sst2", "test", limit)
 
 
-def test_a_record_is_a_dictionary_that_knows_its_line() -> None:
+def test_a_record_is_a_dictionary_with_the_line_of_its_origin() -> None:
     record = Record({"text": "a"}, "data.jsonl:4")
     assert record == {"text": "a"}
     assert record.origin == "data.jsonl:4"

@@ -1,4 +1,4 @@
-"""Shots: the text they make, written out by hand, and the draw behind them."""
+"""Few-shot prompts: their text, written out by hand, and the draw of the shots."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data of the hub: columns to fields from data sets built here, local folders, and the errors without a network."""
+"""Data of the hub: columns to fields with data sets built here, local folders, and the errors without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ datasets = pytest.importorskip("datasets")
 
 
 def rows_of(task_name: str, rows: list[dict[str, Any]], **features: Any) -> list[Any]:
-    """The rows, as the built-in task maps them, rendered."""
+    """The prompts of rows whose columns a built-in task maps."""
     task = Task.load(task_name)
     assert task.hub is not None
     dataset = datasets.Dataset.from_list(rows)
@@ -78,7 +78,7 @@ def test_an_unknown_answer_and_a_missing_column_are_named() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: Any) -> Path:
-    """A folder with a data set of two splits, and the library's cache beside it."""
+    """A folder with a data set of two splits; the cache of `datasets` is beside it."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     place = tmp_path / "films"
     place.mkdir()
@@ -95,7 +95,9 @@ def test_a_local_folder_is_read_through_the_same_function(folder: Path, tiny_mod
         (f"test good {i}", i % 2) for i in range(3)
     ]
     assert records[2].origin == f"{folder}[test]:2"
-    assert len(hub_examples(task, f"hub:{folder}", "validation")) == 8  # subj takes train for it
+    assert (
+        len(hub_examples(task, f"hub:{folder}", "validation")) == 8
+    )  # subj's validation split is the data set's train split
     assert len(hub_examples(task, f"hub:{folder}:train", "test")) == 8
     own = Task("mine", "Review: {text}\nSentiment:", (" negative", " positive"))
     assert evaluate(tiny_model, tiny_tokenizer, own, f"hub:{folder}").examples == 3

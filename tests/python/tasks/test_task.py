@@ -189,7 +189,7 @@ def test_a_task_file_may_ask_for_a_chat_and_a_scoring(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["subj", "rte", "agnews", "arc_easy", "logiqa", "math_qa"])
-def test_a_builtin_task_without_a_sample_says_what_would_do(name: str) -> None:
+def test_a_builtin_task_without_a_sample_names_the_alternatives(name: str) -> None:
     task = Task.load(name)
     assert task.hub is not None
     message = one_line_error(task.examples)

@@ -1,4 +1,4 @@
-"""Chats, first tokens, means and cut prompts: against texts written by hand and a plain forward pass."""
+"""Chats, scorings and shortened prompts, against texts written by hand and an unpadded forward pass."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def with_options(task: Task, **options: Any) -> Task:
 
 
 def token_log_probabilities(model: Any, tokenizer: Any, text: str, label: str) -> Tensor:
-    """Of each of the label's tokens after the text, from one unpadded pass."""
+    """The log-probability of each of the label's tokens after the text, from one unpadded pass."""
     start = len(tokenizer(text)["input_ids"])
     ids = torch.tensor([tokenizer(text + label)["input_ids"]])
     logits = model(ids).logits[0].float().log_softmax(-1)
@@ -155,7 +155,7 @@ def test_a_cut_prompt_keeps_as_much_of_its_end_as_fits(tiny_model: Any, tiny_tok
     text = FILMS.render(records[1]).text
     ends = [tiny_tokenizer(text[cut:])["input_ids"] for cut in range(len(text))]
     assert list(scorer.examples[1].prompt) in ends
-    # A word cut in two may take a token more than it did, so that one may be left over.
+    # A word cut in two may have one token more, so that the shortened prompt may leave one token of the context unused.
     assert scorer.examples[1].longest in (255, 256)
     plain = LabelScorer(tiny_model, tiny_tokenizer, FILMS, records[:1])
     assert scorer.examples[0] == plain.examples[0]
