@@ -104,9 +104,12 @@ class Lengths(ctypes.Structure):
 def _load() -> Any:
     library = ctypes.CDLL(str(LIBRARIES / "libzerotuning_ops.so"))
     sizes = (ctypes.c_int64 * 3)()
-    library.zerotuning_route_struct_bytes(sizes)
+    if hasattr(library, "zerotuning_route_struct_bytes"):
+        library.zerotuning_route_struct_bytes(sizes)
     if list(sizes) != [ctypes.sizeof(struct) for struct in (_Card, _CudaCall, Lengths)]:
-        raise ImportError("zerotuning: libzerotuning_ops.so is of another version than cuda_routes.py; build it again")
+        raise ImportError(
+            "libzerotuning_ops.so was built from other sources than zerotuning/cuda_routes.py: build it again"
+        )
     for name in ("forward", "backward", "decode"):
         getattr(library, f"zerotuning_{name}_route").restype = ctypes.c_int64
     library.zerotuning_torch_gradient_lengths.restype = None
