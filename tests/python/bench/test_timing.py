@@ -1,0 +1,13 @@
+"""Turns of peers. No time is asserted."""
+
+from __future__ import annotations
+
+from zerotuning.bench import timing
+
+
+def test_ratios_are_to_the_first_peer_and_every_peer_is_called_in_turn() -> None:
+    calls: list[str] = []
+    figures = timing.take_turns({name: (lambda name=name: calls.append(name)) for name in "ab"}, seconds=0.0)
+    assert calls == ["a", "a", "b", "b"] * 5  # one call to warm up, one that counts
+    assert figures["a"]["ratio"] == 1.0
+    assert figures["b"]["ms"] > 0
