@@ -25,6 +25,14 @@ __device__ __forceinline__ T* written_row_of(const Strided4<void>& array, int64_
   return static_cast<T*>(array.data) + offset(array, sample, head, row);
 }
 
+// log_scale of a head. `arguments` is a CudaAttention or the arguments of a kernel.
+template <typename C, typename Arguments>
+__device__ __forceinline__ C log_scale_of(const Arguments& arguments, int64_t sample,
+                                          int64_t head) {
+  return static_cast<const C*>(arguments.log_scale)[sample * arguments.log_scale_batch_stride +
+                                                    head * arguments.log_scale_head_stride];
+}
+
 // The 32-bit address that PTX instructions expect for shared memory.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

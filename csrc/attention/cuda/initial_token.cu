@@ -46,8 +46,7 @@ struct BlockWork {
     key = visibility.span_begin < visibility.span_end ? visibility.span_begin : call.keys;
     start = visibility.start;
     window = visibility.window;
-    log_scale = static_cast<const float*>(
-        call.log_scale)[sample * call.log_scale_batch_stride + head * call.log_scale_head_stride];
+    log_scale = log_scale_of<float>(call, sample, head);
   }
   // Whether the scaled key is visible to a query row.
   __device__ __forceinline__ bool is_visible(int row, int keys) const {

@@ -42,7 +42,7 @@ struct Tile {
   static constexpr int bytes = tile_keys * row_bytes;
 };
 
-// The hopper/decode.cu kernel. row_tiles is 1 or 2.
+// Launches the kernel of hopper/decode.cu. row_tiles is 1 or 2.
 cudaError_t launch_bulk_kernel(const CudaAttention& call, const Arguments& args, int row_tiles,
                                const dim3& grid, const CudaDevice& device, cudaStream_t stream);
 

@@ -64,9 +64,7 @@ __device__ __forceinline__ LaneRows<row_tiles> lane_rows(const Arguments& args, 
       const int row = min(first_row + tile * tile_rows + lane_row, args.rows - 1);
       const int64_t head = key_head * args.group + row / args.queries;
       rows.query[tile][half] = row % args.queries;
-      rows.log_scale[tile][half] =
-          args.log_scale[batch * args.log_scale_batch_stride + head * args.log_scale_head_stride] *
-          log2_e;
+      rows.log_scale[tile][half] = log_scale_of<float>(args, batch, head) * log2_e;
     }
   }
   return rows;

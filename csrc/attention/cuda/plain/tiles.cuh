@@ -55,12 +55,6 @@ __device__ __forceinline__ C dot(const C* a, const C* b) {
   return sum;
 }
 
-template <typename C>
-__device__ __forceinline__ C log_scale_of(const CudaAttention& call, int sample, int head) {
-  return static_cast<const C*>(
-      call.log_scale)[sample * call.log_scale_batch_stride + head * call.log_scale_head_stride];
-}
-
 // The keys that queries [row, end) of the sample may attend to under causal mask and window.
 __device__ __forceinline__ void key_range(const Visibility& v, int row, int end, int* begin,
                                           int* last) {

@@ -54,8 +54,7 @@ struct KeyGradients {
   __device__ __forceinline__ void begin_head(const Arguments& args, const WorkItem& item, int i) {
     if (!is_scaled[0] && !is_scaled[1]) return;
     const int head = item.head * args.group + i;
-    const float log_scale = log2_e * args.log_scale[item.batch * args.log_scale_batch_stride +
-                                                    head * args.log_scale_head_stride];
+    const float log_scale = log2_e * log_scale_of<float>(args, item.batch, head);
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       if (is_scaled[half]) logit_offset[half] = log_scale;

@@ -38,9 +38,7 @@ struct QueryGradients {
       logsumexp[half] = statistics->logsumexp[row_at(2 * half)];
       delta[half] = statistics->delta[row_at(2 * half)];
     }
-    log_scale = args.log_scale[item.batch * args.log_scale_batch_stride +
-                               item.head * args.log_scale_head_stride] /
-                args.scale;
+    log_scale = log_scale_of<float>(args, item.batch, item.head) / args.scale;
   }
 
   __device__ __forceinline__ void begin_head(const Arguments&, const WorkItem&, int) {}

@@ -24,8 +24,7 @@ __device__ __forceinline__ RowVisibility visibility_of(const Arguments& args, co
                                                        int consumer) {
   const CudaGeometry& g = args.geometry;
   const SampleGeometry sample = sample_geometry(g, work.batch, args.queries, args.keys);
-  const float log_scale = args.log_scale[work.batch * args.log_scale_batch_stride +
-                                         work.head * args.log_scale_head_stride];
+  const float log_scale = log_scale_of<float>(args, work.batch, work.head);
   return {{sample, g.window, args.keys},
           sample.first_key,
           g.end_key ? g.end_key[work.batch] : 0,
