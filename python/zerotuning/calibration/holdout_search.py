@@ -128,11 +128,14 @@ class HoldoutSearch:
         return min(losses, default=math.nan)
 
     def stop(self) -> None:
-        """End the searches where they stand."""
+        """End the searches where they stand: of those that have begun, the finalists so far are judged."""
         self.stopped = True
+        for search in self.searches:
+            if search.selection is not None and not search.is_judged:
+                self.history.append({"step": self.steps_done, **self._judge(search)})
 
     def advance(self) -> None:
-        """Evaluate what the first unfinished search asks for, or its finalists."""
+        """Evaluate what the first unfinished search asks for, or judge its finalists."""
         search = next(search for search in self.searches if not search.finished)
         entry: dict[str, Any] = {"step": self.steps_done}
         if not search.optimizer.finished():
@@ -146,15 +149,19 @@ class HoldoutSearch:
                 search.selection = Selection(baseline[0])
                 entry |= _least_finite("held_out_loss", baseline)
         else:
-            assert search.selection is not None
-            points = search.optimizer.finalists()
-            losses = self._losses(points, search.split.held_out)
-            for point, loss in zip(points, losses, strict=True):
-                # The loss alone decides: AcceptanceTest.accepts tests the rest, on all examples.
-                search.selection.consider(Decision(loss, None, admissible=math.isfinite(loss)), point)
-            search.is_judged = True
-            entry |= _least_finite("held_out_loss", losses)
+            entry |= self._judge(search)
         self.history.append(entry)
+
+    def _judge(self, search: SeedSearch) -> dict[str, float]:
+        """Choose among a search's finalists by their held-out loss, and return an entry of the history."""
+        assert search.selection is not None
+        points = search.optimizer.finalists()
+        losses = self._losses(points, search.split.held_out) if points else []
+        for point, loss in zip(points, losses, strict=True):
+            # The loss alone decides: AcceptanceTest.accepts tests the rest, on all examples.
+            search.selection.consider(Decision(loss, None, admissible=math.isfinite(loss)), point)
+        search.is_judged = True
+        return _least_finite("held_out_loss", losses)
 
     def _losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
         return self.measurement.losses([self.parameterization.log_scale(point) for point in points], places)

@@ -189,6 +189,19 @@ def test_gamma_one_is_kept_when_every_finalist_is_worse_on_the_held_out_examples
     assert search.least_loss == search.baseline_loss == 2.0
 
 
+def test_a_search_that_is_stopped_early_proposes_what_it_found_so_far() -> None:
+    options = CalibrationOptions(method="cma-es", steps=400)
+    search = holdout_search(KnownLosses(options, squared_distance(TARGET), squared_distance(TARGET)))
+    for _ in range(10):
+        search.advance()
+    search.stop()
+    assert search.finished
+    assert search.least_loss == squared_distance(TARGET)(chosen_point(search)) < search.baseline_loss
+    profiling = holdout_search(KnownLosses(CalibrationOptions(method="paper"), squared_distance(TARGET), len))
+    profiling.stop()
+    assert profiling.result().point is None
+
+
 def test_failed_evaluations_are_left_out_of_the_history_and_of_the_profile() -> None:
     def fails_for_the_first_head(point: np.ndarray) -> float:
         return math.inf if point[0] > 0 else squared_distance(TARGET)(point)
