@@ -34,7 +34,7 @@ from zerotuning.tasks.task import Task
 TASKS = ("sst2", "mr", "sst5", "trec", "cb")
 EXAMPLES = (16, 64, 200)
 SHOTS = 4
-SHOT_DRAWS = 4
+SHOT_CANDIDATES = 4
 
 
 @dataclass
@@ -46,12 +46,12 @@ class SearchBench:
         tasks: Built-in names or YAML files with validation and test examples.
         examples: Numbers of labelled examples for `gradient`; the other methods use the largest number.
         limit: Test examples of a task.
-        seeds: How many draws of the examples: seeds 0, 1, …
+        num_draws: Random draws of the labelled examples, with the seeds 0, 1, …
         methods: Names in METHODS; empty: all.
         batch_size: Prompts of one pass.
         shots: How many of a method's labelled examples stand solved before each prompt; the method tunes on the others.
-        shot_draws: How many draws of shots are compared, with no shots as another choice if more than one; fewer draws where
-            there are few examples.
+        num_shot_candidates: Random sets of shots that are compared, with no shots as another choice if more than one; fewer
+            where there are few examples.
         device: As `load_model` accepts it.
 
     Raises:
@@ -62,11 +62,11 @@ class SearchBench:
     tasks: Sequence[str] = TASKS
     examples: Sequence[int] = EXAMPLES
     limit: int = 400
-    seeds: int = 1
+    num_draws: int = 1
     methods: Sequence[str] = ()
     batch_size: int = 64
     shots: int = SHOTS
-    shot_draws: int = SHOT_DRAWS
+    num_shot_candidates: int = SHOT_CANDIDATES
     device: str | None = None
     _loaded: tuple[Any, Any] | None = field(default=None, repr=False)
     #: By task, number of examples and seed: the task with the chosen shots, and the seconds of the choice.
@@ -79,14 +79,14 @@ class SearchBench:
                 raise ZeroTuningError(f"methods must be of {', '.join(METHODS)}, got {name!r}")
         if not self.examples or any(count < 4 for count in self.examples):
             raise ZeroTuningError(f"examples must be numbers of at least 4, got {list(self.examples)}")
-        if self.seeds < 1:
-            raise ZeroTuningError(f"seeds must be at least 1, got {self.seeds}")
+        if self.num_draws < 1:
+            raise ZeroTuningError(f"num_draws must be at least 1, got {self.num_draws}")
         if not 0 <= self.shots <= min(self.examples) - LEAST_EXAMPLES:
             raise ZeroTuningError(
                 f"shots must leave {LEAST_EXAMPLES} of the {min(self.examples)} examples, got {self.shots}"
             )
-        if self.shot_draws < 1:
-            raise ZeroTuningError(f"shot_draws must be at least 1, got {self.shot_draws}")
+        if self.num_shot_candidates < 1:
+            raise ZeroTuningError(f"num_shot_candidates must be at least 1, got {self.num_shot_candidates}")
 
     def rows(self, done: Sequence[Row] = ()) -> Iterator[Row]:
         """Measure the rows, one for each task, method, number of examples and seed; then average over tasks.
@@ -99,10 +99,10 @@ class SearchBench:
         """
         by_key = {_key(row): row for row in done if row["what"] == "search"}
         made = []
-        for seed in range(self.seeds):
+        for seed in range(self.num_draws):
             for name in self.tasks:
                 for method, count, shots in self._plan(seed):
-                    row = by_key.get((name, method, count, seed, shots, self._draws_of(count, shots)))
+                    row = by_key.get((name, method, count, seed, shots, self._candidates_of(count, shots)))
                     if row is None:
                         row = self._row(name, method, count, seed, shots, by_key)
                         by_key[_key(row)] = row
@@ -123,19 +123,19 @@ class SearchBench:
             else:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
-    def _draws_of(self, count: int, shots: int) -> int:
-        """How many draws of shots a row compares: all draws use at most a quarter of its examples, and enough are left."""
-        draws = min(self.shot_draws, count // (4 * shots)) if shots else 1
-        return draws if draws > 1 and count - draws * shots >= MIN_COMPARISON_EXAMPLES else 1
+    def _candidates_of(self, count: int, shots: int) -> int:
+        """How many sets of shots a row compares: together they use at most a quarter of its examples, and enough are left."""
+        candidates = min(self.num_shot_candidates, count // (4 * shots)) if shots else 1
+        return candidates if candidates > 1 and count - candidates * shots >= MIN_COMPARISON_EXAMPLES else 1
 
     def _row(self, name: str, method: str, count: int, seed: int, shots: int, by_key: dict[Any, Row]) -> Row:
         shape = f"{name}, {count} examples, seed {seed}" + (f", {shots} shots" if shots else "")
         row: Row = {"what": "search", "shape": shape, "dtype": "", "task": name, "method": method, "examples": count}
-        draws = self._draws_of(count, shots)
-        row |= {"seed": seed, "shots": shots, "shot_draws": draws, "peers": {}}
+        candidates = self._candidates_of(count, shots)
+        row |= {"seed": seed, "shots": shots, "num_shot_candidates": candidates, "peers": {}}
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
-        gradient_row = by_key.get((name, "gradient", count, seed, shots, draws))
+        gradient_row = by_key.get((name, "gradient", count, seed, shots, candidates))
         task, drawn, choosing = self._behind_shots(name, count, seed, shots)
         row["shot_seed"] = task.shot_seed
         run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self.batch_size, self.limit, gradient_row)
@@ -169,7 +169,7 @@ class SearchBench:
             return task, drawn, 0.0
         key = (name, count, seed)
         if key not in self._chosen:
-            candidates = shot_candidates(task, drawn, shots, seed, self._draws_of(count, shots))
+            candidates = shot_candidates(task, drawn, shots, seed, self._candidates_of(count, shots))
             started = time.perf_counter()
             choice = choose_shots(*self._model(), candidates, drawn, batch_size=self.batch_size)
             self._chosen[key] = (choice.task, time.perf_counter() - started)
@@ -183,7 +183,10 @@ class SearchBench:
 
 
 def _key(row: Row) -> tuple[str, str, int, int, int, int]:
-    return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0), row.get("shot_draws", 1)
+    candidates: int = row.get("num_shot_candidates") or row.get(
+        "shot_draws", 1
+    )  # the second is the name in older files
+    return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0), candidates
 
 
 def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:

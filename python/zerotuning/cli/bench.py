@@ -11,25 +11,27 @@ from zerotuning.output import check_result_file
 
 #: The names in bench/runner.py, written out because the import of that module takes seconds.
 BENCHMARKS = ("attention", "decode", "calibration", "search", "sensitivity")
-#: Options of `bench search` alone -> the names that `run_bench` gives them.
-SEARCH_OPTIONS = {
-    "model": "model",
-    "tasks": "tasks",
-    "methods": "methods",
-    "examples": "examples",
-    "limit": "limit",
-    "num_draws": "seeds",
-    "batch_size": "batch_size",
-    "shots": "shots",
-    "num_shot_candidates": "shot_draws",
-}
+#: Options of `bench search` alone: the fields of bench/search.py's SearchBench.
+SEARCH_OPTIONS = (
+    "model",
+    "tasks",
+    "methods",
+    "examples",
+    "limit",
+    "num_draws",
+    "batch_size",
+    "shots",
+    "num_shot_candidates",
+)
 
 
 def add_to(commands: Any) -> None:
     """Add the command to the program's subparsers."""
     parser = add_command(commands, "bench", run, "measure speed against other implementations in the same run")
-    parser.add_argument("kind", choices=BENCHMARKS, help="what is measured")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="(default: the GPU if there is one)")
+    parser.add_argument("kind", choices=BENCHMARKS, help="the benchmark")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="the device to measure on (default: the GPU if there is one)"
+    )
     parser.add_argument(
         "--output", metavar="FILE", help="write the figures to this .json or .csv file; an existing file is replaced"
     )
@@ -108,8 +110,7 @@ def run(arguments: argparse.Namespace) -> None:
     output, plot = (None if path is None else check_result_file(path) for path in (arguments.output, arguments.plot))
     from zerotuning.bench.runner import run_bench
 
-    given = {name: value for name in SEARCH_OPTIONS if (value := getattr(arguments, name)) is not None}
-    if given and arguments.kind != "search":
-        raise ZeroTuningError(f"{', '.join(given)}: options of bench search alone, got bench {arguments.kind}")
-    options = {SEARCH_OPTIONS[name]: value for name, value in given.items()}
+    options = {name: value for name in SEARCH_OPTIONS if (value := getattr(arguments, name)) is not None}
+    if options and arguments.kind != "search":
+        raise ZeroTuningError(f"{', '.join(options)}: options of bench search alone, got bench {arguments.kind}")
     run_bench(arguments.kind, output, arguments.device, plot, **options)

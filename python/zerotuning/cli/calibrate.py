@@ -17,7 +17,6 @@ from zerotuning.calibration.options import (
     MANY_EXAMPLES,
     METHODS,
     OBJECTIVES,
-    PRIORS,
     SEARCHES_OF_MANY,
     STEPS_OF_MANY,
     TIES,
@@ -54,7 +53,11 @@ DEFAULTS = CalibrationOptions()
 def add_to(commands: Any) -> None:
     """Add the command to the program's subparsers."""
     parser = add_command(
-        commands, "calibrate", run, "search head scales for a task; the same command resumes an unfinished search"
+        commands,
+        "calibrate",
+        run,
+        "search head scales for a task; the same command resumes an unfinished search",
+        epilog="example: zerotuning calibrate --model demo --task sst2 --examples 64 --output sst2-scales",
     )
     parser.set_defaults(is_resumable=lambda arguments: (Path(arguments.output) / STATE_FILE).exists())
     add_model_and_task(parser, "the built-in task's validation sample", several_tasks=True)
@@ -137,7 +140,7 @@ def _add_search(add: Any) -> None:
         type=prior,
         default=DEFAULTS.prior,
         help="for --objective information, the share of each label: unknown (as equal as possible), estimate (from "
-        f"the untuned predictions) or numbers such as 0.5,0.3,0.2 (default: %(default)s; names: {', '.join(PRIORS)})",
+        "the untuned predictions) or numbers such as 0.5,0.3,0.2 (default: %(default)s)",
     )
 
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command to the program's subparsers."""
-    parser = add_command(commands, "evaluate", run, "measure accuracy, loss and entropy of a model on a task")
+    parser = add_command(
+        commands,
+        "evaluate",
+        run,
+        "measure accuracy, loss and entropy of a model on a task",
+        epilog="example: zerotuning evaluate --model demo --task sst2 --scales sst2-scales --output tuned.json",
+    )
     add_model_and_task(parser, "the built-in task's test sample")
     add_prompts(parser)
     add = parser.add_argument

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command to the program's subparsers."""
-    parser = add_command(commands, "inspect", run, "show where head scales come from and which heads they change most")
+    parser = add_command(
+        commands,
+        "inspect",
+        run,
+        "show where head scales come from and which heads they change most",
+        epilog="example: zerotuning inspect sst2-scales --plot heads.png",
+    )
     parser.add_argument("scales", metavar="DIR", help="folder of the head scales")
     parser.add_argument(
         "--plot", metavar="FILE", help="draw the map of γ to this .png, .svg or .pdf file; an existing file is replaced"

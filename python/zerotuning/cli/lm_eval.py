@@ -14,7 +14,7 @@ def add_to(commands: Any) -> None:
         commands,
         "lm-eval",
         run,
-        "lm-evaluation-harness's own command line, with --model zerotuning --model_args pretrained=MODEL,scales=DIR",
+        "run lm-evaluation-harness's own command line, with --model zerotuning --model_args pretrained=MODEL,scales=DIR",
         add_help=False,
         prefix_chars="\0",  # every argument is lm-eval's, --help among them
     ).add_argument("arguments", nargs="*", help="arguments of lm_eval")

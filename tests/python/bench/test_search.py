@@ -31,7 +31,7 @@ def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
         "examples",
         lambda self, split="test", limit=None: records[20:][:limit] if split == "test" else records[:20],
     )
-    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0, shot_draws=1)
+    return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0, num_shot_candidates=1)
 
 
 def test_the_interval_is_wilson_s() -> None:
@@ -117,7 +117,7 @@ def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
 
 
 def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, monkeypatch) -> None:
-    tiny_bench.shots, tiny_bench.shot_draws = 2, 3
+    tiny_bench.shots, tiny_bench.num_shot_candidates = 2, 3
     tiny_bench.methods = ("untuned", "label-bias", "gradient")
     asked = []
 
@@ -132,16 +132,16 @@ def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, mo
     rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
     # The untuned model has nothing to choose by; label-bias and gradient share the choice for their 16 examples.
     assert asked == [(16, [0]), (16, [0, 1, None]), (8, [0])]
-    assert [(row["method"], row["examples"], row["shot_draws"], row["shot_seed"]) for row in rows] == [
+    assert [(row["method"], row["examples"], row["num_shot_candidates"], row["shot_seed"]) for row in rows] == [
         ("untuned", 0, 1, None), ("untuned", 2, 1, 0), ("label-bias", 16, 2, 1), ("gradient", 8, 1, 0),
         ("gradient", 16, 2, 1),
     ]  # fmt: skip
     known = [dict(row) for row in rows]
     assert [row for row in tiny_bench.rows(known) if row["what"] == "search"] == known
-    tiny_bench.shot_draws, tiny_bench.methods, tiny_bench.examples = 1, ("gradient",), (16,)
-    assert [row["shot_draws"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1]  # made anew
-    with pytest.raises(ZeroTuningError, match="shot_draws must be at least 1, got 0"):
-        SearchBench(shot_draws=0)
+    tiny_bench.num_shot_candidates, tiny_bench.methods, tiny_bench.examples = 1, ("gradient",), (16,)
+    assert [row["num_shot_candidates"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1]  # made anew
+    with pytest.raises(ZeroTuningError, match="num_shot_candidates must be at least 1, got 0"):
+        SearchBench(num_shot_candidates=0)
 
 
 def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkeypatch, capsys) -> None:
