@@ -1,4 +1,4 @@
-"""Commands for a tiny model in the current folder, and what the tests of cli/ read from their results."""
+"""Commands for a tiny model in the current folder, and helpers that run them and read their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ name: films
 prompt: "Review: {text}\\nSentiment:"
 labels: [" negative", " positive"]
 """
-# One label for all: what helps one example then helps the others, so that a calibration finds something.
+# All have the same label: what helps one example helps the others, so that a calibration improves the model.
 RECORDS = [
     {"text": f"the film is {first} and {second}", "label": 1}
     for first in ("good", "bad", "a good story", "far too long")
@@ -40,13 +40,13 @@ def evaluate(*more: str) -> list[str]:
 
 
 def instead(command: list[str], option: str, value: str) -> list[str]:
-    """The command with another value of one of its options."""
+    """Replace the value of one of a command's options."""
     at = command.index(option) + 1
     return [*command[:at], value, *command[at + 1 :]]
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything under a folder: relative path -> bytes, None for a folder."""
+    """Read everything under a folder: relative path -> bytes, None for a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def refusal(capsys: Any, command: Sequence[str]) -> str:
-    """The one line that a refused command prints; nothing on stdout, and the current folder as it was."""
+    """Run a command that must be refused and return its line on stderr; stdout is empty and no file changes."""
     before = contents(Path.cwd())
     capsys.readouterr()
     assert main(command) == 2
@@ -72,7 +72,7 @@ def gamma_of(folder: str) -> torch.Tensor:
 
 
 def interrupt_after(monkeypatch: Any, answers: int) -> Callable[[], None]:
-    """Ctrl-C in the n-th round of the search; the function returned lets later ones pass."""
+    """Press Ctrl-C in the n-th step of the search. The returned function ends this."""
     search = importlib.import_module("zerotuning.calibration.gradient_search").GradientSearch
     advance = search.advance
     left = [answers]

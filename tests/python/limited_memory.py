@@ -1,4 +1,4 @@
-"""A memory that holds only so much, without one that is full."""
+"""A simulated lack of memory: passes of many sequences fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def memory_for(model: Any, sequences: int) -> Iterator[None]:
-    """Within it the model runs out of memory in passes of more sequences."""
+    """Make the model run out of memory in passes of more sequences."""
 
     def refuse(_: Any, args: Any, options: dict[str, Any]) -> None:
         if len(options["input_ids"]) > sequences:

@@ -1,4 +1,4 @@
-"""Candidates of a search measured side by side, and behind a shared prefix, give what each gives by itself."""
+"""Several candidates in one forward pass, and behind a shared prefix, have the scores that each has by itself."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def all_places(measurement: Measurement) -> list[list[int]]:
 
 
 def points_of(method: str, count: int = 7) -> list[np.ndarray]:
-    """What the searches ask for: a population, or heads moved one by one, γ = 1 before them."""
+    """The points of a search: γ = 1, then a population or heads moved one by one."""
     if method == "cma-es":
         return list(np.random.default_rng(0).normal(0.0, 0.8, (count, 8)))
     return [np.zeros(8), *(np.eye(8)[: count - 1] * math.log(1.5))]
 
 
 def by_themselves(measurement: Measurement, parameters: list[torch.Tensor], point: np.ndarray) -> list[torch.Tensor]:
-    """Every example by itself, without padding, at the point written into the leaves."""
+    """The scores of every example by itself, without padding, at the model's current point."""
     with torch.no_grad():
         for parameter, row in zip(parameters, point.reshape(2, 4), strict=True):
             parameter.copy_(torch.from_numpy(row))
@@ -222,7 +222,7 @@ def test_gradients_go_through_shots_that_are_read_once_a_batch(
         places = all_places(measurement)
         with passes(tiny_model) as shapes:
             loss, gradient = measurement.loss_and_gradient(point, places)
-        measurement.memory.checkpointed = True  # which reads whole prompts
+        measurement.memory.checkpointed = True  # checkpointed layers read whole prompts
         with passes(tiny_model) as checkpointed:
             kept_less = measurement.loss_and_gradient(point, places)
         one.shares_prefix = False
@@ -236,7 +236,9 @@ def test_gradients_go_through_shots_that_are_read_once_a_batch(
             np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-4 * np.abs(expected[1]).max())
 
 
-def test_what_is_read_once_does_not_count_toward_the_tokens_of_a_pass(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_tokens_of_a_shared_prefix_do_not_count_toward_the_tokens_of_a_pass(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
     task, records = with_many_shots(tiny_model)
     length = len(LabelScorer(tiny_model, tiny_tokenizer, task, records).shared_prefix)
     with passes(tiny_model) as shapes:
@@ -245,7 +247,7 @@ def test_what_is_read_once_does_not_count_toward_the_tokens_of_a_pass(tiny_model
     assert all(rows * width <= GRADIENT_TOKENS for rows, width in shapes)
 
 
-def test_a_memory_that_runs_out_behind_a_prefix_is_survived(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_a_lack_of_memory_behind_a_prefix_is_retried(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("paper", 2)
     with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (measurement, _):
         places = all_places(measurement)

@@ -32,7 +32,7 @@ def test_folds_end_in_scales_that_lower_the_loss(tiny: Any, combine: str) -> Non
 
 
 def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
-    """Each fold's search, written out: its own examples alone, Adam as in csrc/search, judged on the rest."""
+    """The reference writes each fold's search out: Adam as in csrc/search on its own examples, the loss of the others."""
     found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, l2_penalties=[0.0])
     total = 0.0
     zt.patch(tiny[0])
@@ -47,7 +47,7 @@ def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) ->
 
 
 def order_of(count: int) -> Any:
-    """The order in which seed 0 draws examples, as an array to index lists of places with."""
+    """The order in which seed 0 draws examples, as an array of positions."""
     return np.random.default_rng(0).permutation(count)
 
 
@@ -76,7 +76,7 @@ def test_the_held_out_loss_chooses_the_penalty(tiny: Any) -> None:
 
 
 def test_labels_that_no_scales_can_find_leave_every_scale_at_one(tiny: Any) -> None:
-    """The same texts with both labels: what helps one half hurts the other, so γ = 1 … or a flatter guess."""
+    """Each text has both labels: what helps one half hurts the other. Only flatter predictions lower the loss."""
     texts = [record["text"] for record in RECORDS[:10]]
     records = [{"text": text, "label": label} for label in (0, 1) for text in texts]
     found = calibrate(tiny, records=records, steps=3)
@@ -97,7 +97,7 @@ def test_seeds_are_averaged_and_their_spread_reported(tiny: Any) -> None:
 
 
 def test_patience_ends_a_search_early(tiny: Any) -> None:
-    # A step so long that every later point is worse.
+    # The step is so long that every later point is worse.
     found = calibrate(tiny, steps=40, learning_rate=4.0, patience=1)
     assert found.report["steps"] < 40
 
@@ -112,8 +112,8 @@ def test_seconds_end_a_search_early_with_a_result(tiny: Any) -> None:
 # Without labels.
 
 
-def test_a_model_whose_predictions_say_nothing_is_left_alone_without_labels(tiny: Any) -> None:
-    for layer in tiny[0].model.layers:  # attention that adds nothing: the last token alone decides, and it is one
+def test_without_labels_predictions_that_ignore_the_input_leave_every_scale_at_one(tiny: Any) -> None:
+    for layer in tiny[0].model.layers:  # attention adds nothing: the last token, the same in every prompt, decides
         torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
     records = [{"text": record["text"]} for record in RECORDS]
     found = calibrate(tiny, records=records, objective="information")
@@ -153,7 +153,7 @@ def test_a_prior_for_letters_has_a_number_for_each_choice(tiny: Any) -> None:
 # Which heads.
 
 
-def test_only_the_heads_asked_for_change(tiny: Any) -> None:
+def test_only_the_heads_that_options_name_change(tiny: Any) -> None:
     gamma = calibrate(tiny, layers=[1], exclude_heads=[(1, 2)]).scales.gamma
     assert bool((gamma[0] == 1).all())
     assert gamma[1, 2] == 1
@@ -290,7 +290,7 @@ def test_what_cannot_be_done_is_refused(tiny: Any, changes: dict[str, Any], mess
     assert "\n" not in str(error.value)
 
 
-def test_the_scales_metadata_hold_nothing_that_two_runs_differ_in(tiny: Any, tmp_path: Path) -> None:
+def test_two_runs_write_the_same_scales_and_metadata(tiny: Any, tmp_path: Path) -> None:
     for name in ("one", "two"):
         calibrate(tiny, output=tmp_path / name)
     for name in ("head_scales.safetensors", "zerotuning_config.json"):

@@ -1,4 +1,4 @@
-"""The choice among draws of shots: whose short search decides, on which examples, and what it refuses."""
+"""The choice of few-shot examples: the candidates, the examples that compare them, short searches, errors."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def prompts(records: Any) -> list[str]:
     return [FILMS.render(record).own for record in records]
 
 
-def test_candidates_are_the_draws_of_following_seeds_and_no_shots() -> None:
+def test_candidates_have_consecutive_seeds_and_one_has_no_shots() -> None:
     found = shot_candidates(FILMS, RECORDS, 4, 7, 3)
     assert [task.shot_seed for task in found] == [7, 8, 9, None]
     expected = [FILMS.with_shots(draw_shots(FILMS, RECORDS, 4, seed)).shots for seed in (7, 8, 9)]
     assert [task.shots for task in found] == [*expected, ()]
     (only,) = shot_candidates(FILMS, RECORDS, 4, 7, 1)
     assert only.shots == expected[0]
-    assert only == FILMS.with_shots(draw_shots(FILMS, RECORDS, 4, 7))  # a seed makes no other task
+    assert only == FILMS.with_shots(draw_shots(FILMS, RECORDS, 4, 7))  # tasks are equal whatever seed drew their shots
     for draws in (0, True, 2.0):
         with pytest.raises(ZeroTuningError, match="num_shot_candidates must be an integer of at least 1"):
             shot_candidates(FILMS, RECORDS, 4, 7, draws)  # type: ignore[arg-type]
 
 
-def test_examples_that_any_draw_shows_judge_none() -> None:
+def test_an_example_that_any_candidate_shows_compares_none() -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 3)
     shown = {shot.prompt for task in candidates for shot in task.shots}
     assert len(shown) > 4
@@ -58,7 +58,7 @@ def test_examples_that_any_draw_shows_judge_none() -> None:
     assert str(caught.value).endswith(" of 20")
 
 
-def test_the_least_held_out_loss_of_a_short_search_is_taken(short: None, tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_the_candidate_of_least_held_out_loss_is_chosen(short: None, tiny_model: Any, tiny_tokenizer: Any) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 2)
     options = {"batch_size": 5, "seed": 3, "tie": "layer"}
     asked = {**options, "steps": 50, "folds": 1, "method": "paper", "examples": 8, "num_searches": 4}
@@ -77,18 +77,18 @@ def test_the_least_held_out_loss_of_a_short_search_is_taken(short: None, tiny_mo
     assert choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, start=start, **options).losses != expected
 
 
-def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
+def test_of_many_candidates_only_the_best_after_a_first_round_are_searched_to_the_end(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 2, 0, 3)
     monkeypatch.setattr(few_shot_choice, "FINALISTS", 2)
     monkeypatch.setattr(few_shot_choice, "comparison_examples", lambda candidates, records: list(records))
-    heat, final = {0: 0.4, 1: 0.2, 2: 0.5, None: 0.3}, {1: 0.15, None: 0.1}
+    first_round, final = {0: 0.4, 1: 0.2, 2: 0.5, None: 0.3}, {1: 0.15, None: 0.1}
     searched = []
 
     def searches(model: Any, tokenizer: Any, task: Task, *, options: Any, **more: Any) -> Any:
         searched.append((task.shot_seed, options.steps))
-        loss = {10: heat, 30: final}[options.steps][task.shot_seed]
+        loss = {10: first_round, 30: final}[options.steps][task.shot_seed]
         return Calibration(HeadScales.ones(2, 4), {"tuned": {"loss": loss}, "warnings": [f"{task.shot_seed}"]})
 
     monkeypatch.setattr(few_shot_choice, "calibrate", searches)
@@ -103,7 +103,7 @@ def test_of_many_candidates_those_are_tried_that_do_best_in_a_heat(
     assert (again.losses, searched) == (choice.losses, [])
 
 
-def test_losses_are_kept_and_searched_for_once(
+def test_losses_are_saved_and_each_search_runs_once(
     short: None, tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 2)
@@ -150,7 +150,7 @@ def test_a_continuation_can_be_compared(short: None, tiny_model: Any, tiny_token
     assert all(map(math.isfinite, choice.losses))
 
 
-def test_one_candidate_is_taken_unread() -> None:
+def test_a_single_candidate_is_chosen_without_a_search() -> None:
     choice = choose_shots(None, None, [FILMS], RECORDS)  # type: ignore[arg-type]
     assert choice.task is FILMS
     assert math.isnan(choice.losses[0])

@@ -44,7 +44,7 @@ def test_options_may_come_as_arrays_and_sets() -> None:
         (127, {}, 1, 4),
     ],
 )
-def test_many_examples_take_three_searches_of_one_fold(
+def test_many_examples_are_calibrated_by_three_searches_of_one_fold(
     tiny: Any, count: int, options: dict[str, int], searches: int, folds: int
 ) -> None:
     records = (RECORDS * 7)[:count]

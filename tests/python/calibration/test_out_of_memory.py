@@ -68,7 +68,7 @@ def test_an_example_without_a_finite_loss_is_left_out_of_a_step_and_reported(tin
 
     def sometimes_nan(self: Any, input_ids: Any = None, **more: Any) -> Any:
         output = forward(self, input_ids=input_ids, **more)
-        # Once gradients are on, one example's logits are no numbers.
+        # With gradients enabled, the logits of one example are NaN.
         bad = (input_ids == marked).any(dim=-1) if torch.is_grad_enabled() else torch.zeros(len(input_ids), dtype=bool)
         calls[0] += int(bad.any())
         output.logits = output.logits.masked_fill(bad[:, None, None], math.nan)

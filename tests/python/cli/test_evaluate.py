@@ -31,7 +31,7 @@ def test_evaluate_replaces_its_file(place: Path, capsys: Any) -> None:
 
 
 @pytest.mark.model
-def test_the_embedded_model_is_called_demo(tmp_path: Path, capsys: Any) -> None:
+def test_the_demo_model_is_called_demo(tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "figures.json"
     command = ["evaluate", "--model", "demo", "--task", "sst2", "--limit", "16", "--output", str(output)]
     assert main(command) == 0

@@ -84,7 +84,7 @@ def test_files_that_are_missing_or_truncated_get_one_line(
     assert message in refusal(capsys, instead(command, option, value))
 
 
-def test_a_task_of_ones_own_needs_data(place: Path, capsys: Any) -> None:
+def test_a_task_file_needs_data(place: Path, capsys: Any) -> None:
     command = ["evaluate", "--model", "model", "--task", "task.yaml"]
     assert "task 'films' has no examples of its own" in refusal(capsys, command)
 

@@ -12,7 +12,7 @@ from zerotuning.cli.main import main
 from zerotuning.patching.head_scales import HeadScales
 
 
-def test_figures_beyond_what_integers_hold_are_not_shown(place: Path, capsys: Any) -> None:
+def test_metadata_with_an_infinite_number_of_examples_are_not_shown(place: Path, capsys: Any) -> None:
     figures = {"accuracy": 0.5, "loss": 1.0}
     calibration = {"baseline": figures, "tuned": figures, "held_out_examples": 20}
     HeadScales(torch.ones(2, 4), {"calibration": calibration}).save_pretrained("scales")
@@ -24,7 +24,7 @@ def test_figures_beyond_what_integers_hold_are_not_shown(place: Path, capsys: An
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
-def test_scales_that_are_no_positive_numbers_are_refused(place: Path, capsys: Any, value: float) -> None:
+def test_scales_that_are_not_positive_numbers_are_refused(place: Path, capsys: Any, value: float) -> None:
     from safetensors.torch import save_file
 
     HeadScales.ones(2, 4).save_pretrained("broken")
@@ -50,5 +50,5 @@ def test_damaged_scales_are_refused(place: Path, capsys: Any, file: str, damage:
 
 @pytest.mark.parametrize("command", [["inspect"], evaluate("--scales")])
 @pytest.mark.parametrize("folder", ["missing", "deep/er/missing", "model", "data.jsonl"])
-def test_a_place_without_scales_is_refused(place: Path, capsys: Any, command: list[str], folder: str) -> None:
+def test_a_folder_without_scales_is_refused(place: Path, capsys: Any, command: list[str], folder: str) -> None:
     assert folder in refusal(capsys, [*command, folder])

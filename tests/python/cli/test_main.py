@@ -78,7 +78,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_the_program_prints_its_version_and_help_without_loading_torch() -> None:
+def test_the_program_prints_version_and_help_without_importing_torch() -> None:
     version = run("-m", "zerotuning", "--version")
     assert (version.returncode, version.stdout) == (0, f"zerotuning {zerotuning.__version__}\n")
     code = "import sys; from zerotuning.cli.main import main; main(['--help']); sys.exit('torch' in sys.modules)"

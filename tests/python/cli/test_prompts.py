@@ -1,4 +1,4 @@
-"""The command line's options of prompts: shots, chats, scorings, cuts; and one line for what cannot be."""
+"""The options of prompts: few-shot examples, chat templates, scoring, truncation; wrong ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_shots_of_the_command_are_those_of_draw_shots(place: Path, capsys: Any) 
 def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
     found = figures("--shots", "8", "--shot-data", "validation.jsonl", "--limit", "3")
     assert (found["examples"], found["shots"]) == (3, 8)
-    # The same file for both: what is left of it to draw from are the three that are not evaluated.
+    # --data and --shot-data name the same file: its three other examples can be drawn.
     assert figures("--shots", "3", "--shot-data", "test.jsonl", "--limit", "3")["examples"] == 3
     message = refusal(capsys, evaluate("--shots", "4", "--shot-data", "test.jsonl", "--limit", "3"))
     assert "shots must be at most 3, the examples that they can be drawn from, got 4" in message
@@ -95,13 +95,13 @@ def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
 
 @pytest.fixture
 def trials(monkeypatch: Any) -> None:
-    """Short searches that the few examples here are enough for."""
+    """Short searches that need few steps and few examples."""
     choice = importlib.import_module("zerotuning.calibration.few_shot_choice")
     monkeypatch.setattr(choice, "MIN_COMPARISON_EXAMPLES", 4)
     monkeypatch.setitem(choice.TRIAL_OPTIONS, "steps", 2)
 
 
-def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Path, capsys: Any, trials: None) -> None:
+def test_the_best_of_several_candidates_is_chosen_and_its_seed_printed(place: Path, capsys: Any, trials: None) -> None:
     assert main(calibrate("--shots", "3", "--shot-seed", "4", "--num-shot-candidates", "2")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "films: held-out loss of a short search with each set of few-shot examples"
@@ -116,7 +116,7 @@ def test_the_best_of_several_draws_is_taken_named_and_can_be_evaluated(place: Pa
     assert report["examples"] == 14 - expected["shots"]
 
 
-def test_draws_that_cannot_be_compared_are_refused(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_candidates_that_cannot_be_compared_are_refused(place: Path, capsys: Any, monkeypatch: Any) -> None:
     assert "--num-shot-candidates 2 compares sets of few-shot examples: --shots must be at least 1" in refusal(
         capsys, calibrate("--num-shot-candidates", "2")
     )
@@ -152,7 +152,7 @@ def test_a_scoring_and_a_chat_are_chosen_on_the_command_line(
     assert figures("--no-chat")["chat"] is False
 
 
-def test_prompts_are_cut_where_the_user_asks(place: Path, capsys: Any) -> None:
+def test_truncate_shortens_prompts_that_are_too_long(place: Path, capsys: Any) -> None:
     long = {"text": "good " * 400, "label": 1}
     (place / "long.jsonl").write_text((json.dumps(long) + "\n") * 5, encoding="utf-8")
     message = refusal(capsys, evaluate(data="long.jsonl"))
@@ -164,7 +164,7 @@ def test_prompts_are_cut_where_the_user_asks(place: Path, capsys: Any) -> None:
 
 
 def interrupt(monkeypatch: Any, command: list[str], rounds_before: int = 1) -> None:
-    """Runs the command and interrupts it after so many rounds of its searches."""
+    """Run the command and interrupt it after `rounds_before` steps of its searches."""
     search = importlib.import_module("zerotuning.calibration.gradient_search").GradientSearch
     advance = search.advance
     rounds: list[int] = []
@@ -180,12 +180,14 @@ def interrupt(monkeypatch: Any, command: list[str], rounds_before: int = 1) -> N
         assert main(command) == 130
 
 
-def test_a_resumed_calibration_takes_the_same_draw(place: Path, capsys: Any, monkeypatch: Any, trials: None) -> None:
+def test_a_resumed_calibration_chooses_the_same_candidate(
+    place: Path, capsys: Any, monkeypatch: Any, trials: None
+) -> None:
     command = calibrate("--shots", "2", "--num-shot-candidates", "3", "--steps", "3")
     assert main([*command, "--output", "whole"]) == 0
-    interrupt(monkeypatch, command)  # in a short search
+    interrupt(monkeypatch, command)  # in the first short search
     interrupt(monkeypatch, command, rounds_before=7)  # in the second after it
-    interrupt(monkeypatch, command, rounds_before=7)  # in the search
+    interrupt(monkeypatch, command, rounds_before=7)  # in the calibration itself
     assert (place / "scales/calibration_state.json").exists()
     assert main(command) == 0
     for name in ("head_scales.safetensors", "zerotuning_config.json", "shot_trials.json"):
@@ -238,16 +240,16 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (["evaluate", "--model", "model", "--task", "subh"], "unknown task 'subh', did you mean 'subj'?"),
     ],
 )
-def test_what_cannot_be_gets_one_line(place: Path, capsys: Any, command: list[str], message: str) -> None:
+def test_wrong_prompts_get_one_line(place: Path, capsys: Any, command: list[str], message: str) -> None:
     assert message in refusal(capsys, command)
 
 
-def test_a_data_set_that_the_hub_does_not_give_gets_one_line(place: Path, capsys: Any) -> None:
+def test_a_data_set_that_cannot_be_loaded_gets_one_line(place: Path, capsys: Any) -> None:
     pytest.importorskip("datasets")
     assert "cannot load data owner/name[test]: " in refusal(capsys, evaluate(data="hub:owner/name"))
 
 
-def test_labels_with_one_first_token_get_one_line(place: Path, capsys: Any) -> None:
+def test_labels_with_the_same_first_token_get_one_line(place: Path, capsys: Any) -> None:
     (place / "task.yaml").write_text(TASK.replace('" negative"', '" positive film"'), encoding="utf-8")
     message = refusal(capsys, evaluate("--scoring", "first-token"))
     assert "labels ' positive film' and ' positive' begin with the same token" in message
