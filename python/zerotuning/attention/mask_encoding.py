@@ -166,11 +166,11 @@ def decode(mask: Tensor, queries: int, keys: int) -> Mask:
     column = mask.flatten(1)
     if mask.dtype == torch.int8:
         _check_size(mask, queries * keys, "dense mask", queries, keys)
-        codes = column.unflatten(1, (1, queries, keys))
+        codes = column.view(mask.shape[0], 1, queries, keys)
         return DenseMask(codes > 0, codes == 2)
     if mask.dtype == torch.int32:
         _check_size(mask, PACKED_COLUMNS * queries, "mask of packed sequences", queries, keys)
-        return PackedMask(column.unflatten(1, (queries, PACKED_COLUMNS)))
+        return PackedMask(column.view(mask.shape[0], queries, PACKED_COLUMNS))
     if mask.dtype == torch.uint8:
         _check_size(mask, keys, "key mask", queries, keys)
         key_mask = KeyMask(column)
