@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from zerotuning.calibration.folds import Places, Split, pooled_places
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.evaluation import objectives
@@ -127,7 +127,7 @@ class AcceptanceTest:
     """Compares candidates' scores with those at γ = 1, which are measured once, on all examples.
 
     Args:
-        measurement: Scores and losses of the examples.
+        objective: Scores and losses of the examples.
         parameterization: Maps points to log γ.
         all_examples: Positions of all examples.
         splits: The splits, whose held-out examples are pooled.
@@ -140,22 +140,22 @@ class AcceptanceTest:
 
     def __init__(
         self,
-        measurement: Measurement,
+        objective: CalibrationObjective,
         parameterization: ScaleParameterization,
         all_examples: Places,
         splits: Sequence[Split],
     ) -> None:
-        self.measurement = measurement
+        self.objective = objective
         self.all_examples = all_examples
-        self.untuned_scores = measurement.scores(parameterization.log_scale(parameterization.untuned), all_examples)
+        self.untuned_scores = objective.scores(parameterization.log_scale(parameterization.untuned), all_examples)
         self.baseline = self._decision_at_one(pooled_places(splits))
-        self.label_free = measurement.options.objective != "task-loss"
+        self.label_free = objective.options.objective != "task-loss"
         self.evidence = min(map(evidence, self.untuned_scores)) if self.label_free else None
 
     @property
     def has_evidence(self) -> bool:
         """Whether a search is worthwhile at all."""
-        return self.evidence is None or not self.measurement.options.guard or self.evidence >= LEAST_EVIDENCE
+        return self.evidence is None or not self.objective.options.guard or self.evidence >= LEAST_EVIDENCE
 
     def baseline_scores(self, places: Places) -> list[Tensor]:
         """Return for each task the scores [n, C] at γ = 1."""
@@ -186,30 +186,30 @@ class AcceptanceTest:
         agreement = fold_agreement(splits, results) if self.label_free else None
         if agreement is None:
             return decision
-        agreed = not self.measurement.options.guard or agreement >= LEAST_AGREEMENT
+        agreed = not self.objective.options.guard or agreement >= LEAST_AGREEMENT
         details = {**decision.details, "agreement": agreement}
         return replace(decision, admissible=decision.admissible and agreed, details=details)
 
     def accepts(self, log_scale: np.ndarray) -> bool:
         """Return whether the final log γ beats γ = 1 on all examples, those that the searches fitted included."""
         baseline = self._decision_at_one(self.all_examples)
-        scores = self.measurement.scores(log_scale, self.all_examples)
+        scores = self.objective.scores(log_scale, self.all_examples)
         decision = self._decision(scores, self.all_examples, baseline)
         return decision.admissible and decision.loss < baseline.loss
 
     def _decision_at_one(self, places: Places) -> Decision:
         scores = self.baseline_scores(places)
-        accuracy = self.measurement.accuracy_of(scores, places)
-        return Decision(self.measurement.loss_of(scores, places), accuracy, admissible=True)
+        accuracy = self.objective.accuracy_of(scores, places)
+        return Decision(self.objective.loss_of(scores, places), accuracy, admissible=True)
 
     def _decision(self, scores: Sequence[Tensor], places: Places, baseline: Decision) -> Decision:
-        loss, accuracy = self.measurement.loss_of(scores, places), self.measurement.accuracy_of(scores, places)
+        loss, accuracy = self.objective.loss_of(scores, places), self.objective.accuracy_of(scores, places)
         if not math.isfinite(loss):
             return Decision(loss, accuracy, admissible=False)
         if self.label_free:
             before = self.baseline_scores(places)
             least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
-            admissible = not self.measurement.options.guard or least >= LEAST_RESEMBLANCE
+            admissible = not self.objective.options.guard or least >= LEAST_RESEMBLANCE
             return Decision(loss, accuracy, admissible, {"resemblance": least})
         worse = accuracy is not None and baseline.accuracy is not None and accuracy < baseline.accuracy
         return Decision(loss, accuracy, admissible=not worse)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from zerotuning.calibration.folds import draw_examples
-from zerotuning.calibration.objective import Measurement, Metric, TaskExamples
+from zerotuning.calibration.objective import CalibrationObjective, Metric, TaskExamples
 from zerotuning.calibration.options import METHODS, CalibrationOptions, options_from, shows_option_keywords
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.calibration.parameterization import ScaleParameterization
@@ -139,7 +139,7 @@ def calibrate(
                 _task_examples(model, tokenizer, one, part, chosen, metric)
                 for one, part in zip(tasks, drawn, strict=True)
             ]
-            measurement = Measurement(
+            objective = CalibrationObjective(
                 model, tokenizer, examples, parameters, chosen, OutOfMemoryRetry(), processes, metric
             )
             tokens = [one.scorer.examples for one in examples]
@@ -147,7 +147,7 @@ def calibrate(
             state = CalibrationState(folder, identity_of_run, processes)
             if overwrite:
                 state.clear()
-            run = CalibrationRun(measurement, _parameterization(model, chosen, start), chosen, state)
+            run = CalibrationRun(objective, _parameterization(model, chosen, start), chosen, state)
             run.until_finished(progress and processes.is_main_process)
             log_scale, report = run.result()
         gamma = torch.from_numpy(np.exp(log_scale)).reshape(patched_shape(model))

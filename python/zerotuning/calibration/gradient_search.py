@@ -21,7 +21,7 @@ from torch import Tensor
 from zerotuning import _search
 from zerotuning.calibration.acceptance import AcceptanceTest, Decision, Patience, Selection
 from zerotuning.calibration.folds import Places, Split, examples_of_step
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
 from zerotuning.calibration.saved_fields import SavedFields
@@ -74,7 +74,7 @@ class GradientSearch:
     """All searches of the gradient method. One round, `advance`, is a step of every search that is not stopped.
 
     Args:
-        measurement: Losses, gradients and scores of the examples.
+        objective: Losses, gradients and scores of the examples.
         parameterization: Maps points to log γ.
         options: The calibration's options.
         splits: A search is made for each.
@@ -84,14 +84,14 @@ class GradientSearch:
 
     def __init__(
         self,
-        measurement: Measurement,
+        objective: CalibrationObjective,
         parameterization: ScaleParameterization,
         options: CalibrationOptions,
         splits: Sequence[Split],
         all_examples: Places,
         acceptance: AcceptanceTest,
     ) -> None:
-        self.measurement, self.parameterization, self.options = measurement, parameterization, options
+        self.objective, self.parameterization, self.options = objective, parameterization, options
         self.splits, self.all_examples, self.acceptance = list(splits), all_examples, acceptance
         self.steps = options.total_steps
         self.judging_interval = min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED)
@@ -313,7 +313,7 @@ class GradientSearch:
             examples_of_step(part, self.options.examples_per_step, order_seed, stepper.steps_done) for part in places
         ]
         log_scale = self.parameterization.log_scale(stepper.point())
-        loss, gradient = self.measurement.loss_and_gradient(log_scale, chosen)
+        loss, gradient = self.objective.loss_and_gradient(log_scale, chosen)
         if not math.isfinite(loss):
             raise ZeroTuningError(f"the model's loss must be finite, got {loss}")
         return loss, self.parameterization.point_gradient(gradient)
@@ -321,7 +321,7 @@ class GradientSearch:
     def _scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
         if not point.any():
             return self.acceptance.baseline_scores(places)
-        return self.measurement.scores(self.parameterization.log_scale(point), places)
+        return self.objective.scores(self.parameterization.log_scale(point), places)
 
     @staticmethod
     def _step(stepper: _search.GradientStepper, gradient: np.ndarray) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from zerotuning import _search
 from zerotuning.calibration.acceptance import Decision, Selection
 from zerotuning.calibration.folds import Places, Split
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
 from zerotuning.calibration.saved_fields import SavedFields
@@ -80,7 +80,7 @@ class HoldoutSearch:
     """The searches of all seeds, one after another. One round, `advance`, evaluates what a search asks for at once.
 
     Args:
-        measurement: Losses of the examples.
+        objective: Losses of the examples.
         parameterization: Maps points to log γ.
         options: The calibration's options.
         splits: One for each seed.
@@ -90,12 +90,12 @@ class HoldoutSearch:
 
     def __init__(
         self,
-        measurement: Measurement,
+        objective: CalibrationObjective,
         parameterization: ScaleParameterization,
         options: CalibrationOptions,
         splits: Sequence[Split],
     ) -> None:
-        self.measurement, self.parameterization, self.options = measurement, parameterization, options
+        self.objective, self.parameterization, self.options = objective, parameterization, options
         self.searches = [SeedSearch(new_optimizer(parameterization, options, split.seed), split) for split in splits]
         self.history: list[dict[str, Any]] = []
         self.stopped = False
@@ -164,7 +164,7 @@ class HoldoutSearch:
         return _least_finite("held_out_loss", losses)
 
     def _losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
-        return self.measurement.losses([self.parameterization.log_scale(point) for point in points], places)
+        return self.objective.losses([self.parameterization.log_scale(point) for point in points], places)
 
     def result(self) -> SearchResult:
         """Return the point of the seed whose held-out loss fell most."""

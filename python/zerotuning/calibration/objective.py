@@ -63,7 +63,7 @@ class TaskExamples:
         return behind_prefix(self.scorer) if self.shares_prefix else self.scorer
 
 
-class Measurement:
+class CalibrationObjective:
     """The objective of chosen examples, as a mean over tasks.
 
     Points are log γ, float64 [layers * heads]. Several processes share every batch; all return the same numbers.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zerotuning.calibration.acceptance import AcceptanceTest
 from zerotuning.calibration.folds import Places, Split, pooled_places
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.search_result import SearchResult
 from zerotuning.evaluation import objectives
@@ -37,7 +37,10 @@ METADATA_FIELDS = (
 
 
 def held_out_figures(
-    measurement: Measurement, parameterization: ScaleParameterization, found: SearchResult, acceptance: AcceptanceTest
+    objective: CalibrationObjective,
+    parameterization: ScaleParameterization,
+    found: SearchResult,
+    acceptance: AcceptanceTest,
 ) -> dict[str, Any]:
     """Measure the held-out examples of every split with the scales that never saw them.
 
@@ -48,19 +51,17 @@ def held_out_figures(
     before, after, by_seed = [], [], []
     for split, point in found.held_out_points:
         before.append(acceptance.baseline_scores(split.held_out))
-        after.append(
-            measurement.scores(parameterization.log_scale(point), split.held_out) if point.any() else before[-1]
-        )
+        after.append(objective.scores(parameterization.log_scale(point), split.held_out) if point.any() else before[-1])
     splits = [split for split, _ in found.held_out_points]
     for seed in dict.fromkeys(split.seed for split in splits):
         of_seed = [index for index, split in enumerate(splits) if split.seed == seed]
-        figures = _figures(measurement, [splits[i] for i in of_seed], [after[i] for i in of_seed])
+        figures = _figures(objective, [splits[i] for i in of_seed], [after[i] for i in of_seed])
         by_seed.append({"seed": seed, **figures})
     return {
         "held_out_examples": sum(len(set(places)) for places in pooled_places(splits)),
-        "baseline": _figures(measurement, splits, before),
-        "tuned": _figures(measurement, splits, after),
-        "tasks": _by_task(measurement, splits, before, after),
+        "baseline": _figures(objective, splits, before),
+        "tuned": _figures(objective, splits, after),
+        "tasks": _by_task(objective, splits, before, after),
         "by_seed": by_seed,
         "spread": _spread(by_seed),
     }
@@ -78,30 +79,30 @@ def versions() -> dict[str, str]:
 
 
 def _figures(
-    measurement: Measurement, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]
+    objective: CalibrationObjective, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]
 ) -> dict[str, float | None]:
     scores, places = [torch.cat(parts) for parts in zip(*results, strict=True)], pooled_places(splits)
-    return _scored(measurement, scores, places)
+    return _scored(objective, scores, places)
 
 
-def _scored(measurement: Measurement, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
-    labelled = all(not task.task.continuation for task in measurement.tasks)
+def _scored(objective: CalibrationObjective, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
+    labelled = all(not task.task.continuation for task in objective.tasks)
     entropies = [float(objectives.entropy(part)) for part in scores] if labelled else []
     return {
-        "loss": measurement.loss_of(scores, places),
-        "accuracy": measurement.accuracy_of(scores, places),
+        "loss": objective.loss_of(scores, places),
+        "accuracy": objective.accuracy_of(scores, places),
         "entropy": statistics.fmean(entropies) if entropies else None,
     }
 
 
 def _by_task(
-    measurement: Measurement,
+    objective: CalibrationObjective,
     splits: Sequence[Split],
     before: Sequence[Sequence[Tensor]],
     after: Sequence[Sequence[Tensor]],
 ) -> list[dict[str, Any]]:
     tasks = []
-    for index, (task, places) in enumerate(zip(measurement.tasks, pooled_places(splits), strict=True)):
+    for index, (task, places) in enumerate(zip(objective.tasks, pooled_places(splits), strict=True)):
         entry: dict[str, Any] = {
             "task": task.task.name,
             "labels": _label_names(task.task.labels, task.scorer.num_labels),

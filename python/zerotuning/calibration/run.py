@@ -14,7 +14,7 @@ from zerotuning.calibration.acceptance import AcceptanceTest
 from zerotuning.calibration.folds import make_splits
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.calibration.holdout_search import HoldoutSearch
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.report import held_out_figures, prompt_settings, versions
@@ -28,7 +28,7 @@ class CalibrationRun:
     """A search, whose state is saved after every step, and the seconds that it took before and after interruptions.
 
     Args:
-        measurement: The objective and its gradient.
+        objective: The objective and its gradient.
         parameterization: The numbers that are searched.
         options: The options, with defaults that depend on the number of examples filled in.
         state: The saved state. A search that it holds is continued.
@@ -36,20 +36,20 @@ class CalibrationRun:
 
     def __init__(
         self,
-        measurement: Measurement,
+        objective: CalibrationObjective,
         parameterization: ScaleParameterization,
         options: CalibrationOptions,
         state: CalibrationState,
     ) -> None:
-        self.measurement = measurement
+        self.objective = objective
         self.parameterization = parameterization
         self.options = options
         self.state = state
         self.seconds = 0.0
-        self.all_examples = [list(range(len(task.records))) for task in measurement.tasks]
-        self.splits = make_splits([task.records for task in measurement.tasks], options)
+        self.all_examples = [list(range(len(task.records))) for task in objective.tasks]
+        self.splits = make_splits([task.records for task in objective.tasks], options)
         self.acceptance: AcceptanceTest | None = None
-        if not measurement.reads_text:
+        if not objective.reads_text:
             self._begin_acceptance()
         self.search = self._new_search()
         self._restore()
@@ -57,19 +57,19 @@ class CalibrationRun:
     def _begin_acceptance(self) -> None:
         if self.options.prior == "estimate":
             untuned = self.parameterization.log_scale(self.parameterization.untuned)
-            scores_of_tasks = self.measurement.scores(untuned, self.all_examples)
-            for task, scores in zip(self.measurement.tasks, scores_of_tasks, strict=True):
+            scores_of_tasks = self.objective.scores(untuned, self.all_examples)
+            for task, scores in zip(self.objective.tasks, scores_of_tasks, strict=True):
                 task.prior = estimated_prior(scores)
-        self.acceptance = AcceptanceTest(self.measurement, self.parameterization, self.all_examples, self.splits)
+        self.acceptance = AcceptanceTest(self.objective, self.parameterization, self.all_examples, self.splits)
         if not np.isfinite(self.acceptance.baseline.loss):
             raise ZeroTuningError("the model's scores are not finite at γ = 1")
 
     def _new_search(self) -> GradientSearch | HoldoutSearch:
         if self.options.method != "gradient":
-            return HoldoutSearch(self.measurement, self.parameterization, self.options, self.splits)
+            return HoldoutSearch(self.objective, self.parameterization, self.options, self.splits)
         assert self.acceptance is not None
         return GradientSearch(
-            self.measurement, self.parameterization, self.options, self.splits, self.all_examples, self.acceptance
+            self.objective, self.parameterization, self.options, self.splits, self.all_examples, self.acceptance
         )
 
     # The search.
@@ -81,7 +81,7 @@ class CalibrationRun:
         try:
             self.search.restore(saved.fields("search"))
             self.seconds = saved.number("seconds", 0)
-            memory, limits = self.measurement.memory, saved.fields("memory")
+            memory, limits = self.objective.memory, saved.fields("memory")
             memory.max_batch_size = limits.integer_or_none("max_batch_size", 1)
             memory.max_candidates = limits.integer_or_none("max_candidates", 1)
             memory.checkpointed, memory.notes = limits.flag("checkpointed"), list(map(str, limits.items("notes")))
@@ -116,12 +116,12 @@ class CalibrationRun:
     def _is_out_of_time(self) -> bool:
         if self.options.seconds is None:
             return False
-        seconds = float(self.measurement.processes.broadcast_from_main(repr(self.seconds)))
+        seconds = float(self.objective.processes.broadcast_from_main(repr(self.seconds)))
         return seconds >= self.options.seconds * self.search.share_of_time
 
     def _save(self) -> None:
         self.state.write(
-            {"seconds": self.seconds, "memory": asdict(self.measurement.memory), "search": self.search.state()}
+            {"seconds": self.seconds, "memory": asdict(self.objective.memory), "search": self.search.state()}
         )
 
     # The result.
@@ -146,11 +146,11 @@ class CalibrationRun:
         return None
 
     def _report(self, found: SearchResult, reason: str | None) -> dict[str, Any]:
-        options, tasks = self.options, self.measurement.tasks
+        options, tasks = self.options, self.objective.tasks
         report: dict[str, Any] = {
             "task": " + ".join(task.task.name for task in tasks),
             "method": options.method,
-            "objective": "metric" if self.measurement.reads_text else options.objective,
+            "objective": "metric" if self.objective.reads_text else options.objective,
             "prompts": [prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
             "folds": len(self.splits) // options.search_count,
@@ -167,8 +167,8 @@ class CalibrationRun:
             "chosen": found.chosen,
             **self._held_out(found),
             "evidence": None if self.acceptance is None else self.acceptance.evidence,
-            "warnings": self.measurement.memory.notes,
-            "setbacks": self.measurement.memory.notes,  # the old name of warnings, for one version
+            "warnings": self.objective.memory.notes,
+            "setbacks": self.objective.memory.notes,  # the old name of warnings, for one version
             "options": options.to_json(),
             "history": self.search.history,
             "versions": versions(),
@@ -179,7 +179,7 @@ class CalibrationRun:
 
     def _held_out(self, found: SearchResult) -> dict[str, Any]:
         if self.acceptance is not None:
-            return held_out_figures(self.measurement, self.parameterization, found, self.acceptance)
+            return held_out_figures(self.objective, self.parameterization, found, self.acceptance)
         assert isinstance(self.search, HoldoutSearch)
         return {
             "held_out_examples": sum(len(places) for places in self.splits[0].held_out),

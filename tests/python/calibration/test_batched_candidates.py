@@ -16,7 +16,7 @@ import zerotuning as zt
 from limited_memory import memory_for
 from zerotuning.calibration.batched_candidates import CPU_TOKENS
 from zerotuning.calibration.holdout_search import HoldoutSearch
-from zerotuning.calibration.objective import Measurement, TaskExamples
+from zerotuning.calibration.objective import CalibrationObjective, TaskExamples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.label_scorer import GRADIENT_TOKENS, LabelScorer
@@ -43,18 +43,21 @@ TASKS = {
 @contextmanager
 def measuring(
     model: Any, tokenizer: Any, tasks: list[tuple[Task, list[Any]]], **options: Any
-) -> Iterator[tuple[Measurement, list[torch.Tensor]]]:
+) -> Iterator[tuple[CalibrationObjective, list[torch.Tensor]]]:
     chosen = CalibrationOptions(**{"method": "cma-es", "batch_size": 4, **options})
     with head_parameters(patch(model)) as parameters:
         examples = [
             TaskExamples(task, as_records(records), LabelScorer(model, tokenizer, task, records, batch_size=4))
             for task, records in tasks
         ]
-        yield Measurement(model, tokenizer, examples, parameters, chosen, OutOfMemoryRetry(), Processes()), parameters
+        yield (
+            CalibrationObjective(model, tokenizer, examples, parameters, chosen, OutOfMemoryRetry(), Processes()),
+            parameters,
+        )
 
 
-def all_places(measurement: Measurement) -> list[list[int]]:
-    return [list(range(len(task.records))) for task in measurement.tasks]
+def all_places(objective: CalibrationObjective) -> list[list[int]]:
+    return [list(range(len(task.records))) for task in objective.tasks]
 
 
 def points_of(method: str, count: int = 7) -> list[np.ndarray]:
@@ -64,14 +67,16 @@ def points_of(method: str, count: int = 7) -> list[np.ndarray]:
     return [np.zeros(8), *(np.eye(8)[: count - 1] * math.log(1.5))]
 
 
-def by_themselves(measurement: Measurement, parameters: list[torch.Tensor], point: np.ndarray) -> list[torch.Tensor]:
+def by_themselves(
+    objective: CalibrationObjective, parameters: list[torch.Tensor], point: np.ndarray
+) -> list[torch.Tensor]:
     """The scores of every example by itself, without padding, at the model's current point."""
     with torch.no_grad():
         for parameter, row in zip(parameters, point.reshape(2, 4), strict=True):
             parameter.copy_(torch.from_numpy(row))
         return [
             torch.cat([task.scorer.scores(task.scorer.batches_of([place], 1)[0]) for place in range(len(task.records))])
-            for task in measurement.tasks
+            for task in objective.tasks
         ]
 
 
@@ -92,24 +97,24 @@ def test_candidates_side_by_side_score_as_each_by_itself(
     tiny_model: Any, tiny_tokenizer: Any, name: str, method: str
 ) -> None:
     points = points_of(method)
-    with measuring(tiny_model, tiny_tokenizer, TASKS[name], method=method) as (measurement, parameters):
-        places = all_places(measurement)
+    with measuring(tiny_model, tiny_tokenizer, TASKS[name], method=method) as (objective, parameters):
+        places = all_places(objective)
         with passes(tiny_model) as shapes:
-            found = measurement.scores_at(points, places)
-        batches = sum(len(task.scorer.batches) for task in measurement.tasks)
+            found = objective.scores_at(points, places)
+        batches = sum(len(task.scorer.batches) for task in objective.tasks)
         assert len(shapes) < len(points) * batches
         assert max(shape.numel() for shape in shapes) <= CPU_TOKENS
         for point, scores in zip(points, found, strict=True):
-            for one, expected in zip(scores, by_themselves(measurement, parameters, point), strict=True):
+            for one, expected in zip(scores, by_themselves(objective, parameters, point), strict=True):
                 torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_losses_come_in_the_order_of_the_points(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("cma-es")
-    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (measurement, _):
+    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (objective, _):
         places = [[4, 0, 2], [1]]
-        together = measurement.losses(points, places)
-        alone = [measurement.losses([point], places)[0] for point in points]
+        together = objective.losses(points, places)
+        alone = [objective.losses([point], places)[0] for point in points]
     assert together == pytest.approx(alone, abs=1e-5)
     assert len(set(together)) == len(points)
 
@@ -118,13 +123,13 @@ def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
     tiny_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = points_of("cma-es")
-    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (measurement, _):
-        places = all_places(measurement)
-        expected = measurement.scores_at(points, places)
+    with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (objective, _):
+        places = all_places(objective)
+        expected = objective.scores_at(points, places)
         with memory_for(tiny_model, 9):
-            found = measurement.scores_at(points, places)
-        assert measurement.memory.max_candidates in (1, 2)
-        assert any("candidates in a pass, retried with at most" in note for note in measurement.memory.notes)
+            found = objective.scores_at(points, places)
+        assert objective.memory.max_candidates in (1, 2)
+        assert any("candidates in a pass, retried with at most" in note for note in objective.memory.notes)
         for one, other in zip(found, expected, strict=True):
             for scores, before in zip(one, other, strict=True):
                 torch.testing.assert_close(scores, before, rtol=1e-5, atol=1e-5)
@@ -136,9 +141,9 @@ def test_a_candidate_without_finite_scores_is_infinitely_bad_and_the_others_are_
     points = points_of("cma-es")
     points[2] = points[2].copy()
     points[2][0] = 3.5
-    with measuring(tiny_model, tiny_tokenizer, TASKS["labels of one token"]) as (measurement, _):
-        places = all_places(measurement)
-        expected = measurement.losses(points, places)
+    with measuring(tiny_model, tiny_tokenizer, TASKS["labels of one token"]) as (objective, _):
+        places = all_places(objective)
+        expected = objective.losses(points, places)
         layer = tiny_model.model.layers[0].self_attn
 
         def no_numbers_at_the_third(module: Any, args: Any, output: Any) -> Any:
@@ -147,11 +152,11 @@ def test_a_candidate_without_finite_scores_is_infinitely_bad_and_the_others_are_
             return output
 
         hook = tiny_model.register_forward_hook(no_numbers_at_the_third)
-        found = measurement.losses(points, places)
+        found = objective.losses(points, places)
         hook.remove()
     assert found[2] == math.inf
     assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-5)
-    assert any("no finite loss at some scales" in note for note in measurement.memory.notes)
+    assert any("no finite loss at some scales" in note for note in objective.memory.notes)
 
 
 @pytest.mark.parametrize("method", ["cma-es", "paper"])
@@ -196,39 +201,39 @@ def with_many_shots(model: Any, task: Task = WORDY) -> tuple[Task, list[Any]]:
 
 def test_shots_are_read_once_a_candidate_and_the_scores_stay(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("cma-es", 3)
-    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model)]) as (measurement, parameters):
-        (task,) = measurement.tasks
+    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model)]) as (objective, parameters):
+        (task,) = objective.tasks
         assert task.shares_prefix
         with passes(tiny_model) as shapes:
-            found = measurement.scores_at(points, all_places(measurement))
+            found = objective.scores_at(points, all_places(objective))
         whole = sum(batch.input_ids.numel() for batch in task.scorer.batches)
         assert sum(shape.numel() for shape in shapes) < len(points) * whole / 4
         assert len(shapes) == len(points) * (1 + len(task.scorer.batches))
         for point, (scores,) in zip(points, found, strict=True):
-            (expected,) = by_themselves(measurement, parameters, point)
+            (expected,) = by_themselves(objective, parameters, point)
             torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["task-loss", "information"])
+@pytest.mark.parametrize("name", ["task-loss", "information"])
 @pytest.mark.parametrize("task", [FILMS, WORDY], ids=["one token", "several tokens"])
 def test_gradients_go_through_shots_that_are_read_once_a_batch(
-    tiny_model: Any, tiny_tokenizer: Any, task: Task, objective: str
+    tiny_model: Any, tiny_tokenizer: Any, task: Task, name: str
 ) -> None:
     point = points_of("cma-es", 1)[0]
     # Attention is even here, and one token of hundreds matters little: gradients are some 1e-8.
     several = [with_many_shots(tiny_model.double(), task)]
-    with measuring(tiny_model, tiny_tokenizer, several, method="gradient", objective=objective) as (measurement, _):
-        (one,) = measurement.tasks
-        places = all_places(measurement)
+    with measuring(tiny_model, tiny_tokenizer, several, method="gradient", objective=name) as (objective, _):
+        (one,) = objective.tasks
+        places = all_places(objective)
         with passes(tiny_model) as shapes:
-            loss, gradient = measurement.loss_and_gradient(point, places)
-        measurement.memory.checkpointed = True  # checkpointed layers read whole prompts
+            loss, gradient = objective.loss_and_gradient(point, places)
+        objective.memory.checkpointed = True  # checkpointed layers read whole prompts
         with passes(tiny_model) as checkpointed:
-            kept_less = measurement.loss_and_gradient(point, places)
+            kept_less = objective.loss_and_gradient(point, places)
         one.shares_prefix = False
-        measurement.memory.checkpointed = False
+        objective.memory.checkpointed = False
         with passes(tiny_model) as whole:
-            expected = measurement.loss_and_gradient(point, places)
+            expected = objective.loss_and_gradient(point, places)
         assert sum(shape.numel() for shape in shapes) < sum(shape.numel() for shape in whole) / 2
         assert sum(shape.numel() for shape in checkpointed) > 1.5 * sum(shape.numel() for shape in shapes)
         for found in ((loss, gradient), kept_less):
@@ -249,9 +254,9 @@ def test_tokens_of_a_shared_prefix_do_not_count_toward_the_tokens_of_a_pass(
 
 def test_a_lack_of_memory_behind_a_prefix_is_retried(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("paper", 2)
-    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (measurement, _):
-        places = all_places(measurement)
-        expected = measurement.losses(points, places)
+    with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (objective, _):
+        places = all_places(objective)
+        expected = objective.losses(points, places)
         with memory_for(tiny_model, 2):
-            assert measurement.losses(points, places) == pytest.approx(expected, abs=1e-4)
-        assert measurement.memory.max_batch_size == 2
+            assert objective.losses(points, places) == pytest.approx(expected, abs=1e-4)
+        assert objective.memory.max_batch_size == 2

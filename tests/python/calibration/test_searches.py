@@ -15,7 +15,7 @@ from zerotuning.calibration.acceptance import AcceptanceTest
 from zerotuning.calibration.folds import Places, Split
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.calibration.holdout_search import HoldoutSearch
-from zerotuning.calibration.objective import Measurement
+from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.saved_fields import SavedFields
@@ -35,7 +35,7 @@ def squared_distance(target: np.ndarray) -> Loss:
 
 
 class KnownLosses:
-    """A Measurement whose loss is a known function of log γ, one for the fit example and one for the held-out one."""
+    """A CalibrationObjective whose loss is a known function of log γ, one for the fit example and one for the held-out one."""
 
     def __init__(
         self, options: CalibrationOptions, fit: Loss, held_out: Loss, slope_target: np.ndarray = TARGET
@@ -63,14 +63,14 @@ class KnownLosses:
 def gradient_search(
     known: KnownLosses, start: np.ndarray | None = None, splits: Sequence[Split] = (SPLIT,)
 ) -> GradientSearch:
-    measurement = cast(Measurement, known)
+    objective = cast(CalibrationObjective, known)
     parameterization = ScaleParameterization(1, HEADS, start=None if start is None else start[None])
-    acceptance = AcceptanceTest(measurement, parameterization, ALL_EXAMPLES, splits)
-    return GradientSearch(measurement, parameterization, known.options, splits, ALL_EXAMPLES, acceptance)
+    acceptance = AcceptanceTest(objective, parameterization, ALL_EXAMPLES, splits)
+    return GradientSearch(objective, parameterization, known.options, splits, ALL_EXAMPLES, acceptance)
 
 
 def holdout_search(known: KnownLosses) -> HoldoutSearch:
-    return HoldoutSearch(cast(Measurement, known), ScaleParameterization(1, HEADS), known.options, [SPLIT])
+    return HoldoutSearch(cast(CalibrationObjective, known), ScaleParameterization(1, HEADS), known.options, [SPLIT])
 
 
 def run(search: Any) -> Any:
