@@ -52,7 +52,7 @@ class Optimizer {
 
   // How far the search is, for people, e.g. "sweep 3/12".
   virtual std::string progress() const = 0;
-  // Losses told, and the most there can be: a search may finish earlier.
+  // Number of losses received, and the most there can be: a search may finish earlier.
   virtual int64_t steps_done() const = 0;
   virtual int64_t steps_total() const = 0;
 

@@ -62,8 +62,8 @@ class PaperOptimizer final : public Optimizer {
   void write(StateWriter& writer) const override;
   void read(StateReader& reader) override;
 
-  // All evaluations have one fixed order: x = 0, the heads, the sweep. The losses told are a prefix
-  // of it and the whole state; the other members below follow from them.
+  // All evaluations have one fixed order: x = 0, the heads, the sweep. The losses received are a
+  // prefix of it and the whole state; the other members below follow from them.
   size_t trials_per_head() const { return options_.two_sided ? 2 : 1; }
   size_t profile_end() const { return 1 + size() * trials_per_head(); }
   size_t sweep_end() const { return profile_end() + options_.sweep.size(); }

@@ -106,10 +106,10 @@ class Optimizer:
         """
     @property
     def steps_done(self) -> int:
-        """Losses told so far."""
+        """Number of losses received."""
     @property
     def steps_total(self) -> int:
-        """The most losses there can be; the search may finish earlier."""
+        """The largest possible number of losses; the search may finish earlier."""
     @property
     def method(self) -> str: ...
     @property

@@ -164,15 +164,15 @@ def test_a_state_is_readable() -> None:
 @pytest.mark.parametrize("failed", [None, math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("method", OPTIMIZERS)
 def test_a_failed_evaluation_is_worse_than_every_loss(method: str, failed: float | None) -> None:
-    def told_of_failures(failure: float | None) -> Any:
+    def run_with_failures(failure: float | None) -> Any:
         optimizer = make(method)
         while not optimizer.finished():
             optimizer.tell([failure if point[0] > 0.3 else loss(point) for point in optimizer.ask()])
             optimizer.restore(json.loads(json.dumps(optimizer.state(), allow_nan=False)))
         return optimizer
 
-    optimizer = told_of_failures(failed)
-    expected = told_of_failures(1e30)
+    optimizer = run_with_failures(failed)
+    expected = run_with_failures(1e30)
     np.testing.assert_array_equal(optimizer.finalists(), expected.finalists())
 
 
@@ -277,16 +277,16 @@ def test_other_threads_run_while_a_search_computes() -> None:
     # A generation in 200 dimensions with an eigendecomposition takes tens of milliseconds.
     optimizer = _search.CmaEsOptimizer(200, population=400, evaluations=4000)
     losses = [float(i) for i in range(len(optimizer.ask()))]
-    told = threading.Event()
+    finished = threading.Event()
 
     def tell() -> None:
         optimizer.tell(losses)
-        told.set()
+        finished.set()
 
     thread = threading.Thread(target=tell)
     turns = 0
     thread.start()
-    while not told.is_set():
+    while not finished.is_set():
         turns += 1
         time.sleep(0.0005)
     thread.join()

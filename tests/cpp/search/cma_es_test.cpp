@@ -1,4 +1,4 @@
-// CMA-ES on functions whose optimum is known, with bounds on what it may spend.
+// CMA-ES on functions whose optimum is known, with limits on the evaluations that it needs.
 #include <gtest/gtest.h>
 
 #include <algorithm>

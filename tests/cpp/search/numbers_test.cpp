@@ -1,4 +1,4 @@
-// The numerical ground of CMA-ES: random numbers, eigendecomposition, its constants.
+// The numerics of CMA-ES: random numbers, eigendecomposition, constants.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What all searches promise of ask, tell, state and restore.
+// The contract of ask, tell, state and restore, for every search.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -120,7 +120,7 @@ TEST_P(EveryMethod, proposes_a_point_that_improves_on_zero) {
   EXPECT_NO_THROW(optimizer->tell({}));
 }
 
-TEST_P(EveryMethod, asks_the_same_until_it_is_told) {
+TEST_P(EveryMethod, asks_for_the_same_points_until_tell_is_called) {
   const auto optimizer = make();
   optimizer->tell(losses(*optimizer));
   EXPECT_EQ(optimizer->ask(), optimizer->ask());
@@ -226,7 +226,7 @@ TEST(State, of_other_options_is_refused_with_the_option_and_both_values) {
             "state: sweep does not match: this search has a list of 1 numbers, the state has a "
             "list of 12 numbers");
   CmaEsOptions cma_options;
-  cma_options.seed = 0xfffffffffffffffeu;  // not to be told from 2^64 - 1 as a double
+  cma_options.seed = 0xfffffffffffffffeu;  // as a double equal to 2^64 - 1
   CmaEsOptimizer cma(3, cma_options);
   cma_options.seed = 0xffffffffffffffffu;
   EXPECT_EQ(error_of([&] { cma.restore(CmaEsOptimizer(3, cma_options).state()); }),
@@ -309,7 +309,7 @@ TEST(StateJson, names_the_field_that_is_wrong) {
             "state: scale: expected a number, got \"large\"");
 }
 
-TEST(StateJson, says_where_a_text_is_no_json_object) {
+TEST(StateJson, errors_give_the_character_where_a_text_is_no_json_object) {
   EXPECT_EQ(error_of([] { StateReader(""); }),
             "state: no JSON object of numbers, strings and lists: expected '{' at character 1, got "
             "the end");

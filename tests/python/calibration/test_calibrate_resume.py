@@ -1,4 +1,4 @@
-"""A calibration that is killed goes on where it was, to the same bytes; several processes make one result."""
+"""A killed calibration resumes and ends with the same bytes; several processes find the scales of one."""
 
 from __future__ import annotations
 
