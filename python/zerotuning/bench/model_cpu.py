@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zerotuning.bench.rows import OURS, UNTUNED, Row
+from zerotuning.bench.rows import GRADIENT, OURS, UNTUNED, Row
 from zerotuning.bench.timing import take_turns
 from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.label_scorer import LabelScorer
@@ -19,7 +19,6 @@ from zerotuning.patching.patch import head_parameters, patch, unpatch
 from zerotuning.tasks.few_shot import draw_shots, without_shots
 from zerotuning.tasks.task import Task
 
-GRADIENT = "forward + gradient of every head"
 SHOTS = 4
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zerotuning.bench.generation_steps import steps_by_turns
-from zerotuning.bench.rows import OURS, Row
+from zerotuning.bench.rows import GRADIENT, OURS, Row
 from zerotuning.bench.timing import Peers, free_memory, take_turns
 from zerotuning.evaluation import objectives
 from zerotuning.evaluation.batches import Batch
@@ -28,7 +28,6 @@ from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
 SHOTS = 4
-GRADIENT = "forward + gradient of every head"
 
 
 def calibration_rows() -> Iterator[Row]:

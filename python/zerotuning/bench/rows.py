@@ -15,6 +15,8 @@ Row = dict[str, Any]
 #: Names of peers: torch's attention with every γ = 1, and ours.
 UNTUNED = "untuned sdpa"
 OURS = "zerotuning"
+#: Name of a peer that also computes every head's gradient.
+GRADIENT = "forward + gradient of every head"
 
 
 def as_line(row: Row) -> str:

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from zerotuning import ops
+from zerotuning.bench.names import BENCHMARKS
 from zerotuning.bench.pictures import plot_accuracies, plot_ratios
 from zerotuning.bench.rows import Row, as_csv, as_line
 from zerotuning.errors import ZeroTuningError
 from zerotuning.files import write_json_atomically, write_text_atomically
 from zerotuning.machine import machine
-
-BENCHMARKS = ("attention", "decode", "calibration", "search", "sensitivity")
 
 
 def run_bench(
@@ -41,6 +40,8 @@ def run_bench(
     Raises:
         ZeroTuningError: An argument is wrong, or there is no GPU that the operators run on.
     """
+    if kind not in BENCHMARKS:
+        raise ZeroTuningError(f"kind must be one of {', '.join(BENCHMARKS)}, got {kind!r}")
     on_cuda = torch.cuda.is_available() and ops.runs_on("cuda")
     device = device or ("cuda" if on_cuda else "cpu")
     if device == "cuda" and not on_cuda:

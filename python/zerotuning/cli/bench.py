@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from zerotuning.bench.names import BENCHMARKS
 from zerotuning.cli.arguments import RenamedOption, add_command, positive_int, positive_ints, shot_count
 from zerotuning.errors import ZeroTuningError
 from zerotuning.output import check_result_file
 
-#: The names in bench/runner.py, written out because the import of that module takes seconds.
-BENCHMARKS = ("attention", "decode", "calibration", "search", "sensitivity")
 #: Options of `bench search` alone: the fields of bench/search.py's SearchBench.
 SEARCH_OPTIONS = (
     "model",

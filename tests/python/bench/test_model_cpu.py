@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from zerotuning.bench import model_cpu
-from zerotuning.bench.rows import OURS, UNTUNED
+from zerotuning.bench.rows import GRADIENT, OURS, UNTUNED
 
 
 def test_a_calibration_s_peers_score_alike_with_and_without_shots(tiny_model, tiny_tokenizer, monkeypatch) -> None:
@@ -16,10 +16,10 @@ def test_a_calibration_s_peers_score_alike_with_and_without_shots(tiny_model, ti
     assert int(behind_shots["shape"].split()[2]) > 2 * int(plain["shape"].split()[2])
     for results in found:
         torch.testing.assert_close(results[OURS], results[UNTUNED], rtol=1e-4, atol=1e-5)
-        assert len(results[model_cpu.GRADIENT]) == 2
+        assert len(results[GRADIENT]) == 2
     once = {
         name.removesuffix(", shots read once"): result for name, result in found[1].items() if name.endswith("once")
     }
     torch.testing.assert_close(once[OURS], found[1][OURS], rtol=1e-4, atol=1e-5)
-    for read_once, read_whole in zip(once[model_cpu.GRADIENT], found[1][model_cpu.GRADIENT], strict=True):
+    for read_once, read_whole in zip(once[GRADIENT], found[1][GRADIENT], strict=True):
         torch.testing.assert_close(read_once, read_whole, rtol=1e-3, atol=1e-9)

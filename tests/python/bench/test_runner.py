@@ -32,7 +32,9 @@ def test_figures_as_csv_and_as_a_picture(tmp_path, monkeypatch) -> None:
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_wrong_suffixes_and_a_missing_gpu_are_named(tmp_path) -> None:
+def test_wrong_kinds_and_suffixes_and_a_missing_gpu_are_named(tmp_path) -> None:
+    with pytest.raises(ZeroTuningError, match=r"kind must be one of attention, .*, got 'speed'"):
+        runner.run_bench("speed")
     with pytest.raises(ZeroTuningError, match=r"output must end in \.json or \.csv"):
         runner.run_bench("decode", tmp_path / "figures.txt", "cpu")
     with pytest.raises(ZeroTuningError, match=r"plot must end in \.png or \.svg"):

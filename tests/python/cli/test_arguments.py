@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from command_line import calibrate, evaluate, refusal
 from zerotuning.calibration.options import OBJECTIVES
-from zerotuning.cli.bench import BENCHMARKS
 from zerotuning.cli.main import main, make_parser
 
 
@@ -60,7 +59,6 @@ def test_wrong_arguments_get_one_line(place: Path, capsys: Any, command: list[st
 
 def test_choices_are_those_of_the_modules_behind_them() -> None:
     assert tuple(importlib.import_module("zerotuning.evaluation.objectives").OBJECTIVES) == OBJECTIVES
-    assert importlib.import_module("zerotuning.bench.runner").BENCHMARKS == BENCHMARKS
 
 
 # Old names.
