@@ -29,11 +29,11 @@ struct Strided4 {
   }
 };
 
-// Merges two partial attentions over disjoint keys, in place, by their log-sum-exp:
+// Merges two attentions over disjoint keys by their log-sum-exp, in place
+// (docs/how-it-works.md, "CUDA prefill by exclusion and merge"):
 //   m = max(lse_a, lse_b);  o = (e^{lse_a-m} o_a + e^{lse_b-m} o_b) / (e^{lse_a-m} + e^{lse_b-m})
-//   lse = m + log(e^{lse_a-m} + e^{lse_b-m})                                        (design.md
-//   section 4)
-// A part that saw no key has lse = -inf and does not count, whatever its output.
+//   lse = m + log(e^{lse_a-m} + e^{lse_b-m})
+// A part without keys has lse = -inf; its output is ignored.
 struct MergeArguments {
   DType dtype;  // of both outputs; lse is float64 for float64, else float32
   int64_t batch, heads, rows, columns;
@@ -42,7 +42,7 @@ struct MergeArguments {
   Strided4<const void> part_output, part_logsumexp;
 };
 
-// Adds one array to another, in place: the gradients of a piece to those of the whole.
+// Adds one array to another in place: the gradients of a piece to those of all keys.
 struct AddArguments {
   DType dtype;
   int64_t batch, heads, rows, columns;
@@ -50,8 +50,8 @@ struct AddArguments {
   Strided4<const void> part;
 };
 
-// Gradient of the loss with respect to log_scale (design.md section 1): for each query that sees a
-// scaled key j
+// The gradient of the loss with respect to log_scale (docs/how-it-works.md, "The idea"): for each
+// query that attends to a scaled key j
 //   a_j = exp(scale q·k_j + log_scale - lse);   dlog_scale += a_j (do·v_j - do·o)
 struct LogScaleGradientArguments {
   DType dtype;

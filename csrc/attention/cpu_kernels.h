@@ -1,4 +1,5 @@
-// The CPU kernels, chosen once for the processor that runs them.
+// The portable CPU kernels, compiled for several instruction sets; one set is chosen once a
+// process.
 #pragma once
 
 #include "attention/arguments.h"
@@ -9,8 +10,8 @@ struct CpuKernels {
   // Rows [begin, end) of the flattened batch × heads × rows.
   void (*merge)(const MergeArguments&, int64_t begin, int64_t end);
   void (*add)(const AddArguments&, int64_t begin, int64_t end);
-  // Items [begin, end) of the flattened batch × heads × chunks. Each item is summed alone, so the
-  // result does not depend on how items are spread over threads.
+  // Items [begin, end) of the flattened batch × heads × chunks. Each item has a sum of its own, so
+  // the result does not depend on how items are spread over threads.
   void (*log_scale_gradient)(const LogScaleGradientArguments&, int64_t begin, int64_t end);
 };
 

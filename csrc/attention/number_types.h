@@ -37,8 +37,8 @@ ZEROTUNING_INLINE float widen(BFloat16 x) {
   return detail::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
 }
 ZEROTUNING_INLINE float widen(Float16 x) {
-  // Exponent and mantissa moved to float32's place; the product with 2^112 mends the exponent's
-  // bias, subnormals too.
+  // Moves exponent and mantissa to their places in float32; the product with 2^112 corrects the
+  // exponent's bias, for subnormal numbers too.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const float scaled = detail::bit_cast<float>(magnitude) * 0x1p112f;
@@ -84,7 +84,7 @@ ZEROTUNING_INLINE Float16 narrow<Float16>(float x) {
   return {static_cast<uint16_t>(half | sign)};
 }
 
-// What sums of products of T are kept in.
+// The type of sums of products of T.
 template <typename T>
 struct Accumulator {
   using type = float;

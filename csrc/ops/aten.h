@@ -1,4 +1,4 @@
-// The few aten operators that ours are composed of, called through LibTorch's stable ABI.
+// The aten operators that csrc/ops calls, through LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,7 +22,7 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 namespace aten {
 
-// Calls aten::name.overload; `outputs` results replace the arguments on the stack.
+// Calls aten::name.overload. Its results replace the arguments on the stack.
 template <size_t outputs, typename... Arguments>
 auto call(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, (sizeof...(Arguments) > outputs ? sizeof...(Arguments) : outputs)> stack{
@@ -38,8 +38,8 @@ Tensor tensor(const char* name, const char* overload, const Arguments&... argume
   return torch::stable::detail::to<Tensor>(call<1>(name, overload, arguments...)[0]);
 }
 
-// Tensors and views through the C shim itself, not the dispatcher: short sequences are bound by the
-// number of dispatched calls.
+// Tensors and views come from the C shim itself, not from the dispatcher: for short sequences the
+// number of dispatched calls limits the speed.
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides,
                             ScalarType type) {
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
@@ -97,9 +97,9 @@ inline Tensor pad_columns(const Tensor& self, int64_t columns) {
   return torch::stable::pad(self, Sizes{0, columns - self.size(3)});
 }
 
-// torch's CPU flash attention with an additive bias (any strides, stride 0 included) beside its
-// causal mask, which is aligned at the top left. Returns (output [B, H, Tq, D], logsumexp [B, H,
-// Tq]). A row that sees no key gives output 0 and logsumexp 0.
+// Torch's CPU flash attention with an additive bias (any strides, also 0) and a causal mask aligned
+// at the top left. Returns (output [B, H, Tq, D], logsumexp [B, H, Tq]). A row that attends to no
+// key gives output 0 and logsumexp 0.
 inline std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& query, const Tensor& key,
                                                       const Tensor& value, bool causal,
                                                       const Tensor& bias, double scale) {
@@ -108,8 +108,8 @@ inline std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& query, const
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// Its backward. `output` and `logsumexp` may be those of a softmax over more keys than are given
-// here.
+// The backward pass of flash_attention_cpu. `output` and `logsumexp` may belong to a softmax over
+// more keys than the given ones.
 inline std::tuple<Tensor, Tensor, Tensor> flash_attention_cpu_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& output, const Tensor& logsumexp, bool causal, const Tensor& bias, double scale) {

@@ -1,6 +1,6 @@
-// ZeroTuning's attention for LibTorch programs: zerotuning::attention with gradients,
-// zerotuning::decode_attention. Link zerotuning::ops (which registers the operators; for tensors on
-// a GPU also zerotuning::ops_cuda) and LibTorch, 2.10 or newer.
+// ZeroTuning's attention for LibTorch programs: zerotuning::attention, with gradients, and
+// zerotuning::decode_attention. Link LibTorch, 2.10 or newer, and zerotuning::ops, which registers
+// the operators; for tensors on a GPU also zerotuning::ops_cuda.
 //
 //   auto [output, logsumexp] = zerotuning::attention(query, key, value, log_scale);
 //
@@ -26,7 +26,7 @@ struct AttentionOptions {
       span;  // int64 [B, 2]: keys [first, end) scaled instead of the initial token
   std::optional<at::Tensor>
       query_start;     // int64 [B]: position of the first query among the keys, default Tk - Tq
-  int64_t window = 0;  // keys a query sees, its own included; 0 = all
+  int64_t window = 0;  // number of keys that a query attends to, its own included; 0 = all
   std::optional<double> scale;  // of the logits, default D^-0.5
 };
 

@@ -1,6 +1,6 @@
-// Attention with a scaled initial token on the CPU: forward by our own kernels where the processor
-// has AVX-512 (attention/flash_cpu.h), else, and backward, by torch's flash kernel with a broadcast
-// bias (design.md section 4).
+// Attention with a scaled initial token on the CPU. Forward uses our own kernels on processors with
+// AVX-512 (attention/flash_cpu.h). Otherwise, and for backward, torch's flash kernel runs with a
+// broadcast bias (docs/how-it-works.md, "CPU: a broadcast bias").
 #pragma once
 
 #include <tuple>
@@ -9,18 +9,19 @@
 
 namespace zerotuning::ops {
 
-// torch: its kernel. tiles: ours; refuses a call or a processor that it is not made for.
+// torch: torch's kernel. tiles: ours; an error if it does not support the call or the processor.
 enum class CpuRoute { automatic, torch, tiles };
 
-// (output [B, H, Tq, Dv], logsumexp [B, H, Tq]); both laid out with heads inside rows, as torch's
-// flash kernel does.
+// (output [B, H, Tq, Dv], logsumexp [B, H, Tq]), both in memory order [B, Tq, H, Dv] like the
+// results of torch's flash kernel.
 std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem,
                                          CpuRoute route = CpuRoute::automatic);
 
 // Gradients of query, key, value and log_scale.
 FourTensors attention_backward_cpu(const Problem& problem, const BackwardArguments& backward);
 
-// output [B, H, Tq, Dv]; one query reads each key and value once for all query heads that share it.
+// output [B, H, Tq, Dv]. With one query, keys and values are read once for the heads that share
+// them.
 Tensor decode_attention_cpu(const Problem& problem);
 
 }  // namespace zerotuning::ops

@@ -7,9 +7,9 @@
 
 namespace zerotuning::ops {
 
-// (output [B, H, Tq, Dv] with heads inside rows, logsumexp [B, H, Tq] contiguous,
-// output_minus_initial_value: output minus the initial token's value, like output where it is asked
-// for and backward will want it, else [0]).
+// (output [B, H, Tq, Dv] in memory order [B, Tq, H, Dv]; logsumexp [B, H, Tq], contiguous;
+// output_minus_initial_value: output minus the initial token's value, like output if it is
+// requested and backward needs it (torch_gradient_lengths), else [0]).
 ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
                             bool with_output_minus_initial_value = false);
 
@@ -17,8 +17,8 @@ ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automat
 FourTensors attention_backward_cuda(const Problem& problem, const BackwardArguments& backward,
                                     Route route = Route::automatic);
 
-// output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]; up to 16 queries read a key and value once
-// for up to 32 of the rows, heads times queries, that share it.
+// output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]. With up to 16 queries, keys and values are
+// read once for up to 32 rows (heads times queries) that share them.
 Tensor decode_attention_cuda(const Problem& problem, DecodeRoute route = DecodeRoute::automatic,
                              bool transpose = false);
 

@@ -1,4 +1,4 @@
-// The arguments of one attention call, checked: what every backend may rely on.
+// The arguments of one attention call, and their checks, which all devices share.
 #pragma once
 
 #include <optional>
@@ -11,7 +11,7 @@
 
 namespace zerotuning::ops {
 
-// Streamed as "[2, 3]", and only where a message is made of it.
+// A tensor's sizes, written as "[2, 3]" into an error message.
 struct Shape {
   const Tensor& tensor;
 };
@@ -41,8 +41,9 @@ struct AttentionArguments {
 // One attention call. Sizes as in PyTorch: query [batch, heads, queries, head_size], key [batch,
 // key_heads, keys, head_size], value [batch, key_heads, keys, value_head_size].
 struct Problem : AttentionArguments {
-  attention::DType dtype;
-  int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size;
+  attention::DType dtype{};
+  int64_t batch = 0, heads = 0, key_heads = 0, queries = 0, keys = 0;
+  int64_t head_size = 0, value_head_size = 0;
 
   bool log_scale_per_sample() const { return log_scale.dim() == 2; }
 };

@@ -1,8 +1,8 @@
 """The operators: their Python functions, fake kernels and gradients. The kernels are C++ (csrc/ops, csrc/attention).
 
-Both compute causal attention in which each head's logit of the initial token is raised by ``log_scale``: exactly
-ZeroTuning's scaling of that attention weight by γ = exp(log_scale) followed by renormalising (arXiv 2505.11739,
-section 3), without a [Tq, Tk] matrix.
+Both operators compute causal attention in which ``log_scale`` is added to each head's logit of the initial token. That
+equals ZeroTuning's scaling of the attention weight by γ = exp(log_scale) and renormalising (arXiv 2505.11739, section
+3), and needs no (Tq, Tk) matrix.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops.so"))
 if torch.version.cuda is not None and (LIBRARIES / "libzerotuning_ops_cuda.so").exists():
     torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops_cuda.so"))
 
-# The overloads, which Python then need not look up at every call.
+# The overloads, resolved once: Python would look them up at every call.
 _attention = torch.ops.zerotuning.attention.default
 _attention_with_output_minus_initial_value = torch.ops.zerotuning._attention_with_output_minus_initial_value.default
-# The same kernels without the Python that torch.library runs for a gradient even where none is asked for.
+# The same kernels without the Python that torch.library runs around an operator with a gradient.
 _attention_by_route = torch.ops.zerotuning._attention_by_route.default
 _AUTOMATIC = 0
 _attention_backward = torch.ops.zerotuning.attention_backward.default
 _decode_attention = torch.ops.zerotuning.decode_attention.default
 _decode_attention_transposed = torch.ops.zerotuning._decode_attention_transposed.default
-#: The key mask of a decode step as a patched model's layers get it, int64 [B, 1, words, 1] (csrc/attention/key_mask_layout.h):
-#: of a bool attention mask [B, any number], the number of keys, and the position of the first query among the keys.
+#: encode_key_mask(mask, keys, query_start): the key mask of a decode step as a patched model's layers get it, int64
+#: (B, 1, words, 1) (csrc/attention/key_mask_layout.h). mask: a bool attention mask (B, any number); keys: the number of
+#: keys; query_start: the position of the first query among the keys.
 encode_key_mask = torch.ops.zerotuning._encode_key_mask.default
 
 
 class Geometry(NamedTuple):
-    """Which keys each query sees and which keys are scaled: arguments of :func:`attention`, in the schemas' order."""
+    """The keys that each query attends to and those that are scaled: :func:`attention`'s arguments in schema order."""
 
     key_mask: Tensor | None = None
     span: Tensor | None = None
@@ -56,7 +57,7 @@ def attention(
     window: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Causal attention with a scaled initial token; differentiable in query, key, value and log_scale.
+    r"""Compute causal attention with a scaled initial token; differentiable in query, key, value and log_scale.
 
     .. math:: o_i = \sum_j a'_{ij} v_j, \quad a'_{ij} = \frac{\gamma_j e^{s_{ij}}}{\sum_k \gamma_k e^{s_{ik}}}, \quad
               \gamma_j = e^{\text{log\_scale}} \text{ for the initial token, else } 1
@@ -66,21 +67,21 @@ def attention(
         key: (B, Hkv, Tk, D) with H a multiple of Hkv, dtype and device of query.
         value: (B, Hkv, Tk, Dv).
         log_scale: (H) or (B, H), the natural logarithm of γ; float32 (float64 with a float64 query).
-        key_mask: (B, Tk) bool (or uint8, 0 and 1), True for real keys. The initial token is the first real key of each sample.
+        key_mask: (B, Tk) bool (or uint8, 0 and 1), False for padding. The initial token is each sample's first real key.
         span: (B, 2) int64, the keys [first, end) that are scaled instead of the initial token; first == end: none.
-        query_start: (B) int64, the position of the first query among the keys. Default Tk - Tq: the queries are the
-            last keys. Query i sees the keys up to query_start + i.
-        window: number of keys that a query sees, its own included (sliding window); 0 for all.
+        query_start: (B) int64, the position of the first query among the keys; query i attends to keys up to
+            query_start + i. Default Tk - Tq: the queries are the last keys.
+        window: number of keys that a query attends to, its own included (sliding window); 0 for all.
         scale: factor of the logits, default D ** -0.5.
 
     Returns:
         output (B, H, Tq, Dv) in query's dtype; logsumexp (B, H, Tq), natural logarithm, in log_scale's dtype, not
-        differentiable. A query that sees no key gives output 0 and logsumexp -inf.
+        differentiable. A query that attends to no key gives output 0 and logsumexp -inf.
 
     Raises:
         ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it. On the CPU also
-            positions outside the keys and a log_scale that is not finite; on a GPU, where that would mean waiting for
-            it, positions are clamped to the keys and a log_scale that is not a number gives outputs that are none.
+            for positions outside the keys and for a log_scale that is not finite. A check of these values on a GPU would
+            synchronise: there positions are clamped to the keys, and a log_scale of NaN gives outputs of NaN.
     """
     geometry = Geometry(key_mask, span, query_start, window)
     arguments = (query, key, value, log_scale, *geometry, softmax_scale(query, scale))
@@ -108,13 +109,27 @@ def decode_attention(
     window: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`attention` for few queries against a long cache (generation): the same arguments, no gradient.
+    """Compute :func:`attention` of few queries over a long cache (generation), without a gradient.
 
-    A key and value is read once for the query heads that share it (on a GPU up to 32 of heads times queries, 16 above head
-    size 128).
+    Keys and values are read once for the query heads that share them: on a GPU for up to 32 rows (heads times queries),
+    16 above head size 128.
+
+    Args:
+        query: as in :func:`attention`, like all other arguments.
+        key: as in attention.
+        value: as in attention.
+        log_scale: as in attention.
+        key_mask: as in attention.
+        span: as in attention.
+        query_start: as in attention.
+        window: as in attention.
+        scale: as in attention.
 
     Returns:
         output (B, H, Tq, Dv).
+
+    Raises:
+        ValueError or RuntimeError: as in attention.
     """
     geometry = Geometry(key_mask, span, query_start, window)
     return _decode_attention(query, key, value, log_scale, *geometry, softmax_scale(query, scale))  # type: ignore[no-any-return]
@@ -128,7 +143,21 @@ def decode_attention_transposed(
     geometry: tuple[Tensor | None, Tensor | None, Tensor | None, int],
     scale: float | None,
 ) -> Tensor:
-    """:func:`decode_attention`'s output as models go on with it, (B, Tq, H, Dv): a view of it costs a step time."""
+    """Compute :func:`decode_attention` with the output transposed to (B, Tq, H, Dv), as models use it.
+
+    The operator allocates this layout: a view of the other one takes time in each decode step.
+
+    Args:
+        query: as in decode_attention, like all other arguments.
+        key: as in decode_attention.
+        value: as in decode_attention.
+        log_scale: as in decode_attention.
+        geometry: key_mask, span, query_start and window: a :class:`Geometry`, or a tuple of them.
+        scale: as in decode_attention.
+
+    Returns:
+        output (B, Tq, H, Dv).
+    """
     return _decode_attention_transposed(query, key, value, log_scale, *geometry, softmax_scale(query, scale))  # type: ignore[no-any-return]
 
 
@@ -146,7 +175,24 @@ def gradients(
     window: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and log_scale where :func:`attention`'s two results are all that was kept of it."""
+    """Compute the gradients of query, key, value and log_scale from :func:`attention`'s two results.
+
+    Args:
+        grad_output: gradient of output, (B, H, Tq, Dv).
+        query: as in attention, like all arguments but the results.
+        key: as in attention.
+        value: as in attention.
+        log_scale: as in attention.
+        output: first result of attention.
+        logsumexp: second result of attention.
+        key_mask: as in attention.
+        span: as in attention.
+        window: as in attention.
+        scale: as in attention.
+
+    Returns:
+        The gradients, of the shapes of query, key, value and log_scale.
+    """
     inputs, geometry = (query, key, value, log_scale), Geometry(key_mask, span, None, window)
     options = (*geometry, softmax_scale(query, scale))
     output_minus_initial_value = None
@@ -156,28 +202,30 @@ def gradients(
 
 
 def runs_on(device_type: str) -> bool:
-    """Whether this build has operators for a kind of device, "cpu" or "cuda"."""
+    """Return whether this build has operators for a type of device, "cpu" or "cuda"."""
     return torch._C._dispatch_has_kernel_for_dispatch_key("zerotuning::attention", device_type.upper())
 
 
 def softmax_scale(query: Tensor, scale: float | None) -> float:
+    """Return the factor of the logits: `scale`, by default D ** -0.5."""
     return 1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
 
 
 # Fake kernels: shapes, dtypes and strides of the results, for torch.compile and torch.export.
 
 
-def empty_rows(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> Tensor:
+def empty_bthd(like: Tensor, batch: int, heads: int, rows: int, columns: int) -> Tensor:
+    """Allocate (B, H, T, D) in memory order (B, T, H, D), as csrc/ops/layout.h does."""
     return like.new_empty(batch, rows, heads, columns).transpose(1, 2)
 
 
 @torch.library.register_fake("zerotuning::_attention_with_output_minus_initial_value")
 @torch.library.register_fake("zerotuning::_attention_by_route")
 def _(query, key, value, log_scale, *rest):  # type: ignore[no-untyped-def]
-    geometry, (_scale, asked, route) = Geometry(*rest[:4]), (*rest[4:], True, _AUTOMATIC)[:3]
+    geometry, (_scale, for_backward, route) = Geometry(*rest[:4]), (*rest[4:], True, _AUTOMATIC)[:3]
     results = _fake_attention(query, key, value, log_scale, *rest)
-    wanted = asked and (route != _AUTOMATIC or _needs_output_minus_initial_value(query, key, value, geometry))
-    return *results, torch.empty_like(results[0]) if wanted and query.is_cuda else query.new_empty(0)
+    needed = for_backward and (route != _AUTOMATIC or _needs_output_minus_initial_value(query, key, value, geometry))
+    return *results, torch.empty_like(results[0]) if needed and query.is_cuda else query.new_empty(0)
 
 
 def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> bool:
@@ -198,7 +246,7 @@ def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor,
 @torch.library.register_fake("zerotuning::attention")
 def _fake_attention(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
-    output = empty_rows(query, batch, heads, rows, value.shape[-1])
+    output = empty_bthd(query, batch, heads, rows, value.shape[-1])
     if query.is_cuda:
         return output, log_scale.new_empty(batch, heads, rows)
     return output, log_scale.new_empty(batch, rows, heads).transpose(1, 2)
@@ -207,7 +255,7 @@ def _fake_attention(query, key, value, log_scale, *_geometry):  # type: ignore[n
 @torch.library.register_fake("zerotuning::decode_attention")
 def _(query, key, value, log_scale, *_geometry):  # type: ignore[no-untyped-def]
     batch, heads, rows, _ = query.shape
-    return empty_rows(query, batch, heads, rows, value.shape[-1])
+    return empty_bthd(query, batch, heads, rows, value.shape[-1])
 
 
 @torch.library.register_fake("zerotuning::_decode_attention_transposed")
@@ -223,11 +271,11 @@ def _(key_mask, keys, query_start):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("zerotuning::attention_backward")
 def _(grad_output, query, key, value, log_scale, *_kept_and_geometry):  # type: ignore[no-untyped-def]
-    gradients = (empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
+    gradients = (empty_bthd(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
 
-# Gradients: design.md section 4. Nothing but the inputs, the output and its log-sum-exp is kept, and for a few routes the
+# Gradients (docs/how-it-works.md, "Backward"). Saved are the inputs, the output and its log-sum-exp, and for some routes
 # output_minus_initial_value (csrc/ops/attention_cuda.h).
 
 
@@ -255,7 +303,7 @@ torch.library.register_autograd(
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without what torch.library does around it in Python, which takes longer than a short attention."""
+    """The same gradient without the Python of torch.library, which takes longer than a short attention."""
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
@@ -267,7 +315,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _TransformedAttention(torch.autograd.Function):
-    """The same in the form that torch.func's transforms take, which costs more at each call."""
+    """The same with a separate setup_context, which torch.func's transforms require; each call costs more time."""
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""Models that several test files share: a tiny random one, and the embedded one.
+"""Models that several test files share: a tiny random one, and the demo model.
 
 Tests that use `demo_model` are marked `model`: they run by default, and fetch 98 MB once into the user's
 cache; `pytest -m "not model"` leaves them out.
@@ -22,7 +22,7 @@ CORPUS = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)  # before fixtures that put tensors on a GPU
+@pytest.hookimpl(tryfirst=True)  # before fixtures that make tensors on a GPU
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and ops.runs_on("cuda")):
         pytest.skip("needs a GPU and a build with CUDA")

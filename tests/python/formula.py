@@ -1,4 +1,4 @@
-"""The paper's formula written out, and inputs and errors that tests of the operators share."""
+"""The paper's formula written out, and the inputs and errors that tests of the operators share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def formula(
     window: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """softmax, scale the weights of the span by γ, renormalise: the paper's steps, dense, in the inputs' dtype."""
+    """Compute the paper's steps densely, in the inputs' dtype: softmax, scaling of the span's weights by γ, renormalising."""
     batch, heads, rows, size = query.shape
     keys = key.shape[2]
     key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
@@ -67,7 +67,7 @@ def random_inputs(
 
 
 def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Size of the terms that cancel in each gradient: a saturated sink's ds = a (do·v - do·o) is their difference."""
+    """Return the size of the terms that cancel in each gradient: of a saturated sink, ds = a (do·v - do·o) is their difference."""
     query, key, value, _ = inputs
     longest = [t.norm(dim=-1).max() for t in (query, key, value)]
     change = weight.norm() * longest[2]
@@ -77,7 +77,7 @@ def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
 
 @cache
 def inputs_with_sink(sink: float, device: str, length: int = 200) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key, value (1, 4|2, length, 64) whose initial token gets the mean attention weight `sink`."""
+    """Return query, key, value (1, 4|2, length, 64) whose initial token has the mean attention weight `sink`."""
     torch.manual_seed(1)
     query, key, value, _ = random_inputs((1, 4, 2, length, length, 64, 64), torch.float64)
     direction = torch.nn.functional.normalize(torch.randn(64, dtype=torch.float64), dim=0)
@@ -97,7 +97,7 @@ def inputs_with_sink(sink: float, device: str, length: int = 200) -> tuple[Tenso
 
 
 def poison() -> None:
-    """NaN in what the next allocations get, large ones and those of less than a megabyte, which have memory of their own."""
+    """Fill with NaN the memory of the next allocations, of large ones and of those below a megabyte (another pool)."""
     large = torch.full((2**28,), 255, dtype=torch.uint8)
     small = [torch.full((2**19,), 255, dtype=torch.uint8) for _ in range(64)]
     del large, small

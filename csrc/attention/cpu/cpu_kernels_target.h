@@ -1,5 +1,6 @@
-// The CPU kernels' source, compiled once for each instruction set: the including file defines
-// ZEROTUNING_CPU_TARGET, the namespace that keeps the copies apart, and its compiler flags.
+// The source of the CPU kernels, compiled once for each instruction set. The including file defines
+// ZEROTUNING_CPU_TARGET, the namespace that separates the copies; csrc/attention/CMakeLists.txt
+// sets its compiler flags.
 #pragma once
 
 #include <algorithm>
@@ -38,13 +39,13 @@ void merge_row(T* output, const T* part, int64_t columns, typename Accumulator<T
   const Real maximum = std::max(*lse, part_lse);
   const Real weight = std::exp(*lse - maximum);
   const Real part_weight = std::exp(part_lse - maximum);
-  const Real total = weight + part_weight;
-  const Real keep = weight / total, add = part_weight / total;
+  const Real sum = weight + part_weight;
+  const Real factor = weight / sum, part_factor = part_weight / sum;
 #pragma omp simd
   for (int64_t i = 0; i < columns; ++i) {
-    output[i] = narrow<T>(keep * widen(output[i]) + add * widen(part[i]));
+    output[i] = narrow<T>(factor * widen(output[i]) + part_factor * widen(part[i]));
   }
-  *lse = maximum + std::log(total);
+  *lse = maximum + std::log(sum);
 }
 
 template <typename T>
@@ -71,7 +72,7 @@ void add(const AddArguments& a, int64_t begin, int64_t end) {
   }
 }
 
-// Query rows [begin, end) of one head against one scaled key.
+// The share of query rows [begin, end) of one head and one scaled key in the gradient.
 template <typename T>
 double log_scale_gradient_of_key(const LogScaleGradientArguments& a, int64_t batch, int64_t head,
                                  int64_t key, int64_t begin, int64_t end) {

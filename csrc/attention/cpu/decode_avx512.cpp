@@ -1,11 +1,12 @@
 // Attention of one query a head (DecodeKernel of flash_cpu.h) on AVX-512 vectors. Keys and values
-// are read where they lie: one query does not repay packing them.
+// are not packed: for one query that takes longer than it saves.
 #include "attention/cpu/flash_avx512.h"
 
 namespace zerotuning::attention {
 namespace {
 
-constexpr int64_t most_heads = 4;  // of one key head, for which each key and value is read once
+constexpr int64_t max_heads_at_once =
+    4;  // heads of a key head that share one read of keys and values
 
 inline __m512 load(const float* from, __mmask16 columns) {
   return _mm512_maskz_loadu_ps(columns, from);
@@ -33,22 +34,22 @@ inline void store(Float16* to, __mmask16 columns, __m512 x) {
                            _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// One head's query, and its sums over the keys so far, relative to the largest logit `top`.
+// One head's query, and the running softmax over the keys so far, relative to the largest logit.
 struct Head {
   alignas(64) float query[flash_max_head_size], sums[flash_max_head_size];
-  float bias, top, total;  // base 2
+  float bias, row_max, row_sum;  // bias and row_max in base 2
 };
 
 using Logits = float[block_keys];
 
-// The visible ones of a block of keys.
+// The keys of a block that the query attends to.
 struct Keys {
   int64_t index[block_keys];
   int64_t count;
 };
 
 template <typename T>
-void take_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) {
+void load_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) {
   const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale * M_LOG2E));
   const T* query = a.query.row<T>(batch, head, 0);
   for (int64_t c = 0; c < a.head_size; c += lanes) {
@@ -58,11 +59,11 @@ void take_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) 
   std::fill(to.sums, to.sums + flash_max_head_size, 0.f);
   to.bias = static_cast<float>(M_LOG2E) *
             a.log_scale[batch * a.log_scale_batch_stride + head * a.log_scale_head_stride];
-  to.top = minus_infinity;
-  to.total = 0;
+  to.row_max = minus_infinity;
+  to.row_sum = 0;
 }
 
-// Logits of the keys, base 2, and -inf up to a whole vector.
+// Computes the logits of the keys in base 2, filled up with -inf to whole vectors.
 template <int heads, typename T>
 void multiply_keys(const FlashArguments& a, const T* key, const Keys& keys, const int64_t* span,
                    const Head (&states)[heads], Logits (&logits)[heads]) {
@@ -83,31 +84,31 @@ void multiply_keys(const FlashArguments& a, const T* key, const Keys& keys, cons
     std::fill(logits[h] + keys.count, logits[h] + rounded_up(keys.count, lanes), minus_infinity);
 }
 
-// Logits become weights; earlier sums are rescaled.
-inline void weigh(int64_t count, int64_t columns, Head& head, float* logits) {
-  __m512 largest = _mm512_set1_ps(head.top);
+// Replaces logits by weights, and rescales earlier sums if the maximum has changed.
+inline void softmax_step(int64_t count, int64_t columns, Head& head, float* logits) {
+  __m512 largest = _mm512_set1_ps(head.row_max);
   for (int64_t i = 0; i < count; i += lanes)
     largest = _mm512_max_ps(largest, _mm512_load_ps(logits + i));
-  const float top = _mm512_reduce_max_ps(largest);
-  const __m512 reference = _mm512_set1_ps(top);
-  __m512 total = _mm512_setzero_ps();
+  const float new_max = _mm512_reduce_max_ps(largest);
+  const __m512 reference = _mm512_set1_ps(new_max);
+  __m512 row_sum = _mm512_setzero_ps();
   for (int64_t i = 0; i < count; i += lanes) {
     const __m512 weight = exp2_of(_mm512_sub_ps(_mm512_load_ps(logits + i), reference));
     _mm512_store_ps(logits + i, weight);
-    total = _mm512_add_ps(total, weight);
+    row_sum = _mm512_add_ps(row_sum, weight);
   }
-  if (top != head.top) {
-    const __m512 rescale = exp2_of(_mm512_set1_ps(head.top - top));
+  if (new_max != head.row_max) {
+    const __m512 rescale = exp2_of(_mm512_set1_ps(head.row_max - new_max));
     for (int64_t c = 0; c < columns; c += lanes) {
       _mm512_store_ps(head.sums + c, _mm512_mul_ps(_mm512_load_ps(head.sums + c), rescale));
     }
-    head.total *= _mm512_cvtss_f32(rescale);
-    head.top = top;
+    head.row_sum *= _mm512_cvtss_f32(rescale);
+    head.row_max = new_max;
   }
-  head.total += _mm512_reduce_add_ps(total);
+  head.row_sum += _mm512_reduce_add_ps(row_sum);
 }
 
-// Columns [column, column + vectors * lanes) of the weighted values.
+// Adds the weighted values to columns [column, column + vectors * lanes) of the sums.
 template <int vectors, int heads, typename T>
 void add_values(const FlashArguments& a, const T* value, const Keys& keys,
                 const Logits (&weights)[heads], int64_t column, Head (&states)[heads]) {
@@ -136,7 +137,7 @@ template <int heads, typename T>
 void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
   constexpr int vectors = 4;
   Head states[heads];
-  for (int h = 0; h < heads; ++h) take_query<T>(a, batch, first_head + h, states[h]);
+  for (int h = 0; h < heads; ++h) load_query<T>(a, batch, first_head + h, states[h]);
   const int64_t key_head = first_head / (a.heads / a.key_heads);
   const T* key = a.key.row<T>(batch, key_head, 0);
   const T* value = a.value.row<T>(batch, key_head, 0);
@@ -152,7 +153,8 @@ void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
     }
     if (keys.count == 0) continue;
     multiply_keys(a, key, keys, a.span + 2 * batch, states, logits);
-    for (int h = 0; h < heads; ++h) weigh(keys.count, a.value_head_size, states[h], logits[h]);
+    for (int h = 0; h < heads; ++h)
+      softmax_step(keys.count, a.value_head_size, states[h], logits[h]);
     int64_t column = 0;
     for (; column + (vectors - 1) * lanes < a.value_head_size; column += vectors * lanes)
       add_values<vectors>(a, value, keys, logits, column, states);
@@ -161,7 +163,7 @@ void decode_heads(const FlashArguments& a, int64_t batch, int64_t first_head) {
   }
   for (int h = 0; h < heads; ++h) {
     const Head& head = states[h];
-    const __m512 factor = _mm512_set1_ps(head.total == 0 ? 0 : 1 / head.total);
+    const __m512 factor = _mm512_set1_ps(head.row_sum == 0 ? 0 : 1 / head.row_sum);
     T* output = a.output.row<T>(batch, first_head + h, 0);
     for (int64_t c = 0; c < a.value_head_size; c += lanes) {
       store(output + c, first_lanes(a.value_head_size - c),
@@ -176,7 +178,7 @@ void decode(const FlashArguments& a, int64_t begin, int64_t end) {
   while (begin < end) {
     const int64_t batch = begin / a.heads, head = begin % a.heads;
     const int64_t of_key_head = group - head % group;
-    const int64_t heads = std::min({end - begin, of_key_head, most_heads});
+    const int64_t heads = std::min({end - begin, of_key_head, max_heads_at_once});
     switch (heads) {
       case 4:
         decode_heads<4, T>(a, batch, head);

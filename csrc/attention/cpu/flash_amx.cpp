@@ -1,12 +1,12 @@
-// flash_cpu.h in bfloat16 on the matrix unit (AMX). A matrix tile has 16 rows of 64 bytes; a right
-// operand holds its rows in pairs, [row / 2][column][row % 2].
+// The forward kernel (flash_cpu.h) in bfloat16 on the matrix unit (AMX). A matrix tile has 16 rows
+// of 64 bytes. A right operand stores its rows in pairs: [row / 2][column][row % 2].
 #include "attention/cpu/flash_avx512.h"
 
 namespace zerotuning::attention {
 namespace {
 
 constexpr int64_t tile_numbers = 512;  // 16 x 32 bfloat16
-constexpr int64_t tile_depth = 32;     // numbers that a product sums
+constexpr int64_t tile_depth = 32;     // terms of a sum in one product
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -21,7 +21,8 @@ inline __m512i row_or_zeros(const BFloat16* row, int64_t count, bool real) {
   return _mm512_maskz_loadu_epi16(mask, row);
 }
 
-// Multiplication of a 32 x 32 square of numbers: left tiles 4, 5, right tiles 6, 7, results 0 to 3.
+// Multiplies 32 x 32 numbers: left operands in tiles 4 and 5, right ones in 6 and 7, results in 0
+// to 3.
 inline void multiply(const BFloat16* left0, const BFloat16* left1, const BFloat16* right0,
                      const BFloat16* right1) {
   _tile_loadd(4, left0, 64);
@@ -34,20 +35,20 @@ inline void multiply(const BFloat16* left0, const BFloat16* left1, const BFloat1
   _tile_dpbf16ps(3, 5, 7);
 }
 
-struct Matrix {
+struct Bfloat16Engine {
   using Number = BFloat16;
   static constexpr int vectors = 2;
   static constexpr int64_t key_step = 32, head_step = 32, value_step = 32;
   static constexpr int64_t row_bytes = vectors * lanes * sizeof(float);
 
   const FlashArguments& a;
-  const Packed<Matrix> packed;
+  const Packed<Bfloat16Engine> packed;
   const int64_t head_columns, value_columns;
   const BFloat16 *keys = nullptr, *values = nullptr;
   alignas(64) BFloat16 queries[vectors * flash_max_head_size / tile_depth * tile_numbers];
   alignas(64) BFloat16 weights[vectors * block_keys / tile_depth * tile_numbers];
 
-  explicit Matrix(const FlashArguments& arguments)
+  explicit Bfloat16Engine(const FlashArguments& arguments)
       : a(arguments),
         packed(arguments),
         head_columns(packed.head_columns),
@@ -56,7 +57,7 @@ struct Matrix {
     for (int i = 0; i < 8; ++i) shapes.row_bytes[i] = 64, shapes.rows[i] = 16;
     _tile_loadconfig(&shapes);
   }
-  ~Matrix() { _tile_release(); }
+  ~Bfloat16Engine() { _tile_release(); }
 
   // Keys as left operands: [key / 16][column / 32][16][32].
   static void pack_keys_of(const FlashArguments& a, int64_t batch, int64_t key_head, int64_t first,
@@ -94,14 +95,14 @@ struct Matrix {
   }
 
   static void pack(const FlashArguments& a, int64_t batch, int64_t key_head, int64_t first) {
-    const Packed<Matrix> packed(a);
+    const Packed<Bfloat16Engine> packed(a);
     pack_keys_of(a, batch, key_head, first, packed.head_columns, packed.keys(a, batch, key_head));
     pack_values_of(a, batch, key_head, first, packed.value_columns,
                    packed.values(a, batch, key_head));
   }
 
   // Queries as right operands: [vector][column / 32][16 pairs of columns][16 queries][2].
-  void take_queries(const Tile& t) {
+  void load_queries(const Tile& t) {
     const int64_t key_head = t.head / (a.heads / a.key_heads);
     keys = packed.keys(a, t.batch, key_head);
     values = packed.values(a, t.batch, key_head);
@@ -140,8 +141,8 @@ struct Matrix {
   }
 
   // Weights as right operands: [vector][key / 32][16 pairs of keys][16 queries][2].
-  void weigh(int64_t count, Softmax<vectors>& softmax, const float* logits) {
-    // Two rows of 16 rounded numbers, one behind the other -> one after the other.
+  void softmax_step(int64_t count, Softmax<vectors>& softmax, const float* logits) {
+    // Interleaves two rows of 16 rounded numbers: a pair of keys side by side for each query.
     const __m512i pairs =
         _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -192,7 +193,7 @@ struct Matrix {
 }  // namespace
 
 const FlashKernel& amx_flash_kernel() {
-  static constexpr FlashKernel kernel = kernel_of<Matrix>();
+  static constexpr FlashKernel kernel = kernel_of<Bfloat16Engine>();
   return kernel;
 }
 

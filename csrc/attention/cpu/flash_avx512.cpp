@@ -1,22 +1,22 @@
-// flash_cpu.h in float32 on AVX-512 vectors.
+// The forward kernel (flash_cpu.h) in float32 on AVX-512 vectors.
 #include "attention/cpu/flash_avx512.h"
 
 namespace zerotuning::attention {
 namespace {
 
-struct Vectors {
+struct Float32Engine {
   using Number = float;
   static constexpr int vectors = 3;
   static constexpr int64_t key_step = 8, head_step = 8, value_step = 16;
   static constexpr int64_t tile_rows = vectors * lanes;
 
   const FlashArguments& a;
-  const Packed<Vectors> packed;
+  const Packed<Float32Engine> packed;
   const int64_t head_columns, value_columns;
   const float *keys = nullptr, *values = nullptr;
   alignas(64) float queries[flash_max_head_size * tile_rows];  // [column][query]
 
-  explicit Vectors(const FlashArguments& arguments)
+  explicit Float32Engine(const FlashArguments& arguments)
       : a(arguments),
         packed(arguments),
         head_columns(packed.head_columns),
@@ -36,14 +36,14 @@ struct Vectors {
   }
 
   static void pack(const FlashArguments& a, int64_t batch, int64_t key_head, int64_t first) {
-    const Packed<Vectors> packed(a);
+    const Packed<Float32Engine> packed(a);
     pack_rows(a, a.key, batch, key_head, first, a.head_size, packed.head_columns,
               packed.keys(a, batch, key_head));
     pack_rows(a, a.value, batch, key_head, first, a.value_head_size, packed.value_columns,
               packed.values(a, batch, key_head));
   }
 
-  void take_queries(const Tile& t) {
+  void load_queries(const Tile& t) {
     const int64_t key_head = t.head / (a.heads / a.key_heads);
     keys = packed.keys(a, t.batch, key_head);
     values = packed.values(a, t.batch, key_head);
@@ -62,8 +62,9 @@ struct Vectors {
     }
   }
 
-  // result[i] (+)= sum over depth of left[i][k] right[k], for 8 rows i: left[i][k] at left[i *
-  // row_stride + k * depth_stride], right[k] one row of the tile's queries.
+  // For 8 rows i: result[i] (+)= sum over k < depth of left[i][k] right[k]. left[i][k] lies at
+  // left[i * row_stride + k * depth_stride]; right[k] is a row of numbers, one for each query of
+  // the tile.
   static void multiply(const float* left, int64_t row_stride, int64_t depth_stride,
                        const float* right, int64_t depth, bool add, float* result) {
     constexpr int rows = 8;
@@ -97,7 +98,7 @@ struct Vectors {
     }
   }
 
-  void weigh(int64_t count, Softmax<vectors>& softmax, float* logits) const {
+  void softmax_step(int64_t count, Softmax<vectors>& softmax, float* logits) const {
     for (int64_t i = 0; i < count * vectors; i += vectors) {
       for (int v = 0; v < vectors; ++v) {
         float* x = logits + (i + v) * lanes;
@@ -121,7 +122,7 @@ struct Vectors {
 }  // namespace
 
 const FlashKernel& avx512_flash_kernel() {
-  static constexpr FlashKernel kernel = kernel_of<Vectors>();
+  static constexpr FlashKernel kernel = kernel_of<Float32Engine>();
   return kernel;
 }
 

@@ -1,6 +1,6 @@
-// What the AVX-512 forward kernels share (flash_cpu.h): tiles of queries, the softmax, the output.
-// Only for files that are compiled for AVX-512; everything is in an unnamed namespace, so that no
-// other file gets a copy.
+// The part that the AVX-512 forward kernels (flash_cpu.h) have in common: tiles of queries, the
+// mask, the softmax, the output. Only for files that are compiled for AVX-512; everything is in an
+// unnamed namespace, so that no other file gets a copy.
 #pragma once
 
 #include <immintrin.h>
@@ -85,14 +85,15 @@ inline __mmask16 lanes_from(int64_t first) {
 }
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(~lanes_from(count)); }
 
-// One tile of queries, and the keys [key_begin, key_end) that it looks at.
+// A tile of queries, and the keys [key_begin, key_end) that any of them may attend to.
 struct Tile {
   int64_t batch, head, row, rows;
-  int64_t position;  // of its first query among the keys
+  int64_t position;  // of the tile's first query among the keys
   int64_t key_begin, key_end;
 };
 
-// Long and short tiles of a head by turns, so that threads that share them evenly share the work.
+// Long and short tiles of a head alternate, so that threads with equal numbers of tiles have equal
+// work.
 inline Tile tile_of(const FlashArguments& a, int64_t item, int64_t tile_rows, int64_t key_step) {
   const int64_t tiles = (a.queries + tile_rows - 1) / tile_rows;
   const int64_t turn = item % tiles, index = turn % 2 ? tiles - 1 - turn / 2 : turn / 2;
@@ -108,21 +109,22 @@ inline Tile tile_of(const FlashArguments& a, int64_t item, int64_t tile_rows, in
   return t;
 }
 
-// Keys [first, end) of the packing item that begins at `first`, the last step of keys whole.
+// The end of the packing item that begins at key `first`: whole steps of keys.
 inline int64_t pack_end(const FlashArguments& a, int64_t first, int64_t key_step) {
   return std::min(first + pack_keys, rounded_up(a.keys, key_step));
 }
 
-// Whether queries see any of the keys [begin, begin + pack_keys) of the sample.
-inline bool in_sight(const FlashArguments& a, int64_t batch, int64_t begin) {
+// Whether a query of the sample may attend to one of the keys [begin, begin + pack_keys).
+inline bool is_visible(const FlashArguments& a, int64_t batch, int64_t begin) {
   const int64_t start = a.query_start[batch];
   return begin < start + a.queries && !(a.window && begin + pack_keys <= start - a.window + 1);
 }
 
-// Logits of the keys [begin, end): [end - begin][vectors * lanes], queries side by side. Adds
-// log_scale to those of scaled keys, and hides keys out of sight.
+// Adds log_scale to the logits of scaled keys, and sets those of keys that a query does not attend
+// to (later ones, ones before its window, padding) to -inf. logits: keys [begin, end) of [end -
+// begin][vectors * lanes], queries side by side.
 template <int vectors>
-void look(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, float* logits) {
+void apply_mask(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, float* logits) {
   const auto row_of_key = [&](int64_t key) { return logits + (key - begin) * vectors * lanes; };
   const int64_t* span = a.span + 2 * t.batch;
   const float log_scale =
@@ -134,18 +136,18 @@ void look(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, fl
       _mm512_store_ps(row + v * lanes, _mm512_add_ps(_mm512_load_ps(row + v * lanes), bias));
     }
   }
-  const __m512 hidden = _mm512_set1_ps(minus_infinity);
+  const __m512 masked = _mm512_set1_ps(minus_infinity);
   for (int64_t key = std::max(begin, t.position + 1); key < end; ++key) {
     for (int v = 0; v < vectors; ++v) {
-      const __mmask16 seen = lanes_from(key - t.position - v * lanes);
-      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~seen), hidden);
+      const __mmask16 visible = lanes_from(key - t.position - v * lanes);
+      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~visible), masked);
     }
   }
   const int64_t last_position = t.position + vectors * lanes - 1;
   for (int64_t key = begin; a.window && key < std::min(end, last_position - a.window + 1); ++key) {
     for (int v = 0; v < vectors; ++v) {
-      const __mmask16 seen = first_lanes(key + a.window - t.position - v * lanes);
-      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~seen), hidden);
+      const __mmask16 visible = first_lanes(key + a.window - t.position - v * lanes);
+      _mm512_mask_store_ps(row_of_key(key) + v * lanes, static_cast<__mmask16>(~visible), masked);
     }
   }
   if (!a.key_mask) return;
@@ -153,64 +155,66 @@ void look(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, fl
   const bool* stop = mask + std::min(end, a.keys);
   for (const bool* key = std::find(mask + begin, stop, false); key != stop;
        key = std::find(key + 1, stop, false)) {
-    for (int v = 0; v < vectors; ++v) _mm512_store_ps(row_of_key(key - mask) + v * lanes, hidden);
+    for (int v = 0; v < vectors; ++v) _mm512_store_ps(row_of_key(key - mask) + v * lanes, masked);
   }
 }
 
 // The running softmax of a tile's queries: one lane each.
 template <int vectors>
 struct Softmax {
-  __m512 top[vectors];        // the largest logit so far, unscaled
-  __m512 total[vectors];      // of the weights so far
-  __m512 reference[vectors];  // what weights are relative to, base 2
+  __m512 row_max[vectors];    // the largest logit so far, unscaled
+  __m512 row_sum[vectors];    // the sum of the weights so far
+  __m512 reference[vectors];  // a weight is 2^(scale_log2 logit - reference): scaled row_max
   __m512 scale_log2;
 
   explicit Softmax(double scale) : scale_log2(_mm512_set1_ps(static_cast<float>(scale * M_LOG2E))) {
     for (int v = 0; v < vectors; ++v) {
-      top[v] = _mm512_set1_ps(minus_infinity);
-      total[v] = reference[v] = _mm512_setzero_ps();
+      row_max[v] = _mm512_set1_ps(minus_infinity);
+      row_sum[v] = reference[v] = _mm512_setzero_ps();
     }
   }
 
-  // Takes in a block's logits; returns whether earlier sums must be multiplied by `rescale`.
-  bool raise(const float* logits, int64_t rows, __m512 (&rescale)[vectors]) {
-    __mmask16 higher = 0;
+  // Updates the maxima by a block's logits. Returns whether earlier sums must be multiplied by
+  // `rescale`.
+  bool update_row_max(const float* logits, int64_t rows, __m512 (&rescale)[vectors]) {
+    __mmask16 changed = 0;
     for (int v = 0; v < vectors; ++v) {
-      __m512 largest = top[v];
+      __m512 new_max = row_max[v];
       for (int64_t i = 0; i < rows; ++i) {
-        largest = _mm512_max_ps(largest, _mm512_load_ps(logits + (i * vectors + v) * lanes));
+        new_max = _mm512_max_ps(new_max, _mm512_load_ps(logits + (i * vectors + v) * lanes));
       }
-      higher |= _mm512_cmp_ps_mask(largest, top[v], _CMP_NEQ_UQ);
-      const __mmask16 sees =
-          _mm512_cmp_ps_mask(largest, _mm512_set1_ps(minus_infinity), _CMP_NEQ_UQ);
-      reference[v] = _mm512_maskz_mul_ps(sees, largest, scale_log2);
-      rescale[v] = exp2_of(_mm512_fmsub_ps(top[v], scale_log2, reference[v]));
-      top[v] = largest;
-      total[v] = _mm512_mul_ps(total[v], rescale[v]);
+      changed |= _mm512_cmp_ps_mask(new_max, row_max[v], _CMP_NEQ_UQ);
+      const __mmask16 attends =
+          _mm512_cmp_ps_mask(new_max, _mm512_set1_ps(minus_infinity), _CMP_NEQ_UQ);
+      reference[v] = _mm512_maskz_mul_ps(attends, new_max, scale_log2);
+      rescale[v] = exp2_of(_mm512_fmsub_ps(row_max[v], scale_log2, reference[v]));
+      row_max[v] = new_max;
+      row_sum[v] = _mm512_mul_ps(row_sum[v], rescale[v]);
     }
-    return higher != 0;
+    return changed != 0;
   }
 
   __m512 weight(int v, __m512 logit) {
     const __m512 w = exp2_of(_mm512_fmsub_ps(logit, scale_log2, reference[v]));
-    total[v] = _mm512_add_ps(total[v], w);
+    row_sum[v] = _mm512_add_ps(row_sum[v], w);
     return w;
   }
 };
 
-// Divides the sums, [columns][vectors * lanes], and writes the tile's rows of output and logsumexp.
+// Divides the sums [columns][vectors * lanes] by the row sums, and writes output and logsumexp.
 // store(row, column, count, numbers): `count` numbers from `column` on.
 template <int vectors, typename Store>
-void finish(const FlashArguments& a, const Tile& t, const Softmax<vectors>& softmax,
-            const float* sums, const Store& store) {
+void write_results(const FlashArguments& a, const Tile& t, const Softmax<vectors>& softmax,
+                   const float* sums, const Store& store) {
   for (int v = 0; v < vectors && v * lanes < t.rows; ++v) {
     const int64_t rows = std::min<int64_t>(lanes, t.rows - v * lanes);
-    const __m512 total = softmax.total[v];
-    const __mmask16 sees = _mm512_cmp_ps_mask(total, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const __m512 factor = _mm512_maskz_div_ps(sees, _mm512_set1_ps(1), total);
+    const __m512 row_sum = softmax.row_sum[v];
+    const __mmask16 attends = _mm512_cmp_ps_mask(row_sum, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    const __m512 factor = _mm512_maskz_div_ps(attends, _mm512_set1_ps(1), row_sum);
     alignas(64) float logsumexp[lanes];
     const __m512 scale = _mm512_set1_ps(static_cast<float>(a.scale));
-    _mm512_store_ps(logsumexp, _mm512_mask_fmadd_ps(softmax.top[v], sees, scale, log_of(total)));
+    _mm512_store_ps(logsumexp,
+                    _mm512_mask_fmadd_ps(softmax.row_max[v], attends, scale, log_of(row_sum)));
     float* to = a.logsumexp.row<float>(t.batch, t.head, t.row + v * lanes);
     for (int64_t i = 0; i < rows; ++i) to[i * a.logsumexp.row_stride] = logsumexp[i];
     for (int64_t column = 0; column < a.value_head_size; column += lanes) {
@@ -228,7 +232,7 @@ void finish(const FlashArguments& a, const Tile& t, const Softmax<vectors>& soft
   }
 }
 
-// Tiles [begin, end). Engine: tile sizes, its packed arrays, and the two products.
+// Computes tiles [begin, end). Engine: the sizes of tiles, the packed arrays, and the two products.
 template <typename Engine>
 void attend(const FlashArguments& a, int64_t begin, int64_t end) {
   constexpr int vectors = Engine::vectors;
@@ -237,27 +241,29 @@ void attend(const FlashArguments& a, int64_t begin, int64_t end) {
   alignas(64) float sums[flash_max_head_size * vectors * lanes];
   for (int64_t item = begin; item < end; ++item) {
     const Tile t = tile_of(a, item, vectors * lanes, Engine::key_step);
-    engine.take_queries(t);
+    engine.load_queries(t);
     Softmax<vectors> softmax(a.scale);
     bool first = true;
     for (int64_t key = t.key_begin; key < t.key_end; key += block_keys) {
       const int64_t key_end = std::min(key + block_keys, t.key_end);
       engine.multiply_keys(key, key_end, logits);
-      look<vectors>(a, t, key, key_end, logits);
+      apply_mask<vectors>(a, t, key, key_end, logits);
       __m512 rescale[vectors];
-      if (softmax.raise(logits, key_end - key, rescale) && !first) {
+      if (softmax.update_row_max(logits, key_end - key, rescale) && !first) {
         for (int64_t i = 0; i < engine.value_columns * vectors; ++i) {
           float* x = sums + i * lanes;
           _mm512_store_ps(x, _mm512_mul_ps(_mm512_load_ps(x), rescale[i % vectors]));
         }
       }
-      engine.weigh(key_end - key, softmax, logits);
+      engine.softmax_step(key_end - key, softmax, logits);
       engine.add_values(key, key_end, first, logits, sums);
       first = false;
     }
-    finish<vectors>(a, t, softmax, sums, [&](int64_t row, int64_t column, int64_t count, __m512 x) {
-      Engine::store(a.output.row<typename Engine::Number>(t.batch, t.head, row) + column, count, x);
-    });
+    write_results<vectors>(
+        a, t, softmax, sums, [&](int64_t row, int64_t column, int64_t count, __m512 x) {
+          Engine::store(a.output.row<typename Engine::Number>(t.batch, t.head, row) + column, count,
+                        x);
+        });
   }
 }
 
@@ -299,7 +305,7 @@ void pack(const FlashArguments& a, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t key = item % chunks * pack_keys, key_head = item / chunks % a.key_heads;
     const int64_t batch = item / chunks / a.key_heads;
-    if (in_sight(a, batch, key)) Engine::pack(a, batch, key_head, key);
+    if (is_visible(a, batch, key)) Engine::pack(a, batch, key_head, key);
   }
 }
 

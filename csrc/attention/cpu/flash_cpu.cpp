@@ -1,4 +1,4 @@
-// Which kernels (flash_cpu.h) the processor that runs this has.
+// The choice of the kernels of flash_cpu.h for the processor that runs the program.
 #include "attention/flash_cpu.h"
 
 #ifdef ZEROTUNING_HAS_AVX512
@@ -22,7 +22,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// The matrix unit's registers are the program's only once it has asked Linux for them.
+// Linux gives a program the registers of the matrix unit only on request.
 bool may_use_matrix_unit() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;

@@ -1,5 +1,5 @@
-// What each sample's queries see and which keys are scaled, read on the host, and the additive bias
-// that says so.
+// The keys that each sample's queries attend to and those that are scaled, read on the host, and
+// the additive bias that expresses both.
 #pragma once
 
 #include <vector>

@@ -126,7 +126,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, encoded: Tensor, span: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     batch, heads, rows, _ = query.shape
-    return ops.empty_rows(query, batch, heads, rows, value.shape[3]), log_scale.new_empty(batch, heads, rows)
+    return ops.empty_bthd(query, batch, heads, rows, value.shape[3]), log_scale.new_empty(batch, heads, rows)
 
 
 @torch.library.custom_op(
@@ -169,7 +169,7 @@ def _attention_under_mask_backward(
 
 @_attention_under_mask_backward.register_fake
 def _(grad_output, query, key, value, log_scale, encoded, span, scale, output, logsumexp):  # type: ignore[no-untyped-def]
-    rows = (ops.empty_rows(tensor, *tensor.shape) for tensor in (query, key, value))
+    rows = (ops.empty_bthd(tensor, *tensor.shape) for tensor in (query, key, value))
     return *rows, log_scale.new_empty(log_scale.shape)
 
 

@@ -35,7 +35,7 @@ def test_opcheck_passes_for_every_operator(geometry) -> None:
 
 
 @pytest.mark.parametrize("needs_gradient", [False, True])
-def test_an_exported_program_takes_square_and_other_lengths(needs_gradient) -> None:
+def test_an_exported_program_accepts_square_and_other_lengths(needs_gradient) -> None:
     class Attend(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor) -> Tensor:
             return ops.attention(query, key, value, log_scale)[0]
@@ -93,7 +93,7 @@ def test_which_gradients_need_output_minus_initial_value_on_cards_that_are_not_h
     assert [wanted(hopper, *case) for case in ((4096, 128), (4097, 128), (300, 256))] == [False, True, True]
     assert not any(wanted(hopper, rows, size, masked=True) for rows, size in ((5000, 128), (300, 256)))
     assert [wanted(blackwell, *case) for case in ((15, 64), (16, 64), (300, 256))] == [False, True, True]
-    # cuDNN takes padding, but not where the last of its tiles is half empty; flash-attention 2 takes none.
+    # cuDNN's kernel supports padding unless its last tile of keys is half empty; flash-attention 2 does not.
     assert [wanted(blackwell, *case, masked=True) for case in ((300, 128), (320, 128), (300, 256))] == [
         True,
         False,
