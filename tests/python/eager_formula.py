@@ -1,4 +1,4 @@
-"""Attention of a whole model by the paper's formula: an eager attention function in float64 with the model's own dense mask."""
+"""Logits of a whole model by the paper's formula: eager attention in float64 with the model's own dense mask."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Attention above the operators: the formula as a reference, the encoding of masks, dense masks and packed sequences."""
+"""Attention above the operators: the formula as a reference, encoded masks, dense masks and packed sequences."""

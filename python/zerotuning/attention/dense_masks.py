@@ -1,4 +1,4 @@
-"""Attention under a mask that is written out for every query and key: the formula itself, in float32 and O(Tq Tk) memory."""
+"""Attention under a mask written out for every query and key: the formula itself, in float32."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ HIDDEN = -1e4
 def initial_keys(visible: Tensor) -> Tensor:
     """Find the initial token of each query from the keys that it sees: the first visible key.
 
-    With as many queries as keys, the first visible key's own first visible key is looked up, and so on. A sliding window
-    thus leads back to the beginning of its sequence, and packed sequences keep their own initial tokens.
+    With as many queries as keys, the first visible key's own first visible key is looked up, and so on. A sliding
+    window thus leads back to the beginning of its sequence, and packed sequences keep their own initial tokens.
 
     Args:
         visible: (…, Tq, Tk) bool.
@@ -49,8 +49,8 @@ def attend(
         key: (B, Hkv, Tk, D).
         value: (B, Hkv, Tk, Dv).
         log_scale: (H) or (B, H), as in `ops.attention`.
-        mask: in a mask of the caller's own, `initial_keys` are scaled, and the values of an additive mask above HIDDEN are
-            added to the logits.
+        mask: in a mask of the caller's own, `initial_keys` are scaled, and the values of an additive mask above HIDDEN
+            are added to the logits.
         span: (B, 2) int64, the keys [first, end) that are scaled in place of the initial token.
         scale: factor of the logits, default D ** -0.5.
 

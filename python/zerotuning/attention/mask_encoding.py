@@ -2,8 +2,8 @@
 
 transformers calls the mask function of an attention implementation once a forward pass, and passes the tensor that it
 returns to the attention function of each layer. Between the two the tensor may be copied to another device or be traced
-into a graph, so that dtype and shape alone tell what a tensor is. An encoded mask has the shape (B, 1, N, 1), and its dtype
-names its kind:
+into a graph, so that its kind must follow from dtype and shape alone. An encoded mask has the shape (B, 1, N, 1), and a
+dtype for each kind:
 
 =============  =========  =====================  ==================================================================
 kind           dtype      N                      content
@@ -20,8 +20,8 @@ A CallerMask is not encoded: it is the bool or floating-point mask (B, 1 or H, T
 Integer masks of the caller's own are refused, since their last dimension is Tk and not 1. With a single key (Tk = 1) a
 caller's int8 or uint8 mask is read as an encoded one, of the same meaning: 0 hides the key.
 
-csrc/attention/key_mask_layout.h defines the header and the words for `ops.encode_key_mask`, which encodes a KeyMask with
-positions in one kernel.
+csrc/attention/key_mask_layout.h defines the header and the words for `ops.encode_key_mask`, which encodes a KeyMask
+with positions in one kernel.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PACKED_COLUMNS = 3
 class KeyMask(NamedTuple):
     """Causal attention to the real keys of each sample.
 
-    Without positions the queries are the last keys, and the first real key is the initial token. `span` and `query_start`
-    are given together.
+    Without positions the queries are the last keys, and the first real key is the initial token. `span` and
+    `query_start` are given together.
 
     Attributes:
         key_mask: (B, Tk) bool or uint8, 1 for a real key.
@@ -129,8 +129,8 @@ class CallerMask(NamedTuple):
 
 Mask = KeyMask | PackedMask | DenseMask | CallerMask
 
-#: The encoded key mask decoded last, the number of keys and the result. All layers of a forward pass get the same tensor, and
-#: in a generation step the views take longer to make than to use.
+#: The encoded key mask decoded last, the number of keys and the result. All layers of a forward pass get the same
+#: tensor, and in a generation step the views take longer to make than to use.
 _latest: tuple[Tensor, int, KeyMask] | None = None
 
 

@@ -1,7 +1,7 @@
 """The paper's formula written out with a dense (B, H, Tq, Tk) matrix of weights, in the inputs' dtype.
 
-ZeroTuning (arXiv 2505.11739, section 3): softmax, multiply the weight of the initial token by γ, renormalise. Tests compare
-every kernel with this formula, and attention under dense masks is computed by it.
+ZeroTuning (arXiv 2505.11739, section 3): softmax, multiply the weight of the initial token by γ, renormalise. Tests
+compare every kernel with this formula, and attention under dense masks is computed by it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Where transformers gets neither a mask nor a cache while it is traced, every row may hold packed sequences, which only
 running the graph shows; the mask function then returns a dense mask. In the graph, attention under such a mask is one
-operator, which reads the mask when it runs. If the mask is that of causal sequences, perhaps packed, perhaps in a sliding
-window, the operator computes as `packed_sequences` does, and by the formula otherwise.
+operator, which reads the mask when it runs. If the mask is that of causal sequences, perhaps packed, perhaps in a
+sliding window, the operator computes as `packed_sequences` does, and by the formula otherwise.
 """
 
 from __future__ import annotations
@@ -43,12 +43,13 @@ def attend(
     return _attention_under_mask(query, key, value, log_scale, encoded, span, ops.softmax_scale(query, scale))[0]
 
 
-# The layout of a mask. Layers of one kind get the same tensor, so that a mask made in the graph is read once a forward pass,
-# by `find_packed_sequences`. A mask that is an input of the graph (layers compiled one by one) is read in each layer.
+# The layout of a mask. Layers of one kind get the same tensor, so that a mask made in the graph is read once a forward
+# pass, by `find_packed_sequences`. A mask that is an input of the graph (layers compiled one by one) is read in each
+# layer.
 
 
-#: The layouts of results of `find_packed_sequences`, which nothing writes into; None for other masks. Other tensors may get
-#: new contents unseen.
+#: The layouts of results of `find_packed_sequences`, which nothing writes into; None for other masks. Other tensors may
+#: get new contents unseen.
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 

@@ -35,7 +35,8 @@ class HeadScales:
         metadata: a dictionary.
 
     Raises:
-        ZeroTuningError: gamma has another shape, or a value that is not a positive finite number; metadata is no mapping.
+        ZeroTuningError: gamma has another shape, or a value that is not a positive finite number; metadata is no
+            mapping.
     """
 
     def __init__(self, gamma: Any, metadata: Mapping[str, Any] | None = None) -> None:

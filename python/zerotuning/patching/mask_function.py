@@ -1,4 +1,4 @@
-"""The mask function of patched models: describes padding, caches and packed sequences in O(T) numbers in place of O(T²)."""
+"""The mask function of patched models: padding, caches and packed sequences in O(T) numbers in place of O(T²)."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def zerotuning_mask(
 
     Returns:
         None if the queries are the last keys and all keys are real; else the encoding (`attention.mask_encoding`) of a
-        KeyMask for causal masks, of a PackedMask for packed sequences, and of a DenseMask for the rest: chunks, custom mask
-        functions, and packed sequences in a graph that is traced.
+        KeyMask for causal masks, of a PackedMask for packed sequences, and of a DenseMask for the rest: chunks, custom
+        mask functions, and packed sequences in a graph that is traced.
     """
     is_chunked = getattr(config, "attention_chunk_size", None) is not None
     probing = probe.running()
@@ -102,7 +102,7 @@ def _key_mask(
 
 
 def _is_all_real(attention_mask: Tensor, is_decode_step: bool) -> bool:
-    """Whether there is no padding; False in a traced or captured graph, and where a GPU step would wait for the answer."""
+    """Whether there is no padding; False in a traced or captured graph, and where a GPU step would wait."""
     if torch.compiler.is_compiling():
         return False
     if attention_mask.is_cuda and (is_decode_step or torch.cuda.is_current_stream_capturing()):
@@ -120,7 +120,7 @@ def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device 
 def _real_keys(
     attention_mask: Tensor | None, batch: int, length: int, offset: int, device: torch.device | str
 ) -> Tensor:
-    """Keys [offset, offset + length) of the attention mask, bool (B, length); keys beyond its end are not written yet."""
+    """Keys [offset, offset + length) of the mask, bool (B, length); keys beyond its end are not written yet."""
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     missing = offset + length - attention_mask.shape[-1]

@@ -1,7 +1,7 @@
 """Reading a PackedMask out of transformers' mask function, in place of evaluating the function for every query and key.
 
-transformers composes mask functions from closures. All closures of one factory share a code object that no other function
-has: it tells which factory made a closure, and the closure's captured variables hold the factory's arguments.
+transformers composes mask functions from closures. All closures of one factory share a code object that no other
+function has: it identifies the factory of a closure. The closure's captured variables are the factory's arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from zerotuning.attention.packed_sequences import keep_layout
 
 
 def _code_of_closures(factory_name: str, *arguments: Any) -> CodeType | None:
-    """The code object of the closures that a factory of transformers makes; None where this version has no such factory."""
+    """The code object of the closures that a factory of transformers makes; None if this version has no such one."""
     try:
         return getattr(masking_utils, factory_name)(*arguments).__code__  # type: ignore[no-any-return]
     except (AttributeError, TypeError):
@@ -122,8 +122,8 @@ def read_packed_mask(
         device: of the result.
 
     Returns:
-        The encoded PackedMask. None for masks that are not exactly causal, packed and perhaps windowed, and while a graph
-        is traced or captured, since the lengths of the sequences are not known then.
+        The encoded PackedMask. None for masks that are not exactly causal, packed and perhaps windowed, and while a
+        graph is traced or captured, since the lengths of the sequences are not known then.
     """
     if torch.compiler.is_compiling():
         return None

@@ -1,4 +1,4 @@
-"""Patching a transformers model: scaled attention in every layer, the scales applied to it, and contexts that change them."""
+"""Patching a transformers model, applying scales to it, and contexts that change the scales."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
     """Switch a transformers causal language model to scaled attention with every γ = 1: outputs stay those of `sdpa`.
 
     Args:
-        model: any transformers model that looks its attention function up by name (transformers >= 5.6). A model that is
-            patched already stays as it is.
+        model: any transformers model that looks its attention function up by name (transformers >= 5.6). A model that
+            is patched already stays as it is.
         partial: accept a model (hybrids) in which some layers have no such attention; their rows of γ must stay 1.
 
     Returns:
         The same model.
 
     Raises:
-        ZeroTuningError: a layer cannot be reached or has an attention that cannot be scaled; the message names the layer,
-            and the model is as it was.
+        ZeroTuningError: a layer cannot be reached or has an attention that cannot be scaled; the message names the
+            layer, and the model is as it was.
     """
     if is_patched(model):
         if text_config(model)._attn_implementation != IMPLEMENTATION:  # other code has switched it since
@@ -301,8 +301,8 @@ def scaled_keys(model: nn.Module, spans: Tensor) -> Iterator[nn.Module]:
 def head_parameters(model: nn.Module) -> Iterator[list[Tensor]]:
     """Replace the applied scales by leaves that autograd differentiates, for a search.
 
-    The context yields log γ of each layer, float32 (H). Values written into a leaf (under no_grad) change the model. The
-    leaf of a layer that `partial` left out is read by nothing.
+    The context yields log γ of each layer, float32 (H). Values written into a leaf (under no_grad) change the model.
+    The leaf of a layer that `partial` left out is read by nothing.
     """
     state = _state(model)
     parameters = []
@@ -327,7 +327,8 @@ def candidates(model: nn.Module, log_scale: Tensor) -> Iterator[nn.Module]:
 
     Args:
         model: a patched model.
-        log_scale: float32 (C, layers, H). Passes read it where it is: a recorded CUDA graph follows values written later.
+        log_scale: float32 (C, layers, H). Passes read it where it is: a recorded CUDA graph follows values written
+            later.
 
     Raises:
         ZeroTuningError: in a forward pass, a batch that has no C equal parts.

@@ -1,4 +1,4 @@
-"""Finding a model's attention layers: two tokens are run through it, and each call of the attention function is recorded."""
+"""Finding a model's attention layers: run two tokens and record the calls of the attention function."""
 
 from __future__ import annotations
 

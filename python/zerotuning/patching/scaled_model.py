@@ -26,8 +26,8 @@ def load_scaled_model(
 
     Args:
         name: as in `load_model`.
-        scales: HeadScales, their folder, or owner/repository on the hub; read before the model is loaded. None: the model
-            is not patched.
+        scales: HeadScales, their folder, or owner/repository on the hub; read before the model is loaded. None: the
+            model is not patched.
         dtype: as in `load_model`.
         device: as in `load_model`.
         device_map: as in `load_model`.
@@ -36,7 +36,8 @@ def load_scaled_model(
         The model and its tokenizer.
 
     Raises:
-        ZeroTuningError: the model or the scales cannot be read, or the scales do not fit the model; the message names both.
+        ZeroTuningError: the model or the scales cannot be read, or the scales do not fit the model; the message names
+            both.
     """
     chosen = None if scales is None else read_scales(scales)
     model, tokenizer = load_model(name, dtype, device, device_map)

@@ -1,4 +1,4 @@
-"""The attention function of patched models against an eager attention: masks of the caller's own, autocast, compilation."""
+"""The attention function of patched models against an eager one: the caller's masks, autocast, compilation."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_logits_with_random_scales_equal_the_formula_padded_or_not(kind) -> None
         assert (plain[real] - want[real]).abs().max() > 1e-2  # the scales do matter here
 
 
-def test_a_mask_of_the_callers_own_is_taken_at_its_word() -> None:
+def test_a_causal_mask_of_the_callers_own_gives_the_same_logits() -> None:
     model = patch(small_model("llama"))
     apply_scales(model, random_scales(model))
     ids = torch.randint(3, 128, (1, 9), generator=torch.Generator().manual_seed(6))
@@ -76,7 +76,7 @@ def test_a_mask_of_whole_numbers_in_four_dimensions_is_refused(dtype) -> None:
         model(input_ids=torch.ones(1, 9, dtype=torch.long), attention_mask=torch.ones(1, 1, 9, 9, dtype=dtype))
 
 
-def test_a_sliding_mask_of_the_callers_own_says_what_the_models_says() -> None:
+def test_a_sliding_mask_of_the_callers_own_gives_the_same_logits_as_the_models() -> None:
     model = patch(small_model("mistral", sliding_window=7))
     apply_scales(model, random_scales(model))
     ids, padding, positions = left_padded([20, 11])
