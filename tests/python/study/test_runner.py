@@ -138,7 +138,8 @@ def test_the_command_goes_through_a_saved_model(
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--size", "small", "--examples", "4", "--limit", "2"]
     assert (
-        main(["study", "positions", *options, "--task", "cb", "--seeds", "2", "--output", str(tmp_path / "out")]) == 0
+        main(["study", "positions", *options, "--task", "cb", "--num-draws", "2", "--output", str(tmp_path / "out")])
+        == 0
     )
     out = capsys.readouterr().out
     assert "| initial | 2 |" in out
@@ -153,7 +154,7 @@ def test_the_command_goes_through_a_saved_model(
         (["position", "--output", "{out}"], "positions"),
         (["gamma", "--task", "sst3", "--output", "{out}"], "unknown task 'sst3', did you mean 'sst5'?"),
         (["gamma", "--size", "medium", "--output", "{out}"], "medium"),
-        (["gamma", "--seeds", "0", "--output", "{out}"], "seeds"),
+        (["gamma", "--num-draws", "0", "--output", "{out}"], "--num-draws"),
         (["gamma", "--part", "shots", "--output", "{out}"], "part must be one of none"),
         (["gamma", "--model", "{out}/missing", "--output", "{out}"], "missing"),
         (["gamma"], "--output"),
