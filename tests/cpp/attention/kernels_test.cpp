@@ -180,6 +180,7 @@ TYPED_TEST(CpuKernel, add_sums_rows_in_reverse_order_too) {
 
 // dlog_scale = Σ_i a_ij (do_i·v_j - do_i·o_i) over the queries that see key j, in double.
 TYPED_TEST(CpuKernel, log_scale_gradient_equals_its_formula_with_windows_masks_and_spans) {
+  // Long: the arguments of one call, and the formula with the same names.
   using Real = typename Accumulator<TypeParam>::type;
   std::mt19937 random(3);
   const int64_t heads = 4, key_heads = 2, queries = 300, keys = 310, size = 24, value_size = 40,
