@@ -65,13 +65,13 @@ def test_gradients_of_torchs_kernel_equal_the_formula_in_either_layout(rows, lay
 @either_torch_kernel
 @pytest.mark.parametrize("sink", [0.5, 0.9, 0.99])
 def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink, torch_kernel) -> None:
-    # It stands in the place of the first as well there, and its part is taken away again.
+    # torch's kernel runs with key 0 replaced by key 1; the duplicate contribution of key 1 is subtracted afterwards.
     query, key, value = (t.bfloat16() for t in inputs_with_sink(sink, "cuda"))
     order = [1, 0, *range(2, key.shape[2])]
     log_scale = torch.linspace(-4.0, 4.0, 4)
     inputs = [query, key[:, :, order], value[:, :, order], log_scale]
     compare(inputs, 0, torch_kernel, floor=1.0)
-    # What rounding the output does to that part goes away with it, also where the output_minus_initial_value was kept.
+    # The subtraction removes the rounding error of that contribution too, also with output_minus_initial_value.
     options = (None, None, None, 0, 0.125)
     grad_output = torch.randn_like(query)
     output, logsumexp, output_minus_initial_value = torch.ops.zerotuning._attention_by_route(

@@ -60,7 +60,7 @@ def test_decoding_equals_the_formula(size, route, dtype) -> None:
 def test_decoding_reads_nothing_of_what_a_static_cache_does_not_hold_yet(size, route) -> None:
     torch.manual_seed(13)
     query, key, value, log_scale = random_inputs((3, 8, 2, 2, 1000, size, size), torch.bfloat16)
-    # A cache [B, T, H, D], as some models keep it.
+    # A cache in memory order (B, T, H, D), as in some models.
     key, value = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value))
     start = torch.tensor([0, 300, 997])
     expected = formula(*(t.double() for t in (query, key, value, log_scale)), query_start=start)[0]
@@ -84,14 +84,14 @@ def test_decoding_of_a_cache_that_floods_level_2() -> None:
 @pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
 @pytest.mark.parametrize("keys", [3000, 3003])
 def test_decoding_of_long_shares_with_holes_in_the_padding(route, keys) -> None:
-    """A block for each sample and its keys not split: a warp goes through 47 tiles, whose padding it reads 32 at a time."""
+    """One block for each sample, keys not split: a warp processes 47 tiles and reads the mask of 32 keys at a time."""
     torch.manual_seed(15)
     samples = torch.cuda.get_device_properties(0).multi_processor_count
     inputs = random_inputs((samples, 4, 1, 1, keys, 64, 64), torch.bfloat16)
     mask = torch.arange(keys) >= torch.arange(samples)[:, None] * 20
     mask &= (torch.rand(samples, keys) > 0.3) | (torch.arange(samples) % 2 == 0)[:, None]
     mask[:, -300:-200] = True
-    # As a step of `generate` has it: behind other words of a row.
+    # As in a decode step of `generate`: a view behind other words of a row.
     behind = torch.zeros(samples, 16 + -(-keys // 8) * 8, dtype=torch.uint8)
     behind[:, 16 : 16 + keys] = mask
     first = mask.int().argmax(dim=1)

@@ -43,7 +43,7 @@ def test_hopper_gradients_follow_positions_on_the_device_in_a_captured_graph() -
 
 @pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
 def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams(route) -> None:
-    """The last block of a head's merges its splits, in a captured graph and of many rows a second kernel."""
+    """The last block of a head merges its splits; in a captured graph, and for many rows, a second kernel does."""
     torch.manual_seed(16)
     shapes = (
         (1, 8, 2, 1, 3000, 128, 128),
@@ -74,8 +74,7 @@ def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams
 
 
 def test_decoding_on_more_streams_than_have_counters() -> None:
-    """In a process of its own, as the streams keep their counters. What comes after 64 streams has its splits merged by
-    a second kernel."""
+    """In a process of its own, since streams keep their counters. From the 65th stream on, a second kernel merges the splits."""
     torch.multiprocessing.spawn(decode_on_many_streams)
 
 

@@ -1,4 +1,4 @@
-"""Which route a call takes on the GPU that is here."""
+"""The route of a call on the present GPU."""
 
 from __future__ import annotations
 

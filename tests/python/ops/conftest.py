@@ -11,9 +11,9 @@ from formula import poison
 
 @pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test makes its tensors on this device."""
+    """Make every test's tensors on this device."""
     torch.set_default_device(request.param)
-    if request.param == "cuda":  # memory that a kernel forgets to write shows up as NaN
+    if request.param == "cuda":  # memory that a kernel does not write is NaN
         poison()
     yield request.param
     torch.set_default_device(None)

@@ -20,13 +20,13 @@ def test_one_query_against_a_cache_equals_the_formula(dtype, size, heads, device
         inputs = random_inputs((3, *heads, 1, keys, *size), dtype, per_sample=True)
         inputs[3] *= 3
         mask = torch.rand(3, keys) > 0.4
-        mask[2] = False  # a row that sees nothing
+        mask[2] = False  # a row without keys
         start = torch.tensor([keys - 1, keys // 2, 0])
         span = torch.tensor([[0, 1], [0, 5], [1, 1]]).clamp(max=keys)
         for geometry in ({}, {"key_mask": mask, "window": 150}, {"query_start": start, "span": span}):
             expected = formula(*(t.double() for t in inputs), **geometry)[0]
             got = ops.decode_attention(*inputs, **geometry)
-            # Beside a mean of 700 values their rounding counts for more.
+            # A mean of 700 values is small; the rounding of the values is larger beside it.
             assert error(got, expected) <= 2 * OUTPUT_ERROR[dtype], (keys, geometry)
             if "key_mask" in geometry:
                 assert not got[2].any()
