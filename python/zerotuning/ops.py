@@ -57,10 +57,11 @@ def attention(
     window: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Compute causal attention with a scaled initial token; differentiable in query, key, value and log_scale.
+    """Compute causal attention with a scaled initial token; differentiable in query, key, value and log_scale.
 
-    .. math:: o_i = \sum_j a'_{ij} v_j, \quad a'_{ij} = \frac{\gamma_j e^{s_{ij}}}{\sum_k \gamma_k e^{s_{ik}}}, \quad
-              \gamma_j = e^{\text{log\_scale}} \text{ for the initial token, else } 1
+    With s the logits, and γ_j = exp(log_scale) for the initial token and 1 for every other key:
+
+        o_i = Σ_j a'_ij v_j        a'_ij = γ_j exp(s_ij) / Σ_k γ_k exp(s_ik)
 
     Args:
         query: (B, H, Tq, D), float32, bfloat16, float16 or float64.
