@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace zerotuning::ops {
 namespace {
@@ -125,13 +126,13 @@ std::ostream& operator<<(std::ostream& stream, const Shape& shape) {
   return stream << "]";
 }
 
-Problem check_problem(const AttentionArguments& arguments) {
+Problem check_problem(AttentionArguments arguments) {
+  Problem p{std::move(arguments)};
   const auto& [query, key, value, log_scale, key_mask, span, query_start, window, scale] =
-      arguments;
+      static_cast<const AttentionArguments&>(p);
   require(query.dim() == 4, "query must be [B, H, Tq, D], got ", Shape{query});
   require(key.dim() == 4, "key must be [B, Hkv, Tk, D], got ", Shape{key});
   require(value.dim() == 4, "value must be [B, Hkv, Tk, Dv], got ", Shape{value});
-  Problem p{arguments};
   p.dtype = dtype_of(query);
   p.batch = query.size(0);
   p.heads = query.size(1);

@@ -49,7 +49,7 @@ struct Problem : AttentionArguments {
 };
 
 // Throws std::invalid_argument that names the argument, what was expected and what came.
-Problem check_problem(const AttentionArguments& arguments);
+Problem check_problem(AttentionArguments arguments);
 
 // Throws like check_problem, for the arguments of _encode_key_mask (cpu/encode_key_mask.h).
 void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys);

@@ -3,6 +3,8 @@
 //   library.impl("decode_attention", TORCH_BOX(&Forward<decode_attention>::call));
 #pragma once
 
+#include <utility>
+
 #include "ops/problem.h"
 
 namespace zerotuning::ops {
@@ -17,9 +19,10 @@ struct Forward<function> {
                      std::optional<Tensor> key_mask, std::optional<Tensor> span,
                      std::optional<Tensor> query_start, int64_t window, double scale,
                      More... more) {
-    return function(
-        check_problem({query, key, value, log_scale, key_mask, span, query_start, window, scale}),
-        more...);
+    return function(check_problem({std::move(query), std::move(key), std::move(value),
+                                   std::move(log_scale), std::move(key_mask), std::move(span),
+                                   std::move(query_start), window, scale}),
+                    more...);
   }
 };
 
@@ -34,8 +37,9 @@ struct Backward<function> {
                           std::optional<Tensor> key_mask, std::optional<Tensor> span,
                           std::optional<Tensor> query_start, int64_t window, double scale,
                           std::optional<Tensor> output_minus_initial_value, More... more) {
-    const Problem problem =
-        check_problem({query, key, value, log_scale, key_mask, span, query_start, window, scale});
+    const Problem problem = check_problem({std::move(query), std::move(key), std::move(value),
+                                           std::move(log_scale), std::move(key_mask),
+                                           std::move(span), std::move(query_start), window, scale});
     const BackwardArguments backward{grad_output, output, logsumexp, output_minus_initial_value};
     check_backward(problem, backward);
     return function(problem, backward, more...);

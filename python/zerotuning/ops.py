@@ -84,8 +84,7 @@ def attention(
             for positions outside the keys and for a log_scale that is not finite. A check of these values on a GPU would
             synchronise: there positions are clamped to the keys, and a log_scale of NaN gives outputs of NaN.
     """
-    geometry = Geometry(key_mask, span, query_start, window)
-    arguments = (query, key, value, log_scale, *geometry, softmax_scale(query, scale))
+    arguments = (query, key, value, log_scale, key_mask, span, query_start, window, softmax_scale(query, scale))
     if torch.compiler.is_compiling():
         needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
         results = (_attention_with_output_minus_initial_value if needs_gradient else _attention)(*arguments)
@@ -132,8 +131,8 @@ def decode_attention(
     Raises:
         ValueError or RuntimeError: as in attention.
     """
-    geometry = Geometry(key_mask, span, query_start, window)
-    return _decode_attention(query, key, value, log_scale, *geometry, softmax_scale(query, scale))  # type: ignore[no-any-return]
+    factor = softmax_scale(query, scale)
+    return _decode_attention(query, key, value, log_scale, key_mask, span, query_start, window, factor)  # type: ignore[no-any-return]
 
 
 def decode_attention_transposed(
