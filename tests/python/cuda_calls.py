@@ -10,6 +10,7 @@ import pytest
 import torch
 from formula import error, formula, inputs_with_sink, poison, random_inputs, rounding_scale
 from torch import Tensor
+from zerotuning import ops  # noqa: F401 - registers the operators, also in processes that a test spawns
 
 #: Measured figures that the choice of a route is compared with.
 MEASURED = Path(__file__).parents[2] / "docs/results"
