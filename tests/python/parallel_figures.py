@@ -108,7 +108,7 @@ def own_heads(model: Any) -> int:
     zt.patch(model)
     scaling = next(module for module in model.modules() if isinstance(module, LayerScales))
     zt.unpatch(model)
-    return scaling.heads if scaling.share is None else scaling.share.count
+    return scaling.heads if scaling.shard is None else scaling.shard.count
 
 
 def main() -> None:
@@ -122,7 +122,7 @@ def main() -> None:
         }
         torch.save(found, folder / f"process-{dist.get_rank()}.pt")
     process_group.Processes().wait_for_main()
-    process_group.leave()
+    process_group.leave_process_group()
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ class CalibrationObjective:
         """This process's share of the examples, in batches. Each process gets as many examples of a length as the others."""
         size = self.memory.batch_size(self.options.batch_size)
         scorer = task.scorer_at_point()
-        shares = [self.processes.share(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
-        return [batch for share in shares for batch in scorer.batches_of(share, size)]
+        shards = [self.processes.shard(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
+        return [batch for shard in shards for batch in scorer.batches_of(shard, size)]
 
     # Gradients.
 

@@ -23,7 +23,7 @@ def joined_processes(arguments: argparse.Namespace, *, share_examples: bool) -> 
     """
     from zerotuning.models import process_group
 
-    several = process_group.is_one_of_several()
+    several = process_group.is_distributed()
     if several and arguments.device_map is not None:
         raise ZeroTuningError("--device-map spreads the model of one process, torchrun started several")
     try:
@@ -33,9 +33,9 @@ def joined_processes(arguments: argparse.Namespace, *, share_examples: bool) -> 
             join_processes()
             yield None
         else:
-            yield process_group.join(arguments.device) if several and share_examples else arguments.device
+            yield process_group.join_process_group(arguments.device) if several and share_examples else arguments.device
     finally:
-        process_group.leave()
+        process_group.leave_process_group()
 
 
 def load_placed_model(arguments: argparse.Namespace, device: str | None) -> tuple[Any, Any]:

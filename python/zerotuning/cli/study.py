@@ -77,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     names = ("model", "dtype", "device", "size", "tasks", "examples", "limit", "parts", "batch_size")
     settings = {name: getattr(arguments, name) for name in names}
-    setting = Setting(seeds=arguments.num_draws, **settings)
+    setting = Setting(num_draws=arguments.num_draws, **settings)
     result = run_study(arguments.name, setting, arguments.output, overwrite=arguments.overwrite, progress=True)
     print(result.table)
     print(f"\nIn {arguments.output}: {', '.join(path.name for path in result.files)}")

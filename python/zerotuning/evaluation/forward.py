@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from zerotuning.evaluation.batches import Batch
 from zerotuning.models.device_maps import input_device
 from zerotuning.models.inspection import forward_arguments
-from zerotuning.models.tensor_parallel import whole_rows
+from zerotuning.models.tensor_parallel import gather_rows
 
 #: input_ids, attention_mask and, where the model accepts them, position_ids: int64 [S, T] on the model's device.
 Inputs = Mapping[str, Tensor]
@@ -130,8 +130,8 @@ class _SelectedRows(nn.Module):
         index = torch.tensor(token_ids, device=layer.weight.device)
         # Plain attributes, not parameters: a gradient still reaches the layer's own weight.
         dtype = torch.promote_types(layer.weight.dtype, torch.float32)
-        self.weight = whole_rows(layer.weight, index, layer.out_features).to(dtype)
-        self.bias = None if layer.bias is None else whole_rows(layer.bias, index, layer.out_features).to(dtype)
+        self.weight = gather_rows(layer.weight, index, layer.out_features).to(dtype)
+        self.bias = None if layer.bias is None else gather_rows(layer.bias, index, layer.out_features).to(dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden.to(self.weight), self.weight, self.bias)

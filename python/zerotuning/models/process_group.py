@@ -46,7 +46,7 @@ class Processes:
         """Whether this rank writes files and prints: rank 0."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """Return this rank's contiguous part of a sequence that every rank holds.
 
         Parts differ by at most one item and may be empty. Ranks that share a model get the whole sequence.
@@ -92,12 +92,12 @@ class Processes:
             dist.barrier(device_ids=[self._device.index] if self._device.type == "cuda" else None)
 
 
-def is_one_of_several() -> bool:
+def is_distributed() -> bool:
     """Return whether a launcher such as torchrun started this process as one of several."""
     return os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def join(device: str | None, *, tensor_parallel: bool = False) -> str | None:
+def join_process_group(device: str | None, *, tensor_parallel: bool = False) -> str | None:
     """Initialise the default process group and return the device that this rank should use.
 
     The ranks first exchange the identities of their GPUs, so that all choose the same backend: NCCL if each rank has a GPU
@@ -154,7 +154,7 @@ def _gather_texts(store: dist.Store, rank: int, count: int, text: str) -> list[s
     return [store.get(str(one)).decode("utf-8") for one in range(count)]
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Destroy the default process group if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -32,12 +32,12 @@ def join_processes() -> int:
         ZeroTuningError: The process was not started by torchrun.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        if not process_group.is_one_of_several():
+        if not process_group.is_distributed():
             raise ZeroTuningError(
                 "tensor_parallel shards a model over several processes, but this process is alone: "
                 "start it with torchrun --nproc-per-node N"
             )
-        process_group.join(None, tensor_parallel=True)
+        process_group.join_process_group(None, tensor_parallel=True)
     return dist.get_world_size()
 
 
@@ -93,7 +93,7 @@ class _OwnHeads(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class HeadShare:
+class HeadShard:
     """The heads of one layer on this rank: heads [first, first + count) of `total`."""
 
     first: int
@@ -107,7 +107,7 @@ class HeadShare:
         return log_scale[..., self.first : self.first + self.count].contiguous()
 
 
-def head_share(model: Any, layer_name: str, heads: int) -> HeadShare | None:
+def head_shard(model: Any, layer_name: str, heads: int) -> HeadShard | None:
     """Return the heads of a layer on this rank, or None if this rank computes all heads of the layer.
 
     Args:
@@ -128,13 +128,13 @@ def head_share(model: Any, layer_name: str, heads: int) -> HeadShare | None:
             f"{layer_name} must have its {total} heads shared evenly among all {count} processes, "
             f"got {heads} here and tp_size {model.tp_size}"
         )
-    return HeadShare(dist.get_rank() * heads, heads, total)
+    return HeadShard(dist.get_rank() * heads, heads, total)
 
 
 # The output layer.
 
 
-def whole_rows(weight: Tensor, rows: Tensor, total: int) -> Tensor:
+def gather_rows(weight: Tensor, rows: Tensor, total: int) -> Tensor:
     """Return the given rows of a weight (total, …) on every rank.
 
     Differentiable with respect to the weight unless the weight is sharded.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.models.tensor_parallel import HeadShare
+from zerotuning.models.tensor_parallel import HeadShard
 
 #: Name of the child module of each attention layer.
 CHILD = "zerotuning"
@@ -24,7 +24,7 @@ class LayerScales(nn.Module):
         layer_name: the layer's name in the model, for error messages.
         heads: number of query heads of the whole layer.
         device: where the layer computes.
-        share: which heads this process computes; None: all.
+        shard: which heads this process computes; None: all.
 
     Attributes:
         log_scale: float32 [settings, heads].
@@ -37,11 +37,11 @@ class LayerScales(nn.Module):
     log_scale: Tensor
     sample_settings: Tensor | None
 
-    def __init__(self, layer_name: str, heads: int, device: torch.device, share: HeadShare | None = None) -> None:
+    def __init__(self, layer_name: str, heads: int, device: torch.device, shard: HeadShard | None = None) -> None:
         super().__init__()
         self.layer_name = layer_name
         self.heads = heads
-        self.share = share
+        self.shard = shard
         self.enabled = True
         # Not persistent: a patched model's state_dict has the same keys as before.
         self.register_buffer("log_scale", torch.zeros(1, heads, device=device), persistent=False)
@@ -83,7 +83,7 @@ class LayerScales(nn.Module):
         return self._of_process(self.log_scale[repeat_for_batch(settings, batch, "select_scales names the scales")])
 
     def _of_process(self, log_scale: Tensor) -> Tensor:
-        return log_scale if self.share is None else self.share.of(log_scale)
+        return log_scale if self.shard is None else self.shard.of(log_scale)
 
     def _first_setting(self) -> Tensor:
         settings: Any = self._buffers["log_scale"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.models.tensor_parallel import head_share
+from zerotuning.models.tensor_parallel import head_shard
 from zerotuning.patching.head_scales import HeadScales
 from zerotuning.patching.implementation import (
     IMPLEMENTATION,
@@ -102,9 +102,9 @@ def _refuse_unsupported_model(model: Any) -> None:
 
 
 def _layer_scales(model: Any, layer: AttentionLayer) -> LayerScales:
-    share = head_share(model, layer.name, layer.heads)
+    shard = head_shard(model, layer.name, layer.heads)
     with torch.inference_mode(False):  # training may use the scales as well
-        return LayerScales(layer.name, layer.heads if share is None else share.total, layer.device, share)
+        return LayerScales(layer.name, layer.heads if shard is None else shard.total, layer.device, shard)
 
 
 def _common_heads(model: Any, layers: Sequence[LayerScales | None]) -> int:

@@ -25,7 +25,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
     """One cell for each task, seed and method (of `Setting.parts`)."""
     numbers = setting.numbers
     for name in numbers.tasks:
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             draw = Draw(setting, name, seed)
             for method in setting.parts or METHODS:
                 key = {"task": name, "seed": seed, "method": method}
@@ -120,8 +120,8 @@ STUDY = Experiment(
     name="baselines",
     question="What do other ways to use the same examples of a frozen model give, beside head scales?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
-        "full": Numbers(("sst2", "trec"), seeds=1, examples=32, limit=100),
+        "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "trec"), num_draws=1, examples=32, limit=100),
     },
     cells=cells,
     figures=figures,

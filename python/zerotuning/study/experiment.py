@@ -35,13 +35,13 @@ class Numbers:
 
     Attributes:
         tasks: Names of tasks.
-        seeds: How many draws of the examples: seeds 0, 1, …
+        num_draws: How many draws of the examples: seeds 0, 1, …
         examples: Validation examples of a draw, by which choices are made.
         limit: Test examples of a task.
     """
 
     tasks: tuple[str, ...]
-    seeds: int
+    num_draws: int
     examples: int
     limit: int
 

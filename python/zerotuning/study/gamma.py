@@ -26,7 +26,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
     """One cell for each task, seed and γ, on test examples drawn by the seed."""
     numbers = setting.numbers
     for name in numbers.tasks:
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             for gamma in SMALL_GAMMAS if setting.size == "small" else GAMMAS:
                 key = {"task": name, "seed": seed, "limit": numbers.limit, "gamma": gamma}
                 yield Cell(key, partial(_measure, setting, name, seed, gamma))
@@ -85,8 +85,8 @@ STUDY = Experiment(
     name="gamma",
     question="How do accuracy, loss and output entropy follow one γ shared by all heads?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=8, limit=16),
-        "full": Numbers(("sst2", "mr", "trec"), seeds=3, examples=8, limit=32),
+        "small": Numbers(("sst2",), num_draws=1, examples=8, limit=16),
+        "full": Numbers(("sst2", "mr", "trec"), num_draws=3, examples=8, limit=32),
     },
     cells=cells,
     figures=figures,

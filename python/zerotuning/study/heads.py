@@ -43,14 +43,14 @@ def cells(setting: Setting) -> Iterator[Cell]:
     for name in numbers.tasks:
         wordings = [setting.task(name), *other_wordings(setting.task(name))]
         slopes_by_seed: dict[int, np.ndarray] = {}
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             for place, task in enumerate(wordings if seed == 0 else wordings[:1]):
                 key = {"measure": "slopes", "task": name, "seed": seed, "wording": place, "examples": numbers.examples}
                 yield Cell(key, partial(_measure_slopes, setting, task, name, seed))
         for layer, head in checked_heads(setting.shape(), SMALL_CHECKED if small else CHECKED):
             key = {"measure": "check", "task": name, "layer": layer, "head": head, "examples": numbers.examples}
             yield Cell(key, partial(_check, setting, name, layer, head))
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             for group in GROUPS:
                 key = {
                     "measure": "group",
@@ -276,8 +276,8 @@ STUDY = Experiment(
     name="heads",
     question="Which heads want a larger γ and which a smaller, how stable is that, and what is it worth?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
-        "full": Numbers(("sst2", "mr", "trec"), seeds=3, examples=24, limit=40),
+        "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec"), num_draws=3, examples=24, limit=40),
     },
     cells=cells,
     figures=figures,

@@ -34,7 +34,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
     small = setting.size == "small"
     layers = range(0, setting.shape()[0], 10 if small else 1)
     for name in numbers.tasks:
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             draw = {"task": name, "seed": seed, "limit": numbers.limit}
             yield Cell({**draw, "measure": "slopes"}, partial(_slopes, setting, name, seed))
             for gamma in SMALL_THIRD_GAMMAS if small else THIRD_GAMMAS:
@@ -215,8 +215,8 @@ STUDY = Experiment(
     name="layers",
     question="Which layers' heads move loss and accuracy most, and in one direction?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
-        "full": Numbers(("sst2", "mr", "trec"), seeds=2, examples=4, limit=16),
+        "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec"), num_draws=2, examples=4, limit=16),
     },
     cells=cells,
     figures=figures,

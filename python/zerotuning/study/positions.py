@@ -33,7 +33,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
     numbers = setting.numbers
     for name in numbers.tasks:
         task = setting.task(name)
-        for seed in range(numbers.seeds):
+        for seed in range(numbers.num_draws):
             draw = _Draw(setting, name, seed)
             for position in POSITIONS:
                 if has_position(task, position):
@@ -235,8 +235,8 @@ STUDY = Experiment(
     name="positions",
     question="What does tuning the initial token gain against tuning other tokens?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=4, limit=4),
-        "full": Numbers(("sst2", "mr", "trec", "sst5"), seeds=3, examples=12, limit=16),
+        "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
+        "full": Numbers(("sst2", "mr", "trec", "sst5"), num_draws=3, examples=12, limit=16),
     },
     cells=cells,
     figures=figures,

@@ -39,7 +39,7 @@ def cells(setting: Setting) -> Iterator[Cell]:
     scales = TunedScales(setting, grid.steps, grid.step_examples)
     for part in setting.parts or PARTS:
         for name in numbers.tasks:
-            for seed in range(numbers.seeds):
+            for seed in range(numbers.num_draws):
                 draw = Draw(setting, name, seed, scales)
                 if part != "examples":
                     yield from scales.cells(name, seed, numbers.examples)
@@ -144,8 +144,8 @@ STUDY = Experiment(
     name="robustness",
     question="What are scales tuned in one setting worth with shots, long contexts, coarser weights, other decoding and wordings?",
     numbers={
-        "small": Numbers(("sst2",), seeds=1, examples=4, limit=3),
-        "full": Numbers(("sst2", "trec"), seeds=3, examples=64, limit=64),
+        "small": Numbers(("sst2",), num_draws=1, examples=4, limit=3),
+        "full": Numbers(("sst2", "trec"), num_draws=3, examples=64, limit=64),
     },
     cells=cells,
     figures=figures,

@@ -36,8 +36,8 @@ class Setting:
         dtype: As `load_model` accepts it.
         device: As `load_model` accepts it.
         size: "small" (a minute or less, for tests) or "full".
-        tasks: See `Numbers`; None: the study's own for the size. So are seeds, examples and limit.
-        seeds: See `Numbers`.
+        tasks: See `Numbers`; None: the study's own for the size. So are num_draws, examples and limit.
+        num_draws: See `Numbers`.
         examples: See `Numbers`.
         limit: See `Numbers`.
         parts: Of a study of several parts; empty: all.
@@ -52,7 +52,7 @@ class Setting:
     device: str | None = None
     size: str = "full"
     tasks: Sequence[str] | None = None
-    seeds: int | None = None
+    num_draws: int | None = None
     examples: int | None = None
     limit: int | None = None
     parts: Sequence[str] = ()
@@ -63,7 +63,7 @@ class Setting:
     def __post_init__(self) -> None:
         if self.size not in SIZES:
             raise ZeroTuningError(f"size must be one of {', '.join(SIZES)}, got {self.size!r}")
-        for name in ("seeds", "examples", "limit", "batch_size"):
+        for name in ("num_draws", "examples", "limit", "batch_size"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ZeroTuningError(f"{name} must be a positive integer, got {value!r}")
@@ -74,7 +74,7 @@ class Setting:
         return replace(
             self,
             tasks=tuple(self.tasks or defaults.tasks),
-            seeds=self.seeds or defaults.seeds,
+            num_draws=self.num_draws or defaults.num_draws,
             examples=self.examples or defaults.examples,
             limit=self.limit or defaults.limit,
         )
@@ -83,10 +83,10 @@ class Setting:
     def numbers(self) -> Numbers:
         """All numbers of a setting that `with_defaults` has completed."""
         assert self.tasks
-        assert self.seeds
+        assert self.num_draws
         assert self.examples
         assert self.limit
-        return Numbers(tuple(self.tasks), self.seeds, self.examples, self.limit)
+        return Numbers(tuple(self.tasks), self.num_draws, self.examples, self.limit)
 
     # The model and its examples.
 

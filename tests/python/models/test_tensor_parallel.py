@@ -165,7 +165,7 @@ def test_a_model_without_a_plan_or_with_heads_that_cannot_be_shared_is_named() -
 def test_processes_that_share_a_model_all_read_every_example() -> None:
     together = Processes(share_model=True)
     together.rank, together.count = 1, 2
-    assert list(together.share([1, 2, 3])) == [1, 2, 3]
+    assert list(together.shard([1, 2, 3])) == [1, 2, 3]
 
 
 BACKEND = """
@@ -177,11 +177,11 @@ from zerotuning.errors import ZeroTuningError
 process_group._gpu_uuid = lambda device: "a GPU" if os.environ["RANK"] == "0" else ""
 process_group.torch.cuda.set_device = lambda device: None
 try:
-    process_group.join("cpu", tensor_parallel=len(sys.argv) > 1)
+    process_group.join_process_group("cpu", tensor_parallel=len(sys.argv) > 1)
     print(f"joined over {dist.get_backend()}")
 except ZeroTuningError as error:
     print(error)
-process_group.leave()
+process_group.leave_process_group()
 """
 
 
@@ -205,11 +205,11 @@ def slowly(*arguments, write=calibrate._write):
     write(*arguments)
 
 calibrate._write = slowly
-process_group.join("cpu")
+process_group.join_process_group("cpu")
 model, tokenizer = zt.load_model("model", device="cpu")
 zt.calibrate(model, tokenizer, "task.yaml", records="data.jsonl", steps=1, output="out")
 print(f"written: {Path('out/report.json').exists()}")
-process_group.leave()
+process_group.leave_process_group()
 """
 
 

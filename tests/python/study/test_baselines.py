@@ -23,7 +23,7 @@ def setting(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Setting:
     tiny_model.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     return Setting(
-        str(tmp_path / "model"), dtype="float32", size="small", tasks=("sst2",), examples=8, limit=6, seeds=1
+        str(tmp_path / "model"), dtype="float32", size="small", tasks=("sst2",), examples=8, limit=6, num_draws=1
     )
 
 

@@ -125,7 +125,7 @@ def test_rows_of_the_small_size_are_not_taken_for_those_of_the_full_one(setting:
     for name in ("positions", "heads"):
         keys = {}
         for size in ("small", "full"):
-            sized = Setting(size=size, tasks=("sst2",), seeds=1, examples=4, limit=3, _loaded=setting.loaded())
+            sized = Setting(size=size, tasks=("sst2",), num_draws=1, examples=4, limit=3, _loaded=setting.loaded())
             cells = study(name).cells(sized.with_defaults(study(name).numbers))
             keys[size] = {json.dumps(cell.key) for cell in cells if cell.key.get("measure") in (None, "group")}
         assert keys["small"].isdisjoint(keys["full"])
