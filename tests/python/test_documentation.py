@@ -173,7 +173,7 @@ def test_a_block_that_is_marked_with_a_reason_does_not_run(tmp_path: Path) -> No
         run(plain, Session(tmp_path))
 
 
-def test_few_blocks_do_not_run() -> None:
+def test_at_most_a_few_blocks_are_marked_as_not_run() -> None:
     marked = [str(one) for page in PAGES for one in blocks(page) if one.not_run is not None]
     assert len(marked) <= 3, f"blocks that no test runs: {marked}"
 

@@ -17,7 +17,7 @@ from zerotuning.files import write_bytes_atomically, write_json_atomically, writ
 from zerotuning.output import result_folder
 
 
-def test_what_is_written_is_what_is_read_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_written_file_is_read_back_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert write_bytes_atomically(tmp_path / "b", b"\x00\xff") == tmp_path / "b"
     write_text_atomically(str(tmp_path / "t"), "γ\n")
     write_json_atomically(tmp_path / "j", {"γ": [1.5, None]})
@@ -48,7 +48,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("value", [{"loss": math.nan}, {"loss": math.inf}, {"loss": object()}])
-def test_what_json_cannot_hold_is_refused_before_anything_is_written(value: Any, tmp_path: Path) -> None:
+def test_values_that_json_cannot_represent_are_refused_before_writing(value: Any, tmp_path: Path) -> None:
     with pytest.raises(ZeroTuningError, match="as JSON"):
         write_json_atomically(tmp_path / "report.json", value)
     assert os.listdir(tmp_path) == []
@@ -94,7 +94,7 @@ def test_a_folder_that_another_process_locks_as_it_is_made_is_not_removed(
     os.close(locked[0])
 
 
-def test_a_file_system_without_locks_takes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_are_written_on_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -53,7 +53,7 @@ def test_no_request_is_made_offline_or_for_a_cached_file(monkeypatch: pytest.Mon
     assert Session.requests == 1
 
 
-def test_errors_are_one_line_with_an_alternative() -> None:
+def test_hub_errors_are_one_line_and_name_an_alternative() -> None:
     assert first_line(ValueError("\n  no such name.\nmore")) == "no such name"
     assert first_line(KeyError()) == "KeyError"
     assert first_line(ValueError("x" * 300)) == "x" * 199 + "…"

@@ -121,7 +121,7 @@ def test_cma_es_needs_at_most_half_more_evaluations_than_pycma(function: Any, st
 
 
 @pytest.mark.parametrize("method", OPTIMIZERS)
-def test_points_are_float64_vectors_that_the_caller_owns(method: str) -> None:
+def test_points_are_float64_copies_that_the_caller_may_change(method: str) -> None:
     optimizer = make(method)
     point = optimizer.ask()[0]
     assert point.dtype == np.float64
@@ -177,7 +177,7 @@ def test_a_failed_evaluation_is_worse_than_every_loss(method: str, failed: float
 
 
 @pytest.mark.parametrize("method", OPTIMIZERS)
-def test_another_number_of_losses_is_a_value_error_and_changes_nothing(method: str) -> None:
+def test_a_wrong_number_of_losses_is_a_value_error_and_leaves_the_state_unchanged(method: str) -> None:
     optimizer = make(method)
     before, right = optimizer.state(), losses(optimizer)
     for wrong in ([], [*right, 1.0]):
@@ -188,7 +188,7 @@ def test_another_number_of_losses_is_a_value_error_and_changes_nothing(method: s
     optimizer.tell(right)
 
 
-def test_a_wrong_gradient_is_a_value_error_and_changes_nothing() -> None:
+def test_a_wrong_gradient_is_a_value_error_and_leaves_the_state_unchanged() -> None:
     stepper = make("gradient")
     before = stepper.state()
     for wrong, message in [
@@ -293,7 +293,7 @@ def test_other_threads_run_while_a_search_computes() -> None:
     assert turns > 5, turns
 
 
-def test_a_slope_below_epsilon_moves_its_number_by_less() -> None:
+def test_a_gradient_below_epsilon_makes_a_step_shorter_than_the_learning_rate() -> None:
     slopes = np.array([1.0, 1e-3, 1e-6])
     stepper = _search.GradientStepper(3, steps=2, learning_rate=0.1, epsilon=1e-3, l2_penalty=0.0)
     stepper.step(slopes)

@@ -16,7 +16,7 @@ from zerotuning.statistics import (
 )
 
 
-def test_half_width_is_students_and_unknown_for_one_value() -> None:
+def test_the_half_width_is_students_and_undefined_for_one_value() -> None:
     mean, half = mean_and_half_width([1.0, 2.0, 3.0])
     assert mean == 2.0
     assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-6)
@@ -42,14 +42,14 @@ def test_nested_interval_counts_groups_not_values() -> None:
         nested_bootstrap_interval([])
 
 
-def test_mean_of_groups_weighs_each_group_once() -> None:
+def test_the_mean_of_groups_weights_each_group_equally() -> None:
     assert mean_and_interval([[0.0, 0.0, 0.0], [1.0]])[0] == 0.5
     assert with_interval([[1.0, 1.0]], 1) == "+1.0 [+1.0, +1.0]"
     assert with_interval([[1.0]], 2) == "+1.00"
     assert with_interval([], 2) == ""
 
 
-def test_rank_correlation_gives_equals_their_mean_rank() -> None:
+def test_rank_correlation_gives_ties_their_mean_rank() -> None:
     assert rank_correlation([1, 2, 3], [10, 20, 1000]) == pytest.approx(1.0)
     assert rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
     # Ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5).

@@ -49,7 +49,7 @@ def test_a_key_mask_with_positions_comes_back_as_it_was(keys) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("keys", LENGTHS)
-def test_the_operator_writes_the_encoding_that_python_does(keys, device) -> None:
+def test_the_operator_writes_the_same_encoding_as_python(keys, device) -> None:
     real = real_keys(keys)
     longer = torch.nn.functional.pad(real, (0, 3), value=True)
     for attention_mask in (real, longer, real.T.contiguous().T, real[1:2]):
@@ -123,7 +123,7 @@ def test_a_mask_of_another_length_is_refused(name) -> None:
         decode(encoded, queries, keys)
 
 
-def test_masks_of_the_callers_own_are_taken_as_they_are() -> None:
+def test_a_callers_own_mask_is_passed_on_unchanged() -> None:
     for mask in (torch.ones(2, 1, 4, 9, dtype=torch.bool), torch.zeros(2, 3, 4, 9), torch.zeros(1, 1, 1, 1)):
         decoded = decode(mask, mask.shape[2], mask.shape[3])
         assert isinstance(decoded, CallerMask)

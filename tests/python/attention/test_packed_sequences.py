@@ -84,7 +84,7 @@ def test_outputs_and_gradients_equal_the_formula(packing, window, per_row) -> No
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_padding_is_not_seen_and_the_first_real_token_is_the_initial_one(window) -> None:
+def test_padding_is_hidden_and_the_first_real_token_is_the_initial_token(window) -> None:
     lengths = [[11, 13], [4, 12, 8]]
     real = torch.ones(2, LENGTH, dtype=torch.long)
     real[0, :3] = real[0, 20:] = real[1, 4:6] = real[1, 9] = real[1, 16:] = 0  # a hole, and a sequence of padding alone
@@ -95,7 +95,7 @@ def test_padding_is_not_seen_and_the_first_real_token_is_the_initial_one(window)
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_scaled_keys_are_places_in_the_row_for_the_queries_that_see_them(window) -> None:
+def test_scaled_keys_are_positions_in_the_row_for_queries_that_attend_to_them(window) -> None:
     lengths = PACKINGS["uneven_rows"]
     span = torch.tensor(
         [[0, 5], [7, 7], [6, 19]]
@@ -109,7 +109,7 @@ def test_scaled_keys_are_places_in_the_row_for_the_queries_that_see_them(window)
 
 
 @pytest.mark.parametrize("window", [0, 5])
-def test_a_packed_mask_written_out_equals_transformers_mask_and_marks_the_initial_tokens(window) -> None:
+def test_a_dense_copy_of_a_packed_mask_equals_transformers_mask_and_marks_initial_tokens(window) -> None:
     lengths = PACKINGS["uneven_rows"]
     numbers, positions = numbers_and_positions(lengths)
     real = torch.ones_like(numbers)
@@ -124,7 +124,7 @@ def test_a_packed_mask_written_out_equals_transformers_mask_and_marks_the_initia
     assert torch.equal(dense.scaled, visible_and_initial(lengths, window, real)[1])
 
 
-def test_a_copy_of_an_encoded_mask_gives_the_same() -> None:
+def test_a_copy_of_an_encoded_mask_gives_the_same_output() -> None:
     inputs = random_inputs(3)
     encoded = encoded_packed_mask(PACKINGS["uneven_rows"], 5)
     assert torch.equal(attend(*inputs, encoded.clone()), attend(*inputs, encoded))

@@ -114,7 +114,7 @@ def test_the_operator_of_traced_graphs_equals_the_formula_in_16_bits(lengths, pe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_operators_are_what_torch_expects_of_one(dtype) -> None:
+def test_opcheck_passes_for_the_operators_of_traced_graphs(dtype) -> None:
     torch.manual_seed(3)
     tensors = [torch.randn(shape).to(dtype) for shape in ((2, 4, 12, 8), (2, 2, 12, 8), (2, 2, 12, 16))]
     inputs = [tensor.requires_grad_() for tensor in (*tensors, torch.randn(4))]
@@ -125,7 +125,7 @@ def test_the_operators_are_what_torch_expects_of_one(dtype) -> None:
     )
 
 
-def test_gradients_without_what_forward_kept() -> None:
+def test_gradients_outside_autograd_equal_those_of_autograd() -> None:
     torch.manual_seed(4)
     inputs = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 9, 8), (2, 2, 9, 8), (2, 2, 9, 8), (4,))]
     output, logsumexp = ops.attention(*inputs, window=4)
@@ -158,7 +158,7 @@ def test_a_compiled_model_without_a_mask_reads_its_mask_once_a_run(kind, monkeyp
     assert len(read) == 3 * (2 if kind == "gemma3_text" else 1)  # its windowed layers have a mask of their own
 
 
-def test_scaled_keys_of_a_compiled_model_without_a_mask() -> None:
+def test_scaled_keys_apply_in_a_compiled_model_without_a_mask() -> None:
     model = patch(small_model("llama"))
     apply_scales(model, random_scales(model))
     ids, positions = ids_of(PACKINGS["uneven_rows"])

@@ -9,7 +9,7 @@ import torch
 from zerotuning.bench.generation_steps import steps_by_turns
 
 
-def test_models_that_generate_by_turns_take_every_step_one_at_a_time(tiny_model) -> None:
+def test_models_that_generate_in_turns_alternate_after_every_step(tiny_model) -> None:
     models, calls = {"a": tiny_model, "b": copy.deepcopy(tiny_model)}, []
     for name, model in models.items():
         model.register_forward_pre_hook(lambda *_, name=name: calls.append(f"{name} begins"))
@@ -20,7 +20,7 @@ def test_models_that_generate_by_turns_take_every_step_one_at_a_time(tiny_model)
     assert all(second > 0 for runs in steps.values() for run in runs for second in run)
 
 
-def test_a_model_that_fails_leaves_the_turns_to_the_other_and_its_error_is_raised(tiny_model) -> None:
+def test_a_model_that_fails_lets_the_other_finish_and_its_error_is_raised(tiny_model) -> None:
     class Broken:
         def generate(self, **_) -> None:
             raise RuntimeError("no memory")

@@ -7,7 +7,9 @@ from zerotuning.bench import model_cpu
 from zerotuning.bench.rows import GRADIENT, OURS, UNTUNED
 
 
-def test_a_calibration_s_peers_score_alike_with_and_without_shots(tiny_model, tiny_tokenizer, monkeypatch) -> None:
+def test_the_peers_of_a_calibration_give_equal_scores_with_and_without_shots(
+    tiny_model, tiny_tokenizer, monkeypatch
+) -> None:
     tiny_model.config.max_position_embeddings = 4096
     monkeypatch.setattr(model_cpu, "load_model", lambda name: (tiny_model, tiny_tokenizer))
     found = []

@@ -21,7 +21,7 @@ def test_a_benchmark_writes_its_rows_and_machine_as_json(tmp_path, monkeypatch, 
     assert "1.00x" in capsys.readouterr().out
 
 
-def test_figures_as_csv_and_as_a_picture(tmp_path, monkeypatch) -> None:
+def test_figures_are_written_as_csv_and_as_a_picture(tmp_path, monkeypatch) -> None:
     peers = {"base": {"ms": 2.0, "ratio": 1.0}, OURS: {"ms": 3.0, "ratio": 1.5}, "broken": {"error": "why"}}
     rows = [{"what": "forward", "shape": "1 x 2", "dtype": "bfloat16", "peers": peers}]
     monkeypatch.setattr(attention_cpu, "decode_rows", lambda: rows)

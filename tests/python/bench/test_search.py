@@ -34,7 +34,7 @@ def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
     return SearchBench(tasks=(str(task),), examples=(8, 16), limit=20, batch_size=8, shots=0, num_shot_candidates=1)
 
 
-def test_the_interval_is_wilson_s() -> None:
+def test_the_interval_is_wilsons() -> None:
     # Newcombe 1998, table I: 81 of 263 and 0 of 20.
     assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
     assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
@@ -52,7 +52,7 @@ def test_means_are_over_tasks_and_only_of_methods_that_every_task_has() -> None:
     assert figures["high"] - figures["low"] == pytest.approx(0.2 / 2**0.5)
 
 
-def test_an_adapter_s_epochs_without_a_finite_loss_are_passed_over(tiny_bench, monkeypatch) -> None:
+def test_adapter_epochs_without_a_finite_loss_are_skipped(tiny_bench, monkeypatch) -> None:
     pytest.importorskip("peft")
     tiny_bench.methods = ("ia3",)
     epochs = adapters._epochs
@@ -91,7 +91,7 @@ def test_every_method_gives_a_row_and_leaves_the_model_as_it_was(tiny_bench, tin
     assert numbers["lora"] > numbers["ia3"] > 8
 
 
-def test_shots_are_of_a_method_s_own_examples_and_stand_before_every_prompt(
+def test_shots_come_from_a_methods_own_examples_and_stand_before_every_prompt(
     tiny_model, tiny_tokenizer, tiny_bench, monkeypatch
 ) -> None:
     tiny_bench.shots, tiny_bench.methods = 2, ("untuned", "gradient", "information")
@@ -144,7 +144,7 @@ def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, mo
         SearchBench(num_shot_candidates=0)
 
 
-def test_a_second_start_makes_the_missing_rows_only(tiny_bench, tmp_path, monkeypatch, capsys) -> None:
+def test_a_second_start_measures_only_the_missing_rows(tiny_bench, tmp_path, monkeypatch, capsys) -> None:
     output = tmp_path / "search.json"
     monkeypatch.setattr(bench_search, "SearchBench", lambda device, **options: tiny_bench)
     tiny_bench.methods = ("untuned", "label-bias")

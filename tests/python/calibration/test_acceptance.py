@@ -32,7 +32,7 @@ def test_the_selection_keeps_the_first_admissible_candidate_of_the_least_loss_be
     assert (selection.best, selection.loss, selection.baseline_loss) == ("first", 0.5, 1.0)
 
 
-def test_patience_counts_judgements_without_a_lower_admissible_loss() -> None:
+def test_patience_counts_held_out_evaluations_without_a_lower_admissible_loss() -> None:
     def judged(*losses: tuple[float, bool]) -> list[Decision]:
         return [Decision(loss, None, admissible) for loss, admissible in losses]
 
@@ -70,7 +70,7 @@ def test_folds_of_one_seed_are_compared_pair_by_pair() -> None:
     assert fold_agreement(splits[3:], [[first]]) is None
 
 
-def test_resemblance_forgives_a_shift_of_a_label_and_notices_new_evidence() -> None:
+def test_resemblance_ignores_a_label_bias_and_falls_with_new_evidence() -> None:
     rng = np.random.default_rng(1)
     scores = torch.tensor(rng.normal(size=(200, 3)))
     assert resemblance(scores, 3 * scores + torch.tensor([5.0, -2.0, 0.0])) == pytest.approx(1)
@@ -82,7 +82,7 @@ def test_resemblance_forgives_a_shift_of_a_label_and_notices_new_evidence() -> N
     assert resemblance(scores, mixed) == pytest.approx(expected)
 
 
-def test_evidence_runs_from_none_to_all_of_log_c() -> None:
+def test_evidence_is_0_for_equal_predictions_and_1_for_certain_varied_ones() -> None:
     same = torch.tensor([[1.0, 2.0, 0.0]]).repeat(9, 1)
     assert evidence(same) == pytest.approx(0, abs=1e-12)
     sure = 100 * torch.eye(3).repeat(3, 1)

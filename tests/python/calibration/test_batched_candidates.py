@@ -93,7 +93,7 @@ def passes(model: Any) -> Iterator[list[torch.Size]]:
 
 @pytest.mark.parametrize("method", ["cma-es", "paper"])
 @pytest.mark.parametrize("name", list(TASKS))
-def test_candidates_side_by_side_score_as_each_by_itself(
+def test_batched_candidates_score_as_each_candidate_alone(
     tiny_model: Any, tiny_tokenizer: Any, name: str, method: str
 ) -> None:
     points = points_of(method)
@@ -135,7 +135,7 @@ def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
                 torch.testing.assert_close(scores, before, rtol=1e-5, atol=1e-5)
 
 
-def test_a_candidate_without_finite_scores_is_infinitely_bad_and_the_others_are_not(
+def test_a_candidate_without_finite_scores_has_infinite_loss_and_the_others_do_not(
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     points = points_of("cma-es")
@@ -199,7 +199,7 @@ def with_many_shots(model: Any, task: Task = WORDY) -> tuple[Task, list[Any]]:
     return task.with_shots(shots), RECORDS
 
 
-def test_shots_are_read_once_a_candidate_and_the_scores_stay(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_shots_are_computed_once_per_candidate_with_the_same_scores(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("cma-es", 3)
     with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model)]) as (objective, parameters):
         (task,) = objective.tasks
@@ -216,7 +216,7 @@ def test_shots_are_read_once_a_candidate_and_the_scores_stay(tiny_model: Any, ti
 
 @pytest.mark.parametrize("name", ["task-loss", "information"])
 @pytest.mark.parametrize("task", [FILMS, WORDY], ids=["one token", "several tokens"])
-def test_gradients_go_through_shots_that_are_read_once_a_batch(
+def test_gradients_flow_through_shots_that_are_computed_once_per_batch(
     tiny_model: Any, tiny_tokenizer: Any, task: Task, name: str
 ) -> None:
     point = points_of("cma-es", 1)[0]

@@ -21,7 +21,7 @@ from zerotuning.tasks.task import Task
 
 
 @pytest.mark.parametrize("combine", ["average", "refit"])
-def test_folds_end_in_scales_that_lower_the_loss(tiny: Any, combine: str) -> None:
+def test_a_calibration_with_folds_lowers_the_loss(tiny: Any, combine: str) -> None:
     found = calibrate(tiny, combine=combine)
     assert found.improved
     assert found.report["chosen"]["combine"] == combine
@@ -75,7 +75,7 @@ def test_the_held_out_loss_chooses_the_penalty(tiny: Any) -> None:
     assert least[0.0] < least[100.0]
 
 
-def test_labels_that_no_scales_can_find_leave_every_scale_at_one(tiny: Any) -> None:
+def test_contradictory_labels_leave_every_scale_at_one(tiny: Any) -> None:
     """Each text has both labels: what helps one half hurts the other. Only flatter predictions lower the loss."""
     texts = [record["text"] for record in RECORDS[:10]]
     records = [{"text": text, "label": label} for label in (0, 1) for text in texts]
@@ -102,7 +102,7 @@ def test_patience_ends_a_search_early(tiny: Any) -> None:
     assert found.report["steps"] < 40
 
 
-def test_seconds_end_a_search_early_with_a_result(tiny: Any) -> None:
+def test_a_time_limit_ends_a_search_early_with_a_result(tiny: Any) -> None:
     found = calibrate(tiny, steps=100000, seconds=1.0)
     assert found.improved
     assert 1 < found.report["steps"] < 100000
@@ -123,7 +123,7 @@ def test_without_labels_predictions_that_ignore_the_input_leave_every_scale_at_o
     assert found.report["steps"] == 0
 
 
-def test_without_the_guard_information_falls(tiny: Any) -> None:
+def test_without_the_guard_the_information_falls(tiny: Any) -> None:
     texts = [f"{one} and {two}, {three}" for one in FIRST for two in SECOND for three in (*FIRST, *SECOND)]
     found = calibrate(tiny, records=[{"text": text} for text in texts], objective="information", guard=False, steps=8)
     assert found.improved
@@ -131,7 +131,7 @@ def test_without_the_guard_information_falls(tiny: Any) -> None:
 
 
 @pytest.mark.parametrize("prior", ["estimate", (0.2, 0.8)])
-def test_information_takes_a_prior(tiny: Any, prior: Any) -> None:
+def test_the_information_objective_accepts_a_class_prior(tiny: Any, prior: Any) -> None:
     records = [{"text": record["text"]} for record in RECORDS]
     plain = calibrate(tiny, records=records, objective="information", guard=False)
     found = calibrate(tiny, records=records, objective="information", guard=False, prior=prior)
@@ -188,7 +188,7 @@ def test_a_start_is_the_first_point_of_the_search(tiny: Any) -> None:
 # Several tasks, text of any length, metrics.
 
 
-def test_tasks_tuned_together_are_each_judged(tiny: Any) -> None:
+def test_tasks_tuned_together_are_each_evaluated(tiny: Any) -> None:
     short = Task("short", "{text}:", (" bad", " good"))
     found = calibrate(tiny, [FILMS, short], records=[RECORDS, RECORDS[:12]])
     assert found.report["task"] == "films + short"
@@ -211,7 +211,7 @@ def test_a_gold_continuation_of_any_length_is_learned(tiny: Any) -> None:
     assert after < before
 
 
-def test_cma_es_takes_any_metric_of_generated_text(tiny: Any) -> None:
+def test_cma_es_accepts_any_metric_of_generated_text(tiny: Any) -> None:
     seen = []
 
     def spaces(texts: list[str], records: list[Any]) -> float:
@@ -283,7 +283,7 @@ def test_a_metric_that_returns_no_finite_number_is_refused(tiny: Any, number: An
         ({"method": "paper", "folds": None, "start": zt.HeadScales([[2.0] * 4] * 2)}, "the paper's method begins at"),
     ],
 )
-def test_what_cannot_be_done_is_refused(tiny: Any, changes: dict[str, Any], message: str) -> None:
+def test_impossible_options_are_refused_by_name(tiny: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ZeroTuningError) as error:
         calibrate(tiny, **changes)
     assert message in str(error.value)

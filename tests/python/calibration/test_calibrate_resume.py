@@ -110,7 +110,7 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) 
     )
 
 
-def test_what_a_killed_write_left_behind_goes_with_the_state(tmp_path: Path) -> None:
+def test_temporary_files_of_a_killed_write_are_removed_with_the_state(tmp_path: Path) -> None:
     from zerotuning.calibration.state import CalibrationState
     from zerotuning.models.process_group import Processes
 
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_gives_other_tokens_does_not_resume(
         calibrate_films(tiny_model, tokenizer, tmp_path, chat)
 
 
-def test_digests_tell_weights_and_tokens_apart_and_know_them_again(
+def test_digests_differ_for_other_weights_and_tokens_and_repeat_for_equal_ones(
     tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     tiny_model.save_pretrained(tmp_path)

@@ -46,7 +46,7 @@ def test_candidates_have_consecutive_seeds_and_one_has_no_shots() -> None:
             shot_candidates(FILMS, RECORDS, 4, 7, draws)  # type: ignore[arg-type]
 
 
-def test_an_example_that_any_candidate_shows_compares_none() -> None:
+def test_examples_that_any_candidate_shows_are_not_used_to_compare_candidates() -> None:
     candidates = shot_candidates(FILMS, RECORDS, 4, 0, 3)
     shown = {shot.prompt for task in candidates for shot in task.shots}
     assert len(shown) > 4
@@ -77,7 +77,7 @@ def test_the_candidate_of_least_held_out_loss_is_chosen(short: None, tiny_model:
     assert choose_shots(tiny_model, tiny_tokenizer, candidates, RECORDS, start=start, **options).losses != expected
 
 
-def test_of_many_candidates_only_the_best_after_a_first_round_are_searched_to_the_end(
+def test_only_the_best_of_many_candidates_after_a_first_round_are_searched_to_the_end(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     candidates = shot_candidates(FILMS, RECORDS, 2, 0, 3)
@@ -156,7 +156,7 @@ def test_a_single_candidate_is_chosen_without_a_search() -> None:
     assert math.isnan(choice.losses[0])
 
 
-def test_what_cannot_be_compared_is_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_incomparable_candidates_and_unknown_options_are_refused(tiny_model: Any, tiny_tokenizer: Any) -> None:
     def refusal(candidates: Any, records: Any = RECORDS) -> str:
         with pytest.raises(ZeroTuningError) as caught:
             choose_shots(tiny_model, tiny_tokenizer, candidates, records)

@@ -29,7 +29,7 @@ def test_few_examples_make_few_folds() -> None:
     assert [len(fold.held_out) for fold in folds] == [2, 2]
 
 
-def test_the_draw_depends_on_the_seed_alone() -> None:
+def test_the_folds_depend_on_the_seed_alone() -> None:
     drawn = draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1))
     assert drawn == draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=1, folds=3))
     assert drawn != draw_examples(as_records(RECORDS), CalibrationOptions(examples=8, seed=2))

@@ -20,7 +20,7 @@ def test_a_batch_too_large_for_the_memory_is_retried_in_halves(tiny: Any) -> Non
     assert torch.allclose(found.scales.gamma, whole.scales.gamma, atol=1e-4)
 
 
-def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any, monkeypatch: Any) -> None:
+def test_activations_are_recomputed_where_one_example_exceeds_the_memory(tiny: Any, monkeypatch: Any) -> None:
     whole = calibrate(tiny)
     forward = type(tiny[0]).forward
     block = tiny[0].model.layers[0]
@@ -38,7 +38,7 @@ def test_where_one_example_is_too_large_activations_are_computed_twice(tiny: Any
     assert "forward" not in vars(block)
 
 
-def test_checkpointed_layers_keep_less_and_give_the_same_gradient(tiny: Any) -> None:
+def test_checkpointed_layers_save_fewer_activations_and_give_the_same_gradient(tiny: Any) -> None:
     model = patch(tiny[0])
     ids = torch.arange(24)[None]
 

@@ -71,7 +71,7 @@ def test_objectives_without_labels_take_data_without_labels(place: Path, capsys:
     assert "20 examples: loss" in capsys.readouterr().out
 
 
-def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_a_calibration_that_found_no_better_scales_prints_this(place: Path, capsys: Any, monkeypatch: Any) -> None:
     judge = importlib.import_module("zerotuning.calibration.acceptance").AcceptanceTest
     monkeypatch.setattr(judge, "accepts", lambda self, point: False)
     assert main(calibrate()) == 0
@@ -86,7 +86,7 @@ def test_a_calibration_that_found_nothing_says_so(place: Path, capsys: Any, monk
     assert gamma_of("scales").tolist() == [[1.5] * 4, [1.0] * 4]
 
 
-def test_the_command_takes_several_tasks_heads_and_a_start(place: Path, capsys: Any) -> None:
+def test_the_command_accepts_several_tasks_heads_and_a_start(place: Path, capsys: Any) -> None:
     HeadScales(torch.full((2, 4), 1.5)).save_pretrained("start")
     write_lines(place / "few.jsonl", RECORDS[:8])
     (place / "short.yaml").write_text(TASK.replace("films", "short").replace("Review: ", ""), encoding="utf-8")

@@ -40,7 +40,7 @@ def test_the_demo_model_is_called_demo(tmp_path: Path, capsys: Any) -> None:
     assert 0.5 <= figures["accuracy"] <= 1
 
 
-def test_figures_that_cannot_be_written_were_printed(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_figures_are_printed_even_if_their_file_cannot_be_written(place: Path, capsys: Any, monkeypatch: Any) -> None:
     def full(*arguments: Any) -> None:
         raise zerotuning.ZeroTuningError("cannot write figures.json: No space left on device")
 

@@ -64,7 +64,7 @@ def test_gradients_of_torchs_kernel_equal_the_formula_in_either_layout(rows, lay
 
 @either_torch_kernel
 @pytest.mark.parametrize("sink", [0.5, 0.9, 0.99])
-def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink, torch_kernel) -> None:
+def test_gradients_of_torchs_kernel_are_exact_where_the_second_key_is_the_sink(sink, torch_kernel) -> None:
     # torch's kernel runs with key 0 replaced by key 1; the duplicate contribution of key 1 is subtracted afterwards.
     query, key, value = (t.bfloat16() for t in inputs_with_sink(sink, "cuda"))
     order = [1, 0, *range(2, key.shape[2])]
@@ -91,7 +91,7 @@ def test_gradients_of_torchs_kernel_where_the_second_key_is_the_strong_one(sink,
 
 
 @either_torch_kernel
-def test_a_first_row_to_which_the_second_key_would_be_infinite_leaves_the_others_as_they_are(torch_kernel) -> None:
+def test_an_infinite_second_logit_in_the_first_row_does_not_change_other_rows(torch_kernel) -> None:
     torch.manual_seed(4)
     query, key, value, log_scale = random_inputs((1, 2, 1, 200, 200, 64, 64), torch.bfloat16)
     key[:, :, 1] = 40 * query[:, :1, 0]  # a logit of 320

@@ -89,7 +89,7 @@ def test_hopper_gradients_of_strided_inputs_equal_those_of_copies() -> None:
 
 
 @needs_hopper
-def test_hopper_gradients_are_the_same_from_run_to_run_and_the_choice_for_short_or_padded_sequences() -> None:
+def test_hopper_gradients_are_deterministic_and_chosen_for_short_or_padded_sequences() -> None:
     torch.manual_seed(11)
     for batch, rows in ((16, 128), (3, 500), (2, 3000), (1, 5000)):
         inputs = random_inputs((batch, 8, 2, rows, rows, 128, 128), torch.bfloat16)

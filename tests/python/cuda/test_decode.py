@@ -57,7 +57,7 @@ def test_decoding_equals_the_formula(size, route, dtype) -> None:
 
 @pytest.mark.parametrize("route", [0, pytest.param(BULK, marks=needs_hopper)])
 @pytest.mark.parametrize("size", [64, 128])
-def test_decoding_reads_nothing_of_what_a_static_cache_does_not_hold_yet(size, route) -> None:
+def test_decoding_does_not_read_unwritten_places_of_a_static_cache(size, route) -> None:
     torch.manual_seed(13)
     query, key, value, log_scale = random_inputs((3, 8, 2, 2, 1000, size, size), torch.bfloat16)
     # A cache in memory order (B, T, H, D), as in some models.
@@ -72,7 +72,7 @@ def test_decoding_reads_nothing_of_what_a_static_cache_does_not_hold_yet(size, r
     assert all(torch.equal(outputs[0], other) for other in outputs[1:])
 
 
-def test_decoding_of_a_cache_that_floods_level_2() -> None:
+def test_decoding_of_a_cache_larger_than_the_l2_cache_equals_the_formula() -> None:
     torch.manual_seed(14)
     inputs = random_inputs((8, 16, 8, 1, 9001, 128, 128), torch.bfloat16, per_sample=True)
     mask = torch.arange(9001) >= torch.arange(8)[:, None] * 700
@@ -83,7 +83,7 @@ def test_decoding_of_a_cache_that_floods_level_2() -> None:
 
 @pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
 @pytest.mark.parametrize("keys", [3000, 3003])
-def test_decoding_of_long_shares_with_holes_in_the_padding(route, keys) -> None:
+def test_decoding_without_split_keys_and_with_holes_in_the_padding_equals_the_formula(route, keys) -> None:
     """One block for each sample, keys not split: a warp processes 47 tiles and reads the mask of 32 keys at a time."""
     torch.manual_seed(15)
     samples = torch.cuda.get_device_properties(0).multi_processor_count

@@ -73,7 +73,7 @@ def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams
             assert all(torch.equal(output, other) for other in found), shape
 
 
-def test_decoding_on_more_streams_than_have_counters() -> None:
+def test_decoding_on_more_streams_than_counters_gives_the_same_output() -> None:
     """In a process of its own, since streams keep their counters. From the 65th stream on, a second kernel merges the splits."""
     torch.multiprocessing.spawn(decode_on_many_streams)
 

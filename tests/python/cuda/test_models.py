@@ -39,7 +39,7 @@ def random_scales() -> HeadScales:
     return HeadScales(torch.exp(torch.randn(3, 4)).cpu())
 
 
-def test_a_patched_model_gives_what_sdpa_gives_and_what_the_cpu_gives() -> None:
+def test_a_patched_model_gives_the_logits_of_sdpa_and_of_the_cpu() -> None:
     model = tiny_llama()
     ids = torch.randint(0, 500, (3, 200))
     mask = (torch.arange(200) >= torch.tensor([0, 7, 150])[:, None]).long()
@@ -60,7 +60,7 @@ def test_a_patched_model_gives_what_sdpa_gives_and_what_the_cpu_gives() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_head_gradients_equal_float64_s(checkpointing) -> None:
+def test_head_gradients_equal_those_in_float64(checkpointing) -> None:
     model = patch(tiny_llama())
     apply_scales(model, random_scales())
     if checkpointing:
@@ -89,7 +89,7 @@ def packed_batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_packed_sequences_give_what_they_give_alone_and_the_same_head_gradients(dtype) -> None:
+def test_packed_sequences_give_the_logits_and_head_gradients_of_each_sequence_alone(dtype) -> None:
     model = patch(tiny_llama().to(dtype))
     ids, positions = packed_batch()
 

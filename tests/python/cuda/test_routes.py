@@ -28,7 +28,7 @@ from zerotuning.bench.peers import attention_inputs
 pytestmark = pytest.mark.gpu
 
 
-def test_the_fake_output_minus_initial_value_has_the_shape_of_the_real_one() -> None:
+def test_the_fake_output_minus_initial_value_has_the_shape_of_the_real_tensor() -> None:
     operator = torch.ops.zerotuning._attention_with_output_minus_initial_value
     for rows, size, dtype in (
         *((rows, (64, 64), torch.bfloat16) for rows in (15, 16, 64, 4096, 4097)),
@@ -53,7 +53,7 @@ def test_the_fake_output_minus_initial_value_has_the_shape_of_the_real_one() -> 
 
 
 @needs_hopper
-def test_the_choice_of_route_follows_what_was_measured() -> None:
+def test_the_chosen_route_is_within_5_percent_of_the_fastest_measured_one() -> None:
     names = {"forward, by route": 0, "forward + backward, by backward's route": 1}
     measured = json.loads((MEASURED / "bench_attention_h100.json").read_text())
     rows = [row for row in measured["rows"] if row["what"] in names]

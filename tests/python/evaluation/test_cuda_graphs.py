@@ -99,9 +99,7 @@ def losses_and_gradients(
 
 
 @pytest.mark.gpu
-def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(
-    gpu_model: Any, tiny_tokenizer: Any
-) -> None:
+def test_recorded_passes_give_the_losses_and_gradients_of_launched_passes(gpu_model: Any, tiny_tokenizer: Any) -> None:
     model = patch(gpu_model)
     plain, recorded = (losses_and_gradients(model, tiny_tokenizer, way) for way in (False, True))
     assert recorded[2] == []
@@ -111,7 +109,9 @@ def test_recorded_passes_give_the_losses_and_gradients_of_passes_that_are_not(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("recorded", [False, True])
-def test_what_all_prompts_begin_with_is_read_once_a_pass(gpu_model: Any, tiny_tokenizer: Any, recorded: bool) -> None:
+def test_the_shared_beginning_of_all_prompts_is_computed_once_per_pass(
+    gpu_model: Any, tiny_tokenizer: Any, recorded: bool
+) -> None:
     model = patch(gpu_model)
     instruction = "a good story, well told " * 8
     whole = losses_and_gradients(model, tiny_tokenizer, False, instruction)
@@ -136,7 +136,7 @@ def test_what_all_prompts_begin_with_is_read_once_a_pass(gpu_model: Any, tiny_to
 
 
 @pytest.mark.gpu
-def test_recorded_candidates_side_by_side_score_as_each_by_itself(gpu_model: Any, tiny_tokenizer: Any) -> None:
+def test_recorded_batched_candidates_score_as_each_candidate_alone(gpu_model: Any, tiny_tokenizer: Any) -> None:
     model = patch(gpu_model)
     task = Task("reviews", prompt="Review: {text} Sentiment:", labels=[" positive", " negative", " none at all"])
     records = [{"text": "good " * (1 + n % 3), "label": n % 3} for n in range(21)]
@@ -176,7 +176,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(gpu_model: Any
 
 
 @pytest.mark.gpu
-def test_graphs_that_nobody_holds_do_not_disturb_a_recording(gpu_model: Any, tiny_tokenizer: Any) -> None:
+def test_garbage_collection_of_old_graphs_does_not_disturb_a_recording(gpu_model: Any, tiny_tokenizer: Any) -> None:
     model = patch(gpu_model)
     threshold = gc.get_threshold()
     gc.collect()
@@ -208,7 +208,7 @@ def test_lengths_for_which_no_memory_is_left_are_not_recorded(
 
 
 @pytest.mark.gpu
-def test_a_model_that_cannot_be_recorded_is_calibrated_all_the_same(gpu_model: Any, tiny_tokenizer: Any) -> None:
+def test_a_model_that_cannot_be_recorded_is_calibrated_without_graphs(gpu_model: Any, tiny_tokenizer: Any) -> None:
     model = gpu_model
     inner = model.model.layers[0].mlp.forward
     # The host waits for the GPU, as models with experts do.

@@ -43,7 +43,9 @@ def plain_figures(model: Any, tokenizer: Any) -> tuple[float, float, float]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 16])
-def test_figures_equal_sums_over_examples(tiny_model: Any, tiny_tokenizer: Any, batch_size: int) -> None:
+def test_accuracy_loss_and_entropy_equal_sums_over_unpadded_examples(
+    tiny_model: Any, tiny_tokenizer: Any, batch_size: int
+) -> None:
     result = evaluate(tiny_model, tiny_tokenizer, TASK, RECORDS, batch_size=batch_size)
     accuracy, loss, entropy = plain_figures(tiny_model, tiny_tokenizer)
     assert (result.task, result.examples) == ("sentiment", 5)
@@ -77,7 +79,9 @@ def test_a_task_may_be_the_path_of_a_yaml_file(tiny_model: Any, tiny_tokenizer: 
     assert evaluate(tiny_model, tiny_tokenizer, path, [{"text": "good", "label": 1}]).task == "mine"
 
 
-def test_the_json_has_the_figures_and_is_written_whole(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_the_json_file_holds_the_figures_and_is_written_atomically(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     result = evaluate(tiny_model, tiny_tokenizer, TASK, RECORDS)
     names = ["task", "examples", "accuracy", "loss", "entropy", "seconds", "scoring", "shots", "chat"]
     assert list(result.to_json()) == names

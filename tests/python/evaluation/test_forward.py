@@ -67,7 +67,7 @@ def test_every_forward_gives_the_logits_of_whole_prompts(
 
 @torch.no_grad()
 @pytest.mark.parametrize("recorded", [False, True])
-def test_a_prefix_is_kept_between_passes_unless_they_are_recorded(
+def test_a_prefix_is_cached_between_passes_unless_they_are_recorded(
     tiny_model: Any, tiny_tokenizer: Any, recorded: bool
 ) -> None:
     scorer = LabelScorer(tiny_model, tiny_tokenizer, TASK, RECORDS, batch_size=1)
@@ -87,7 +87,7 @@ def test_a_prefix_is_kept_between_passes_unless_they_are_recorded(
 
 
 @torch.no_grad()
-def test_what_is_not_recorded_runs_from_python(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_passes_that_cannot_be_recorded_are_launched_from_python(tiny_model: Any, tiny_tokenizer: Any) -> None:
     scorer = LabelScorer(tiny_model, tiny_tokenizer, TASK, RECORDS)
     recordings = Recordings(tiny_model, [torch.zeros(4)], lambda _: None)  # leaves that are not on a GPU
     other = scorer.using(RecordedForward(PlainForward(tiny_model), recordings))

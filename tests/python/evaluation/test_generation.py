@@ -52,7 +52,7 @@ def greedy_text(model: Any, tokenizer: Any, prompt: str, count: int) -> str:
     return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-def test_prompts_of_different_lengths_are_continued_as_each_by_itself(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_prompts_of_different_lengths_are_continued_as_each_alone(tiny_model: Any, tiny_tokenizer: Any) -> None:
     texts = ["good", "a bad story", "far too long, not well told, is it"]
     prompts = tiny_tokenizer(texts)["input_ids"]
     generated = generate_texts(tiny_model, tiny_tokenizer, prompts, 5, **GREEDY)

@@ -7,7 +7,7 @@ import torch
 from zerotuning.evaluation.label_bias import fit_label_bias
 
 
-def test_biases_are_where_the_penalised_loss_has_no_slope() -> None:
+def test_fitted_biases_minimise_the_penalised_loss() -> None:
     torch.manual_seed(0)
     scores, labels = torch.randn(50, 3).log_softmax(dim=-1), torch.randint(0, 3, (50,))
     scores[::5, 2] = -torch.inf

@@ -71,7 +71,7 @@ def random_model(kind: str, tokenizer: Any, **changes: Any) -> Any:
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_single_token_labels_score_as_one_by_one_without_padding(
+def test_single_token_labels_score_as_in_unpadded_passes_one_by_one(
     tiny_model: Any, tiny_tokenizer: Any, batch_size: int
 ) -> None:
     scorer = LabelScorer(tiny_model, tiny_tokenizer, SENTIMENT, RECORDS, batch_size=batch_size)
@@ -84,7 +84,7 @@ def test_single_token_labels_score_as_one_by_one_without_padding(
 
 @torch.no_grad()
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_labels_of_several_tokens_score_as_one_by_one_without_padding(
+def test_labels_of_several_tokens_score_as_in_unpadded_passes_one_by_one(
     tiny_model: Any, tiny_tokenizer: Any, batch_size: int
 ) -> None:
     scorer = LabelScorer(tiny_model, tiny_tokenizer, WORDY, RECORDS, batch_size=batch_size)
@@ -124,7 +124,7 @@ def test_letters_score_each_examples_own_choices(tiny_model: Any, tiny_tokenizer
         ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     ],
 )
-def test_a_models_own_treatment_of_its_logits_still_applies(
+def test_a_models_scaling_and_softcapping_of_its_logits_still_apply(
     kind: str, changes: dict[str, Any], tiny_tokenizer: Any
 ) -> None:
     model = random_model(kind, tiny_tokenizer, **changes)
@@ -164,7 +164,7 @@ def test_the_output_layer_is_put_back_even_after_an_error(tiny_model: Any, tiny_
 
 
 @torch.no_grad()
-def test_an_output_layer_that_is_no_plain_linear_is_left_alone(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_an_output_layer_that_is_not_a_plain_linear_layer_is_not_replaced(tiny_model: Any, tiny_tokenizer: Any) -> None:
     class Doubled(nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:
             return 2 * super().forward(hidden)
@@ -321,7 +321,7 @@ def test_no_examples_and_wrong_batch_sizes_are_errors(tiny_model: Any, tiny_toke
 
 @pytest.mark.model
 @torch.no_grad()
-def test_the_embedded_models_scores_equal_the_plain_way_in_float32(demo_model: tuple[Any, Any]) -> None:
+def test_the_embedded_models_scores_equal_unpadded_passes_in_float32(demo_model: tuple[Any, Any]) -> None:
     model, tokenizer = copy.deepcopy(demo_model[0]).float(), demo_model[1]
     for name in ("sst2", "trec"):
         task = Task.load(name)

@@ -79,7 +79,7 @@ def test_information_prefers_sure_and_varied_predictions() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
-def test_gradients_equal_differences_and_absent_labels_get_none(name: str) -> None:
+def test_gradients_equal_finite_differences_and_absent_labels_get_zero(name: str) -> None:
     objective = objectives.OBJECTIVES[name]
     labels = torch.tensor(LABELS)
     scores = scores64().requires_grad_()

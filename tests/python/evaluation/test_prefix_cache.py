@@ -44,7 +44,7 @@ def test_scores_behind_a_shared_prefix_are_those_of_whole_prompts(
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_many_shots_are_read_once_and_the_figures_stay(
+def test_a_prefix_of_many_shots_is_computed_once_with_the_same_figures(
     long_model: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = with_shots("trec", 6)
@@ -67,7 +67,7 @@ def test_many_shots_are_read_once_and_the_figures_stay(
     assert found.entropy == pytest.approx(plain.entropy, abs=1e-4)
 
 
-def test_a_window_that_padding_would_move_keeps_prompts_whole(long_model: Any, tiny_tokenizer: Any) -> None:
+def test_prompts_stay_whole_where_padding_would_shift_a_sliding_window(long_model: Any, tiny_tokenizer: Any) -> None:
     scorer = LabelScorer(long_model, tiny_tokenizer, with_shots("trec", 3), Task.load("trec").examples("test", 5))
     assert supports_prefix_cache(scorer)
     long_model.config.sliding_window = 64

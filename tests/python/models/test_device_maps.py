@@ -73,7 +73,7 @@ def test_a_mapped_model_gives_the_figures_of_one_on_the_cpu(folder: Path, name: 
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_offloaded_weights_are_gone_again_once_a_gradient_is_known(folder: Path) -> None:
+def test_offloaded_weights_are_offloaded_again_after_a_calibration(folder: Path) -> None:
     model, tokenizer = zt.load_model(folder, dtype=torch.float32, device_map=MAPS["one layer waits on the disk"])
     waiting = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     assert waiting
@@ -82,7 +82,7 @@ def test_offloaded_weights_are_gone_again_once_a_gradient_is_known(folder: Path)
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_loading_with_a_map_says_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_with_a_device_map_prints_nothing(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     zt.load_model(folder, device_map=MAPS["one layer waits on the disk"])
     assert capfd.readouterr() == ("", "")
 
@@ -104,7 +104,7 @@ def test_a_map_and_a_device_exclude_each_other(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", {"": "nowhere"}, {"": None}, 1.5, True])
-def test_what_is_no_map_is_named_beside_what_would_be_one(folder: Path, wrong: Any) -> None:
+def test_a_wrong_device_map_is_named_with_the_accepted_ones(folder: Path, wrong: Any) -> None:
     message = load_error(folder, device_map=wrong)
     assert message.startswith(
         "device_map must be one of auto, balanced, balanced_low_0, sequential, a device, or a map"
@@ -137,7 +137,7 @@ def test_a_missing_gpu_and_a_missing_package_are_named(folder: Path, monkeypatch
 # The command line.
 
 
-def test_evaluate_takes_a_map(folder: Path, tmp_path: Path) -> None:
+def test_evaluate_accepts_a_device_map(folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     of = ["--model", str(folder), "--task", "sst2", "--limit", "4", "--output", str(output)]
     assert main(["evaluate", *of, "--device-map", "cpu"]) == 0
@@ -145,7 +145,7 @@ def test_evaluate_takes_a_map(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["calibrate", "evaluate"])
-def test_the_command_line_takes_one_word_on_where_the_model_goes(
+def test_options_that_each_place_the_model_exclude_each_other(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = [name, "--model", "m", "--task", "sst2", "--output", "out.json"]

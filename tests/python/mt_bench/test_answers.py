@@ -68,7 +68,7 @@ def test_sampling_repeats_by_seed_and_top_k_of_one_is_greedy(place: Path) -> Non
     assert turns("a.jsonl") != turns("answers.jsonl") == turns("d.jsonl")
 
 
-def test_a_killed_run_resumes_and_its_answers_stay(place: Path) -> None:
+def test_a_killed_run_resumes_and_keeps_its_finished_answers(place: Path) -> None:
     sampled = ("--temperature", "1.0")
     assert main(answer(*sampled, output="whole.jsonl", limit=9)) == 0
     command = [sys.executable, "-m", "zerotuning", *answer(*sampled, limit=80)]
@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_and_its_answers_stay(place: Path) -> None:
     assert turns("answers.jsonl")[:9] == turns("whole.jsonl")[:limit]
 
 
-def test_an_interrupted_batch_leaves_those_before_it(place: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_an_interruption_keeps_the_answers_of_earlier_batches(place: Path, monkeypatch: Any, capsys: Any) -> None:
     generate = LlamaForCausalLM.generate
     calls = []
 
@@ -120,7 +120,9 @@ def test_other_settings_and_finished_files_are_refused(place: Path, capsys: Any)
     assert main(answer("--overwrite", "--temperature", "0.5")) == 0
 
 
-def test_answers_end_where_the_context_does(place: Path, capsys: Any, tiny_tokenizer: Any, monkeypatch: Any) -> None:
+def test_answers_end_at_the_models_context_length(
+    place: Path, capsys: Any, tiny_tokenizer: Any, monkeypatch: Any
+) -> None:
     one, two = load_questions()[0].turns
     prompt = len(tiny_tokenizer(chat(one))["input_ids"])
 
@@ -163,7 +165,7 @@ def test_answers_end_where_the_context_does(place: Path, capsys: Any, tiny_token
         (("--output", "broken.jsonl"), "broken.jsonl:1: not JSON"),
     ],
 )
-def test_bad_input_to_answer_is_one_line(place: Path, capsys: Any, more: tuple[str, ...], said: str) -> None:
+def test_bad_input_to_mt_bench_answer_gets_one_line(place: Path, capsys: Any, more: tuple[str, ...], said: str) -> None:
     write_answers("questions.jsonl")
     Path("broken.jsonl").write_text('{"question_id": 81, "choi', encoding="utf-8")
     assert said in refusal(capsys, answer(*more))

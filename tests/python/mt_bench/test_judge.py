@@ -142,7 +142,7 @@ def test_the_client_tries_again_after_a_server_error(server: StandIn) -> None:
     assert len(server.requests) == 3
 
 
-def test_a_judge_that_goes_away_leaves_what_was_judged_and_the_command_resumes(server: StandIn, capsys: Any) -> None:
+def test_judgments_before_a_server_error_are_kept_and_the_command_resumes(server: StandIn, capsys: Any) -> None:
     write_answers()
     server.reply = lambda request, number: (401, "no such key") if number == 3 else (200, "[[2]]")
     assert "no such key" in refusal(capsys, judge(server.url))
@@ -179,7 +179,7 @@ def test_prompts_and_references_come_from_files_in_fastchats_format(server: Stan
     assert found[81, 2]["judge"] == ["referee", "single-v1-multi-turn"]
 
 
-def test_a_judge_that_cannot_be_reached_is_one_line(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_an_unreachable_judge_gets_one_line(place: Path, capsys: Any, monkeypatch: Any) -> None:
     pytest.importorskip("openai")
     write_answers()
     monkeypatch.setattr("openai._constants.INITIAL_RETRY_DELAY", 0.0)
@@ -190,7 +190,7 @@ def test_a_judge_that_cannot_be_reached_is_one_line(place: Path, capsys: Any, mo
     assert not Path("judged.jsonl").exists()
 
 
-def test_a_missing_client_names_the_extra(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_a_missing_openai_package_is_an_error_that_names_the_extra(place: Path, capsys: Any, monkeypatch: Any) -> None:
     write_answers()
     monkeypatch.setitem(sys.modules, "openai", None)
     assert 'pip install "zerotuning[mt-bench]"' in refusal(capsys, judge("http://127.0.0.1:9/v1"))

@@ -29,7 +29,7 @@ def by_hand(model: Any, tokenizer: Any, prompt: str, text: str) -> tuple[float, 
 
 
 @torch.no_grad()
-def test_the_proxy_is_named_one_and_equals_one_pass_a_token(
+def test_the_proxy_is_labelled_a_proxy_and_equals_one_forward_pass_per_token(
     place: Path, long_model: Any, tiny_tokenizer: Any, capsys: Any
 ) -> None:
     write_answers()
@@ -51,7 +51,7 @@ def test_the_proxy_is_named_one_and_equals_one_pass_a_token(
     assert (found["answers"], found["empty"], found["cut"]) == (4, 0, 0)
 
 
-def test_a_proxy_that_cannot_be_written_was_printed(place: Path, capsys: Any, monkeypatch: Any) -> None:
+def test_the_proxy_is_printed_even_if_its_file_cannot_be_written(place: Path, capsys: Any, monkeypatch: Any) -> None:
     def full(*arguments: Any) -> None:
         raise ZeroTuningError("cannot write proxy.json: No space left on device")
 

@@ -26,13 +26,15 @@ from mt_bench_commands import judge, proxy, refusal
     ],
 )
 @pytest.mark.parametrize("part", ["judge", "proxy"])
-def test_answers_of_another_shape_are_one_line(place: Path, capsys: Any, part: str, record: Any, said: str) -> None:
+def test_malformed_answers_files_are_refused_with_one_line(
+    place: Path, capsys: Any, part: str, record: Any, said: str
+) -> None:
     Path("answers.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
     # Read before the client is looked for.
     command = judge("http://127.0.0.1:9/v1") if part == "judge" else proxy()
     assert said in refusal(capsys, command)
 
 
-def test_a_missing_answers_file_is_one_line(place: Path, capsys: Any) -> None:
+def test_a_missing_answers_file_is_refused_with_one_line(place: Path, capsys: Any) -> None:
     assert "answers.jsonl does not exist" in refusal(capsys, judge("http://127.0.0.1:9/v1"))
     assert "answers.jsonl does not exist" in refusal(capsys, proxy())

@@ -114,7 +114,7 @@ def test_a_bad_argument_gets_one_error_that_names_it(operator, message, device) 
     assert message in str(raised.value)
 
 
-def test_what_a_backward_pass_gets_is_checked(device) -> None:
+def test_the_backward_operator_checks_its_arguments(device) -> None:
     inputs = random_inputs((2, 4, 2, 9, 9, 16, 24), torch.float32)
     output, logsumexp = ops.attention(*inputs)
     rest = (None, None, None, 0, 0.25)

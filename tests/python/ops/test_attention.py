@@ -55,7 +55,7 @@ def test_left_padding_scales_the_first_real_token_of_each_sample(dtype) -> None:
     check(random_inputs((2, 2, 1, 1300, 1300, 16, 16), dtype), key_mask=long)
 
 
-def test_a_padded_sample_gives_what_it_gives_alone() -> None:
+def test_a_padded_sample_gives_the_same_output_as_without_padding() -> None:
     torch.manual_seed(3)
     query, key, value, log_scale = random_inputs((1, 4, 2, 40, 40, 64, 64), torch.float32)
     alone = ops.attention(query[:, :, 15:], key[:, :, 15:], value[:, :, 15:], log_scale)[0]
@@ -65,7 +65,7 @@ def test_a_padded_sample_gives_what_it_gives_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masks_with_holes_and_samples_without_any_real_key(dtype) -> None:
+def test_masks_with_holes_and_samples_without_real_keys_equal_the_formula(dtype) -> None:
     torch.manual_seed(4)
     mask = torch.rand(3, 61) > 0.4
     mask[1] = False

@@ -34,7 +34,7 @@ def test_one_query_against_a_cache_equals_the_formula(dtype, size, heads, device
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 40), (1, 3000), (5, 900), (17, 30)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_decoding_step_s_output_as_models_go_on_with_it(rows, keys, dtype) -> None:
+def test_the_transposed_decode_output_is_contiguous_and_equal(rows, keys, dtype) -> None:
     inputs = random_inputs((2, 4, 2, rows, keys, 64, 64), dtype)
     output = ops.decode_attention_transposed(*inputs, ops.Geometry(), None)
     assert output.is_contiguous()

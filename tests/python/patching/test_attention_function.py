@@ -49,7 +49,7 @@ def test_a_causal_mask_of_the_callers_own_gives_the_same_logits() -> None:
 
 
 @pytest.mark.parametrize("hidden", [-1e4, -65504.0, -1e9, torch.finfo(torch.float32).min, -math.inf])
-def test_an_additive_mask_hides_keys_by_any_large_number_and_its_biases_count(hidden) -> None:
+def test_an_additive_mask_hides_keys_by_large_numbers_and_adds_its_biases(hidden) -> None:
     model = small_model("llama", num_hidden_layers=1)
     plain = copy.deepcopy(model)
     scales = random_scales(patch(model))
@@ -89,7 +89,7 @@ def test_a_sliding_mask_of_the_callers_own_gives_the_same_logits_as_the_models()
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt_neox"])
-def test_under_autocast_a_patched_model_is_patched_runs_trains_and_generates_as_before(kind) -> None:
+def test_patching_evaluation_training_and_generation_work_under_autocast(kind) -> None:
     model = small_model(kind)
     ids, mask, positions = left_padded([20, 9])
     arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}

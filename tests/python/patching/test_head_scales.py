@@ -43,7 +43,7 @@ def test_counts_and_metadata_of_another_kind_are_refused() -> None:
         HeadScales([[1.0]], metadata=5)
 
 
-def test_a_result_is_not_overwritten_unasked(tmp_path) -> None:
+def test_saved_scales_are_not_overwritten_without_overwrite(tmp_path) -> None:
     HeadScales.ones(2, 2).save_pretrained(tmp_path)
     with pytest.raises(ZeroTuningError, match="already holds head scales"):
         HeadScales.ones(3, 3).save_pretrained(tmp_path)

@@ -20,7 +20,7 @@ from zerotuning.patching.patch import (
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_padding_on_either_side_changes_nothing(kind) -> None:
+def test_padding_on_either_side_does_not_change_the_logits(kind) -> None:
     model = patch(small_model(kind))
     apply_scales(model, random_scales(model))
     ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(2))
@@ -44,7 +44,7 @@ def test_padding_on_either_side_changes_nothing(kind) -> None:
 @pytest.mark.parametrize("beyond", [0, 5])
 @pytest.mark.parametrize("later", [0, 2], ids=["last", "not last"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_the_mask_of_a_step_is_the_same_with_positions_on_the_host_and_on_the_device(
+def test_a_decode_mask_is_the_same_with_positions_on_the_host_and_on_the_device(
     device, keys, rows, later, beyond, dtype
 ) -> None:
     several = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1, keys])[:, None]).to(device, dtype)
@@ -127,7 +127,7 @@ def test_a_prompt_read_in_chunks_equals_one_read_at_once() -> None:
         torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-def test_a_hole_left_by_right_padding_is_not_seen_by_what_follows() -> None:
+def test_tokens_after_right_padding_do_not_attend_to_the_padding() -> None:
     model = patch(small_model("llama"))
     apply_scales(model, random_scales(model))
     ids = torch.randint(3, 128, (1, 10), generator=torch.Generator().manual_seed(4))
@@ -158,7 +158,7 @@ def test_packed_sequences_each_have_an_initial_token() -> None:
         torch.testing.assert_close(packed, torch.cat((first, second), 1), rtol=1e-4, atol=1e-4)
 
 
-def test_a_key_that_is_hidden_begins_no_sequence() -> None:
+def test_a_hidden_key_is_not_the_first_of_a_packed_sequence() -> None:
     model = patch(small_model("llama"))
     ids = torch.randint(3, 128, (1, 12), generator=torch.Generator().manual_seed(8))
     hole = torch.ones_like(ids)

@@ -15,7 +15,7 @@ from zerotuning.patching.packed_mask import read_packed_mask
 LENGTH = 24
 
 
-def test_transformers_older_composition_without_positions_is_read() -> None:
+def test_masks_that_older_transformers_compose_without_positions_are_read() -> None:
     numbers, _ = numbers_and_positions(PACKINGS["uneven_rows"])
     same = masking_utils.packed_sequence_mask_function(numbers)
     windowed = masking_utils.sliding_window_causal_mask_function(5)
@@ -70,7 +70,7 @@ def test_other_masks_are_not_read_as_packed(name) -> None:
     assert read_packed_mask(other_masks()[name], None, 1, LENGTH, "cpu") is None
 
 
-def test_factories_that_another_transformers_gave_another_meaning_are_not_read(monkeypatch) -> None:
+def test_mask_functions_changed_by_another_transformers_version_are_not_read(monkeypatch) -> None:
     numbers, positions = numbers_and_positions([[11, 13]])
 
     def inclusive(window: int) -> Any:

@@ -28,7 +28,7 @@ def logits_alone(model: Any, embeddings: Tensor, lengths: Sequence[Sequence[int]
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_model_gives_each_sequence_what_it_gives_it_alone_and_the_same_gradients(kind, packing) -> None:
+def test_packed_sequences_give_the_logits_and_gradients_of_each_sequence_alone(kind, packing) -> None:
     model = patch(small_model(kind))
     if kind != "deepseek_v3":  # whose experts have no float64
         model.double()
@@ -77,7 +77,7 @@ def test_no_tensor_grows_with_the_square_of_the_length(kind) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_the_layout_is_made_once_a_mask_and_checkpointing_gives_the_same_gradients(monkeypatch, reentrant) -> None:
+def test_the_layout_is_made_once_per_mask_and_checkpointing_gives_the_same_gradients(monkeypatch, reentrant) -> None:
     model = patch(
         small_model("gemma3_text", num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2)
     )
@@ -129,7 +129,7 @@ def test_scaled_keys_of_a_packed_row_equal_those_of_its_sequences() -> None:
     torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_flattening_collators_sequence_lengths_change_nothing() -> None:
+def test_sequence_lengths_of_a_flattening_collator_do_not_change_the_logits() -> None:
     model = patch(small_model("llama"))
     apply_scales(model, random_scales(model))
     ids, positions = ids_of([[11, 13]])

@@ -23,7 +23,7 @@ from zerotuning.patching.patch import (
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_gamma_1_gives_what_sdpa_gives_and_unpatch_gives_it_exactly(kind) -> None:
+def test_gamma_1_equals_sdpa_and_unpatching_restores_sdpa_exactly(kind) -> None:
     model = small_model(kind)
     ids, mask, positions = left_padded([20, 9])
     arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
@@ -84,7 +84,7 @@ def test_a_part_that_is_patched_must_be_unpatched_before_the_whole_is_patched() 
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_applying_scales_switches_the_attention_again_that_something_else_switched_off() -> None:
+def test_applying_scales_restores_the_attention_that_another_library_replaced() -> None:
     model = patch(small_model("llama"))
     scales = random_scales(model)
     ids, mask, _ = left_padded([20])

@@ -72,7 +72,7 @@ def test_an_encoder_decoder_is_refused() -> None:
         patch(transformers.T5ForConditionalGeneration(config))
 
 
-def test_partial_tunes_the_attention_layers_of_a_hybrid_and_refuses_scales_for_the_others() -> None:
+def test_a_partial_patch_tunes_a_hybrids_attention_layers_and_refuses_scales_for_others() -> None:
     model = small_model("lfm2", layer_types=["conv", "full_attention"])
     patch(model, partial=True)
     gamma = torch.ones(patched_shape(model))
@@ -87,7 +87,7 @@ def test_partial_tunes_the_attention_layers_of_a_hybrid_and_refuses_scales_for_t
         apply_scales(model, HeadScales(gamma))
 
 
-def test_the_probe_leaves_training_mode_and_random_numbers_alone() -> None:
+def test_the_probe_preserves_training_mode_and_random_state() -> None:
     model = small_model("llama").train()
     torch.manual_seed(1)
     want = torch.rand(2)

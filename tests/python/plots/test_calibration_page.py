@@ -35,7 +35,7 @@ def texts_of(svg: Path) -> str:
         ({"objective": "information"}, ["films · gradient · information · 10 examples"]),
     ],
 )
-def test_the_page_names_what_it_shows(
+def test_the_page_has_titles_axes_and_the_expected_texts(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, options: dict[str, Any], expected: list[str]
 ) -> None:
     import matplotlib
@@ -74,7 +74,7 @@ def test_labels_of_any_letters_are_drawn_as_they_are_without_a_warning(
     assert texts_of(tmp_path / "page.svg").count("$x_{$") == 4
 
 
-def test_a_page_that_cannot_be_drawn_leaves_a_finished_result(
+def test_a_calibration_succeeds_even_if_its_page_cannot_be_drawn(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     def broken(*arguments: Any) -> None:
@@ -88,7 +88,7 @@ def test_a_page_that_cannot_be_drawn_leaves_a_finished_result(
     assert "calibration_state.json" not in held
 
 
-def test_without_matplotlib_there_is_a_result_and_no_picture(
+def test_without_matplotlib_a_calibration_succeeds_without_a_picture(
     tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     for module in ("calibration.calibrate", "plots.style"):

@@ -49,7 +49,7 @@ def test_the_picture_pairs_each_cell_with_the_log_of_its_gamma() -> None:
     np.testing.assert_allclose(heights, np.abs(log2_gamma * np.log(2)).mean(axis=1))
 
 
-def test_colours_reach_further_where_scales_do_and_are_named_as_fractions() -> None:
+def test_the_colour_range_follows_the_scales_and_its_ticks_are_fractions() -> None:
     def labels(gamma: float) -> list[str]:
         figure = head_map._draw(np.full((4, 4), np.log2(gamma)), "title")
         return [text.get_text() for text in figure.axes[2].get_yticklabels()]
@@ -77,7 +77,7 @@ def test_the_title_names_task_method_and_model() -> None:
     assert title_of(spread_scales(2, 2)) == "sst2 · gradient · tiny.gguf"
 
 
-def test_pyplot_is_left_alone(tmp_path: Path) -> None:
+def test_drawing_does_not_use_pyplots_global_state(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
     plot_head_map(spread_scales(3, 2), tmp_path / "map.png")
     assert ("matplotlib.pyplot" in sys.modules) == before
@@ -90,7 +90,7 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path: Path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+def test_a_picture_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ZeroTuningError, match="cannot write"):
         plot_head_map(spread_scales(3, 2), tmp_path / "missing" / "map.png")
     assert not list(tmp_path.iterdir())

@@ -43,13 +43,13 @@ def test_every_method_is_judged_on_the_same_examples_and_a_second_run_measures_n
     assert json.loads(written)["study"] == "baselines"
 
 
-def test_parts_choose_the_methods(setting: Setting) -> None:
+def test_the_parts_argument_selects_the_methods(setting: Setting) -> None:
     setting.parts = ("untuned", "label-bias")
     rows = run_study("baselines", setting).rows
     assert [row["key"]["method"] for row in rows] == ["untuned", "label-bias"]
 
 
-def test_what_is_chosen_is_never_worse_on_the_validation_examples(setting: Setting) -> None:
+def test_a_chosen_temperature_is_never_worse_on_the_validation_examples(setting: Setting) -> None:
     complete = setting.with_defaults({"small": None})  # type: ignore[dict-item]
     draw = Draw(complete, "sst2", 0)
     outcome = METHODS["temperature"].run(draw)
@@ -60,7 +60,7 @@ def test_what_is_chosen_is_never_worse_on_the_validation_examples(setting: Setti
     assert after <= before + 1e-5
 
 
-def test_head_slopes_are_the_losses_of_small_shares(setting: Setting) -> None:
+def test_head_slopes_equal_finite_differences_of_the_loss(setting: Setting) -> None:
     complete = setting.with_defaults({"small": None})  # type: ignore[dict-item]
     draw = Draw(complete, "sst2", 0)
     found = draw.head_slopes(lambda batch: Temperature(3.0))

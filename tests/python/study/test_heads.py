@@ -14,7 +14,7 @@ from zerotuning.study.runner import study
 from zerotuning.tasks.task import Task
 
 
-def test_groups_of_heads_get_the_gamma_of_their_direction(setting: Setting) -> None:
+def test_each_group_of_heads_gets_the_gamma_of_its_direction(setting: Setting) -> None:
     rows = run_study("heads", setting).rows
     task = Task.load("sst2")
     validation = setting.with_defaults(study("heads").numbers).drawn("sst2", 0)
@@ -33,7 +33,7 @@ def test_groups_of_heads_get_the_gamma_of_their_direction(setting: Setting) -> N
     assert check["high"] == pytest.approx(formula_figures(setting, task, validation, log_scale, initial)[1], abs=2e-4)
 
 
-def test_checked_heads_and_groups_are_what_their_names_say() -> None:
+def test_checked_heads_and_groups_match_their_names() -> None:
     assert checked_heads((2, 3), 2) == [(0, 0), (1, 2)]
     assert len(checked_heads((2, 3), 99)) == 6
     slopes = np.array([[-1.0, 2.0, 0.0]])

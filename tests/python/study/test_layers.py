@@ -14,7 +14,7 @@ from zerotuning.study.runner import study
 from zerotuning.tasks.task import Task
 
 
-def test_layers_move_the_loss_as_the_formula_says(setting: Setting) -> None:
+def test_layer_losses_equal_the_formula(setting: Setting) -> None:
     rows = run_study("layers", setting).rows
     task = Task.load("sst2")
     test = setting.with_defaults(study("layers").numbers).tests("sst2", 0)

@@ -55,7 +55,7 @@ def position_row(task: str, seed: int, position: str, gain: float) -> dict[str, 
     return {"key": key, "slope_norm": 1.0, **gains}
 
 
-def test_the_positions_table_says_where_the_initial_token_leads_and_where_not() -> None:
+def test_the_positions_table_shows_where_the_initial_token_leads_and_where_not() -> None:
     rows = []
     for place, task in enumerate(("a", "b", "c")):
         for seed in range(3):
@@ -73,7 +73,7 @@ def test_the_positions_table_says_where_the_initial_token_leads_and_where_not() 
     assert "ahead" not in one_draw
 
 
-def test_the_step_has_one_size_and_goes_down() -> None:
+def test_the_gradient_step_has_a_fixed_length_and_descends() -> None:
     slopes = np.array([[3.0, -4.0], [0.0, 0.0]])
     step = step_down(slopes)
     assert np.sqrt(np.mean(step**2)) == pytest.approx(0.3)

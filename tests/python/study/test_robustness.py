@@ -35,7 +35,7 @@ def setting(tmp_path: Path, tiny_model: Any, tiny_tokenizer: Any) -> Setting:
     )
 
 
-def test_every_part_measures_the_same_examples_untuned_and_tuned_and_a_second_run_tunes_nothing(
+def test_every_part_measures_equal_examples_untuned_and_tuned_and_a_second_run_tunes_nothing(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(GRIDS, "small", dataclasses.replace(GRIDS["small"], own_shots=(1,), context=(0, 500)))

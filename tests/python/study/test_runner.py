@@ -61,7 +61,7 @@ def name(request: Any) -> str:
     return request.param
 
 
-def test_an_interrupted_study_goes_on_to_the_same_bytes_and_measures_no_row_twice(
+def test_an_interrupted_study_resumes_to_the_same_bytes_and_measures_no_row_twice(
     name: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -121,7 +121,7 @@ def test_rows_of_other_weights_under_the_same_name_are_refused(setting: Setting,
     assert json.loads(path.read_text("utf-8"))["weights"] != other
 
 
-def test_rows_of_the_small_size_are_not_taken_for_those_of_the_full_one(setting: Setting) -> None:
+def test_rows_of_the_small_and_the_full_size_have_different_keys(setting: Setting) -> None:
     for name in ("positions", "heads"):
         keys = {}
         for size in ("small", "full"):
@@ -131,7 +131,7 @@ def test_rows_of_the_small_size_are_not_taken_for_those_of_the_full_one(setting:
         assert keys["small"].isdisjoint(keys["full"])
 
 
-def test_the_command_goes_through_a_saved_model(
+def test_the_study_command_runs_on_a_saved_model(
     model: Any, tiny_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model.save_pretrained(tmp_path / "model")
@@ -171,7 +171,7 @@ def test_bad_input_of_the_command_is_one_line_and_exit_code_2(
     assert not list(out.glob("*")) if out.exists() else True
 
 
-def test_unknown_names_and_numbers_are_refused_with_what_is_known() -> None:
+def test_unknown_names_and_numbers_are_refused_with_the_accepted_ones() -> None:
     with pytest.raises(
         ZeroTuningError, match=r"unknown study 'layer', did you mean 'layers'\? \(known studies: positions,"
     ):

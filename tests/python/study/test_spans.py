@@ -41,7 +41,7 @@ def words(begin: bool = False) -> Any:
         ("content", [(7, 13), (7, 12)]),  # "a b c By : d", "a By : d e"
     ],
 )
-def test_each_position_is_where_a_count_by_hand_finds_it(position: str, expected: list[tuple[int, int]]) -> None:
+def test_positions_of_spans_equal_a_count_by_hand(position: str, expected: list[tuple[int, int]]) -> None:
     tokenizer = words()
     assert [len(tokenizer(FILMS.render(record).text)["input_ids"]) for record in RECORDS] == LENGTHS
     assert find_spans(position, FILMS, RECORDS, tokenizer, LENGTHS, (0,)) == expected

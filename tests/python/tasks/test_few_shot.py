@@ -58,7 +58,7 @@ def test_a_draw_gives_every_label_its_share_and_smaller_draws_begin_larger_ones(
     assert draw_shots(task, records, 16, seed + 1) != drawn
 
 
-def test_labels_whose_records_run_out_leave_their_place_to_others() -> None:
+def test_other_labels_fill_the_places_of_labels_that_run_out_of_records() -> None:
     records = [{"text": f"film {i}", "label": int(i == 3)} for i in range(6)]
     drawn = draw_shots(FILMS, records, 6)
     assert sorted(record["text"] for record in drawn) == [f"film {i}" for i in range(6)]
@@ -85,12 +85,14 @@ def test_choices_and_continuations_are_drawn_without_regard_to_labels() -> None:
         (1, -1, "shot seed must be an integer of at least 0, got -1"),
     ],
 )
-def test_a_draw_that_cannot_be_is_refused(count: Any, seed: int, problem: str) -> None:
+def test_an_impossible_draw_is_refused(count: Any, seed: int, problem: str) -> None:
     with pytest.raises(ZeroTuningError, match=f"^{problem}$"):
         draw_shots(FILMS, RECORDS, count, seed)
 
 
-def test_calibration_leaves_shots_and_their_doubles_out(tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_calibration_excludes_the_shots_and_their_duplicates(
+    tiny_model: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     shots = [RECORDS[0], RECORDS[5]]
     task = FILMS.with_shots(shots)
     records = [*RECORDS, dict(RECORDS[5])]

@@ -48,12 +48,12 @@ def test_choices_of_several_columns() -> None:
     assert (prompt.text, prompt.label) == ("Question: to open a jar\nA. twist\nB. sing\nAnswer:", 0)
 
 
-def test_choices_with_letters_before_them_lose_these() -> None:
+def test_letters_before_choices_are_removed() -> None:
     (prompt,) = rows_of("aqua", [{"question": "2 + 2?", "options": ["A)3", "B) 4 ", "C)5"], "correct": "B"}])
     assert (prompt.text, prompt.label) == ("Question: 2 + 2?\nA. 3\nB. 4\nC. 5\nAnswer:", 1)
 
 
-def test_choices_in_one_text_are_found() -> None:
+def test_choices_within_one_text_are_split() -> None:
     options = "a ) 38 , b ) 27 , 675 , c ) data (d) inadequate , d ) x , e ) none of these"
     (prompt,) = rows_of("math_qa", [{"Problem": "How many?", "options": options, "correct": "e"}])
     assert prompt.text == (
@@ -105,7 +105,7 @@ def test_a_local_folder_is_read_through_the_same_function(folder: Path, tiny_mod
         hub_examples(task, f"hub:{folder}:dev", "test")
 
 
-def test_names_are_taken_apart() -> None:
+def test_hub_names_are_split_into_repository_configuration_and_split() -> None:
     assert is_hub_name("hub")
     assert is_hub_name("hub:a/b")
     assert not is_hub_name("hub.jsonl")
@@ -119,7 +119,7 @@ def test_names_are_taken_apart() -> None:
         hub_examples(Task("mine", "{text}", (" a", " b")), "hub", "test")
 
 
-def test_without_the_package_the_extra_is_named(monkeypatch: Any) -> None:
+def test_a_missing_datasets_package_is_an_error_that_names_the_extra(monkeypatch: Any) -> None:
     find = importlib.util.find_spec
     missing = lambda name, *more: None if name == "datasets" else find(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", missing)
@@ -128,7 +128,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: Any) -> None:
         hub_examples(Task.load("subj"), "hub", "test")
 
 
-def test_without_a_network_a_file_is_asked_for_at_once(monkeypatch: Any, tmp_path: Path) -> None:
+def test_without_a_network_the_error_asks_for_a_file_without_retries(monkeypatch: Any, tmp_path: Path) -> None:
     import huggingface_hub
 
     def unreachable(*arguments: Any, **options: Any) -> None:

@@ -31,5 +31,5 @@ def test_letters_make_a_list_of_the_examples_own_choices() -> None:
         ("{text} {label}", "{label} would show the model the answer"),
     ],
 )
-def test_a_template_that_makes_no_sense_is_refused(prompt: str, problem: str) -> None:
+def test_a_malformed_template_is_refused(prompt: str, problem: str) -> None:
     assert problem in one_line_error(Task, "t", prompt, (" a", " b"))

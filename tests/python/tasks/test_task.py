@@ -166,7 +166,7 @@ def test_a_task_of_the_users_own_has_no_builtin_examples_even_under_a_builtin_na
     assert "no built-in examples" in one_line_error(task.examples)
 
 
-def test_a_continuation_takes_the_place_of_labels(tmp_path: Path) -> None:
+def test_a_task_has_either_a_continuation_or_labels(tmp_path: Path) -> None:
     text = 'name: t\nprompt: "Q: {question}\\nA:"\ncontinuation: " {answer} ({year})"\n'
     task = Task.load(task_file(tmp_path, text))
     prompt = task.render({"question": "who?", "answer": "{me}", "year": 7}, require_label=True)

@@ -49,7 +49,7 @@ def all_scores(scorer: LabelScorer) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_chat_scores_the_templates_text_with_labels_that_lost_their_space(
+def test_a_chat_scores_the_templates_text_with_labels_without_leading_space(
     tiny_model: Any, chat_tokenizer: Any
 ) -> None:
     task = with_options(FILMS, chat=True).with_shots([{"text": "long", "label": 2}, {"text": "bad", "label": 0}])
@@ -71,7 +71,7 @@ def test_a_chat_scores_the_templates_text_with_labels_that_lost_their_space(
     torch.testing.assert_close(all_scores(scorer), expected.log_softmax(-1), atol=1e-4, rtol=0)
 
 
-def test_a_template_that_writes_the_special_tokens_gets_no_others(tiny_model: Any) -> None:
+def test_special_tokens_are_not_added_to_a_template_that_writes_them(tiny_model: Any) -> None:
     words = ["<unk>", "<s>", "</s>", "Review:", "good", "yes", "no"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -93,7 +93,7 @@ def test_a_tokenizer_without_a_template_is_named(tiny_model: Any, tiny_tokenizer
         LabelScorer(tiny_model, tokenizer, with_options(FILMS, chat=True), RECORDS)
 
 
-def test_a_template_that_refuses_gives_its_reason(tiny_model: Any, chat_tokenizer: Any) -> None:
+def test_an_error_raised_by_a_chat_template_is_shown(tiny_model: Any, chat_tokenizer: Any) -> None:
     chat_tokenizer.chat_template = "{{ raise_exception('no users here') }}"
     with pytest.raises(ZeroTuningError, match="refuses the prompt: no users here"):
         LabelScorer(tiny_model, chat_tokenizer, with_options(FILMS, chat=True), RECORDS)
@@ -123,7 +123,7 @@ def test_the_mean_divides_by_the_labels_tokens(tiny_model: Any, tiny_tokenizer: 
 
 
 @torch.no_grad()
-def test_the_first_token_is_scored_alone(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_first_token_scoring_uses_only_the_first_token_of_each_label(tiny_model: Any, tiny_tokenizer: Any) -> None:
     expected = torch.stack(
         [
             torch.stack(
@@ -162,7 +162,9 @@ def test_a_cut_prompt_keeps_as_much_of_its_end_as_fits(tiny_model: Any, tiny_tok
     assert scorer.examples[1].labels == plain.examples[0].labels
 
 
-def test_what_the_tokenizer_puts_first_stays(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_a_cut_prompt_keeps_the_tokenizers_special_tokens_at_its_beginning(
+    tiny_model: Any, tiny_tokenizer: Any
+) -> None:
     tokenizer = copy.deepcopy(tiny_tokenizer)
     end = tokenizer.convert_tokens_to_ids("<end>")
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -175,7 +177,7 @@ def test_what_the_tokenizer_puts_first_stays(tiny_model: Any, tiny_tokenizer: An
     assert tokenizer.decode(example.prompt[1:]).endswith(" good good\nSentiment:")
 
 
-def test_whole_shots_go_first_and_the_oldest_before_the_others(tiny_model: Any, tiny_tokenizer: Any) -> None:
+def test_truncation_drops_whole_shots_before_text_the_oldest_first(tiny_model: Any, tiny_tokenizer: Any) -> None:
     shots = [{"text": f"{name} " + "good " * 60, "label": 0} for name in ("one", "two", "three", "four")]
     record = {"text": "far too long", "label": 1}
     (example,) = LabelScorer(tiny_model, tiny_tokenizer, FILMS.with_shots(shots), [record], truncate=True).examples
