@@ -34,51 +34,35 @@ Tensor encode_key_mask(Tensor key_mask, int64_t keys, int64_t query_start) {
 
 }  // namespace
 
+// Parts of schemas. Macros, because the compiler joins adjacent string literals.
+#define TENSORS "Tensor query, Tensor key, Tensor value, Tensor log_scale"
+#define GEOMETRY "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale"
+#define BACKWARD_ARGUMENTS \
+  "Tensor grad_output, " TENSORS ", Tensor output, Tensor logsumexp, " GEOMETRY
+#define FORWARD_RESULTS "(Tensor output, Tensor logsumexp, Tensor output_minus_initial_value)"
+#define GRADIENTS "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)"
+
 STABLE_TORCH_LIBRARY(zerotuning, library) {
-  library.def(
-      "attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? key_mask, "
-      "Tensor? span, "
-      "Tensor? query_start, int window, float scale) -> (Tensor output, Tensor logsumexp)");
-  library.def(
-      "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor "
-      "log_scale, Tensor output, "
-      "Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float "
-      "scale, Tensor? output_minus_initial_value=None) -> "
-      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
-  library.def(
-      "decode_attention(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
-      "key_mask, Tensor? span, "
-      "Tensor? query_start, int window, float scale) -> Tensor");
-  // Its output as models go on with it, [B, Tq, H, Dv].
-  library.def(
-      "_decode_attention_transposed(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
-      "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> Tensor");
-  // What is kept for a gradient: with the output_minus_initial_value (ops/attention_cuda.h), [0]
-  // where none is needed.
-  library.def(
-      "_attention_with_output_minus_initial_value(Tensor query, Tensor key, Tensor value, Tensor "
-      "log_scale, Tensor? "
-      "key_mask, Tensor? span, Tensor? query_start, int window, float scale) -> (Tensor output, "
-      "Tensor logsumexp, Tensor output_minus_initial_value)");
+  library.def("attention(" TENSORS ", " GEOMETRY ") -> (Tensor output, Tensor logsumexp)");
+  library.def("attention_backward(" BACKWARD_ARGUMENTS
+              ", Tensor? output_minus_initial_value=None) -> " GRADIENTS);
+  library.def("decode_attention(" TENSORS ", " GEOMETRY ") -> Tensor");
+  // decode_attention with its output as [B, Tq, H, Dv], the layout that a model's output projection
+  // reads.
+  library.def("_decode_attention_transposed(" TENSORS ", " GEOMETRY ") -> Tensor");
+  // attention for a call that needs gradients. output_minus_initial_value (ops/attention_cuda.h) is
+  // [0] if backward does not need it.
+  library.def("_attention_with_output_minus_initial_value(" TENSORS ", " GEOMETRY
+              ") -> " FORWARD_RESULTS);
   // The key mask of a decode step, int64 [B, 1, words, 1] (attention/key_mask_layout.h).
   library.def("_encode_key_mask(Tensor key_mask, int keys, int query_start) -> Tensor");
   // Routes by number (ops/attention_cpu.h, ops/attention_cuda.h, attention/cuda_decode.h), for
   // tests and benchmarks.
-  library.def(
-      "_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, Tensor? "
-      "key_mask, Tensor? span, Tensor? query_start, int window, float scale, bool "
-      "output_minus_initial_value, int "
-      "route) -> (Tensor output, Tensor logsumexp, Tensor output_minus_initial_value)");
-  library.def(
-      "_attention_backward_by_route(Tensor grad_output, Tensor query, Tensor key, Tensor value, "
-      "Tensor log_scale, Tensor output, Tensor logsumexp, Tensor? key_mask, Tensor? span, Tensor? "
-      "query_start, int window, float scale, Tensor? output_minus_initial_value, int route) -> "
-      "(Tensor grad_query, "
-      "Tensor grad_key, Tensor grad_value, Tensor grad_log_scale)");
-  library.def(
-      "_decode_attention_by_route(Tensor query, Tensor key, Tensor value, Tensor log_scale, "
-      "Tensor? key_mask, Tensor? span, Tensor? query_start, int window, float scale, int route) -> "
-      "Tensor");
+  library.def("_attention_by_route(" TENSORS ", " GEOMETRY
+              ", bool output_minus_initial_value, int route) -> " FORWARD_RESULTS);
+  library.def("_attention_backward_by_route(" BACKWARD_ARGUMENTS
+              ", Tensor? output_minus_initial_value, int route) -> " GRADIENTS);
+  library.def("_decode_attention_by_route(" TENSORS ", " GEOMETRY ", int route) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zerotuning, CPU, library) {
