@@ -269,6 +269,33 @@ def test_two_processes_find_the_scales_of_one(place: Path, objective: str, metho
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+SLOW_WRITER = """
+import importlib, time
+from pathlib import Path
+import zerotuning as zt
+from zerotuning.models import process_group
+
+calibrate = importlib.import_module("zerotuning.calibration.calibrate")
+
+def slowly(*arguments, write=calibrate._write_result):
+    time.sleep(3)
+    write(*arguments)
+
+calibrate._write_result = slowly
+process_group.join_process_group("cpu")
+model, tokenizer = zt.load_model("model", device="cpu")
+zt.calibrate(model, tokenizer, "task.yaml", records="data.jsonl", steps=1, output="out")
+print(f"written: {Path('out/report.json').exists()}")
+process_group.leave_process_group()
+"""
+
+
+def test_calibrate_returns_in_each_process_only_after_the_main_process_has_written(place: Path) -> None:
+    (place / "slow_writer.py").write_text(SLOW_WRITER, encoding="utf-8")
+    together = torchrun(place, "slow_writer.py")
+    assert together.stdout.count("written: True") == 2, together.stderr
+
+
 def test_bad_input_ends_all_processes(place: Path) -> None:
     together = torchrun(place, "-m", "zerotuning", *command("two", "--layers", "9"))
     assert together.returncode != 0

@@ -11,9 +11,9 @@ import parallel_figures
 import pytest
 import torch
 import zerotuning as zt
+from refusals import one_line_error
 from zerotuning import ops
 from zerotuning.cli.main import main
-from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation.cuda_graphs import supports_recording
 from zerotuning.models.device_maps import input_device, is_offloaded
 from zerotuning.patching.layer_scales import LayerScales
@@ -90,22 +90,14 @@ def test_loading_with_a_device_map_prints_nothing(folder: Path, capfd: pytest.Ca
 # Refusals.
 
 
-def load_error(folder: Path, **arguments: Any) -> str:
-    with pytest.raises(ZeroTuningError) as caught:
-        zt.load_model(folder, **arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 def test_a_map_and_a_device_exclude_each_other(folder: Path) -> None:
-    message = load_error(folder, device="cpu", device_map="auto")
+    message = one_line_error(zt.load_model, folder, device="cpu", device_map="auto")
     assert message == "device and device_map each place the model: give one of them"
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", {"": "nowhere"}, {"": None}, 1.5, True])
 def test_a_wrong_device_map_is_named_with_the_accepted_ones(folder: Path, wrong: Any) -> None:
-    message = load_error(folder, device_map=wrong)
+    message = one_line_error(zt.load_model, folder, device_map=wrong)
     assert message.startswith(
         "device_map must be one of auto, balanced, balanced_low_0, sequential, a device, or a map"
     )
@@ -113,25 +105,26 @@ def test_a_wrong_device_map_is_named_with_the_accepted_ones(folder: Path, wrong:
 
 def test_a_map_that_leaves_parts_out_is_an_error_that_names_the_model(folder: Path) -> None:
     assert (
-        load_error(folder, device_map={}) == "device_map must give every part of the model a device, got an empty one"
+        one_line_error(zt.load_model, folder, device_map={})
+        == "device_map must give every part of the model a device, got an empty one"
     )
     partial = {"model.embed_tokens": "cpu", "model.norm": "disk"}
-    assert f"cannot load model {folder}: ValueError: " in load_error(folder, device_map=partial)
+    assert f"cannot load model {folder}: ValueError: " in one_line_error(zt.load_model, folder, device_map=partial)
 
 
 def test_parts_of_a_gguf_model_do_not_go_to_the_disk(tmp_path: Path) -> None:
-    assert load_error(tmp_path / "a.gguf", device_map={"": "disk"}) == (
+    assert one_line_error(zt.load_model, tmp_path / "a.gguf", device_map={"": "disk"}) == (
         "device_map: transformers cannot offload a .gguf model to the disk"
     )
 
 
 def test_a_missing_gpu_and_a_missing_package_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "asks for a GPU, but torch sees none" in load_error(folder, device_map={"": 0})
+    assert "asks for a GPU, but torch sees none" in one_line_error(zt.load_model, folder, device_map={"": 0})
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     wanted = 'device_map needs the package accelerate: pip install "zerotuning[device-map]"'
-    assert load_error(folder, device_map="auto") == wanted
+    assert one_line_error(zt.load_model, folder, device_map="auto") == wanted
 
 
 # The command line.

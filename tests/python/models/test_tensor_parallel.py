@@ -15,7 +15,6 @@ from transformers import GPT2Config, LlamaConfig
 from zerotuning import ops
 from zerotuning.errors import ZeroTuningError
 from zerotuning.models import tensor_parallel
-from zerotuning.models.process_group import Processes
 from zerotuning.patching.head_scales import HeadScales
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -157,66 +156,6 @@ def test_a_model_without_a_plan_or_with_heads_that_cannot_be_shared_is_named() -
     tensor_parallel.check_plan("m", config, 2)
     with pytest.raises(ZeroTuningError, match=r"divide the 8 heads and 2 key/value heads of model m, got 4$"):
         tensor_parallel.check_plan("m", config, 4)
-
-
-# Processes.
-
-
-def test_processes_that_share_a_model_each_get_every_example() -> None:
-    together = Processes(share_model=True)
-    together.rank, together.count = 1, 2
-    assert list(together.shard([1, 2, 3])) == [1, 2, 3]
-
-
-BACKEND = """
-import os, sys
-import torch.distributed as dist
-from zerotuning.models import process_group
-from zerotuning.errors import ZeroTuningError
-
-process_group._gpu_uuid = lambda device: "a GPU" if os.environ["RANK"] == "0" else ""
-process_group.torch.cuda.set_device = lambda device: None
-try:
-    process_group.join_process_group("cpu", tensor_parallel=len(sys.argv) > 1)
-    print(f"joined over {dist.get_backend()}")
-except ZeroTuningError as error:
-    print(error)
-process_group.leave_process_group()
-"""
-
-
-def test_processes_of_which_one_has_a_gpu_agree_on_gloo_or_refuse_to_share_a_model(tmp_path: Path) -> None:
-    (tmp_path / "backend.py").write_text(BACKEND, encoding="utf-8")
-    assert torchrun(tmp_path, "backend.py").stdout.count("joined over gloo") == 2
-    refused = torchrun(tmp_path, "backend.py", "tensor-parallel").stdout
-    assert refused.count("tensor_parallel needs a GPU for each of the 2 processes, got 1") == 2
-
-
-SLOW_WRITER = """
-import importlib, time
-from pathlib import Path
-import zerotuning as zt
-from zerotuning.models import process_group
-
-calibrate = importlib.import_module("zerotuning.calibration.calibrate")
-
-def slowly(*arguments, write=calibrate._write):
-    time.sleep(3)
-    write(*arguments)
-
-calibrate._write = slowly
-process_group.join_process_group("cpu")
-model, tokenizer = zt.load_model("model", device="cpu")
-zt.calibrate(model, tokenizer, "task.yaml", records="data.jsonl", steps=1, output="out")
-print(f"written: {Path('out/report.json').exists()}")
-process_group.leave_process_group()
-"""
-
-
-def test_calibrate_returns_in_each_process_only_after_the_main_process_has_written(place: Path) -> None:
-    (place / "slow_writer.py").write_text(SLOW_WRITER, encoding="utf-8")
-    together = torchrun(place, "slow_writer.py")
-    assert together.stdout.count("written: True") == 2, together.stderr
 
 
 # Two GPUs.
