@@ -21,7 +21,7 @@ from typing import Any
 from zerotuning.bench.methods import METHODS, WITHOUT_LABELS, MethodRun
 from zerotuning.bench.rows import Row
 from zerotuning.calibration.few_shot_choice import MIN_COMPARISON_EXAMPLES, choose_shots, shot_candidates
-from zerotuning.calibration.folds import LEAST_EXAMPLES, draw_examples
+from zerotuning.calibration.folds import MIN_EXAMPLES, draw_examples
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.evaluation import objectives
@@ -81,9 +81,9 @@ class SearchBench:
             raise ZeroTuningError(f"examples must be numbers of at least 4, got {list(self.examples)}")
         if self.num_draws < 1:
             raise ZeroTuningError(f"num_draws must be at least 1, got {self.num_draws}")
-        if not 0 <= self.shots <= min(self.examples) - LEAST_EXAMPLES:
+        if not 0 <= self.shots <= min(self.examples) - MIN_EXAMPLES:
             raise ZeroTuningError(
-                f"shots must leave {LEAST_EXAMPLES} of the {min(self.examples)} examples, got {self.shots}"
+                f"shots must leave {MIN_EXAMPLES} of the {min(self.examples)} examples, got {self.shots}"
             )
         if self.num_shot_candidates < 1:
             raise ZeroTuningError(f"num_shot_candidates must be at least 1, got {self.num_shot_candidates}")

@@ -1,22 +1,21 @@
-"""The one rule by which scales are accepted: better than γ = 1 on examples that the search did not fit.
+"""The rule by which scales are accepted: a lower loss than at γ = 1 on examples that the search did not fit.
 
 A search proposes candidates; `AcceptanceTest` decides from their held-out scores which are admissible, `Selection` keeps
 the admissible candidate with the least held-out loss (γ = 1 is the first candidate), and `Patience` ends a search that
 no longer improves.
 
 With labels a candidate is admissible if its held-out accuracy is no lower than at γ = 1. Without labels an objective
-such as `information` can be lowered by any split of the inputs into groups, right or wrong, so that three more
-conditions are tested:
+such as `information` falls with any split of the inputs into groups, right or wrong. Three more conditions are tested:
 
-- evidence: the untuned model's predictions must depend on the input, or there is nothing to bring out. The measure is
-  their mutual information with the input, as a share of log C.
-- agreement: searches on disjoint parts of the examples must lead to the same predictions, or what they found is chance.
-  The measure is Cohen's kappa of the folds' predictions, the mean over pairs of folds.
-- resemblance: what tells the inputs apart must be the same as at γ = 1. The measure is the correlation over examples of
-  each label's log-odds with the untuned ones, the mean over labels; adding a constant to a label's scores changes
-  nothing.
+- evidence: the untuned model's predictions must depend on the input; otherwise scales have nothing to amplify. The
+  measure is the mutual information of prediction and input, as a share of log C.
+- agreement: searches on disjoint parts of the examples must lead to the same predictions; otherwise the predictions are
+  due to chance. The measure is Cohen's kappa of the folds' predictions, the mean over pairs of folds.
+- resemblance: the tuned model must separate the inputs as the untuned model does. The measure is the correlation over
+  examples of each label's log-odds before and after, the mean over labels. A constant added to a label's scores does not
+  change this measure.
 
-The least of several tasks counts.
+With several tasks, each measure is the lowest of the tasks' values.
 """
 
 from __future__ import annotations
@@ -47,9 +46,9 @@ C = TypeVar("C")
 #     trec      0.16       0.80                   0.84          41 -> 52 (best at step 4, resemblance 0.92: 53)
 #     sst5      0.08       0.61                   0.81          38 -> 32
 #     cb        0.04       0.21                   0.52          50 -> 18
-LEAST_EVIDENCE = 0.06
-LEAST_AGREEMENT = 0.7
-LEAST_RESEMBLANCE = 0.85
+MIN_EVIDENCE = 0.06
+MIN_AGREEMENT = 0.7
+MIN_RESEMBLANCE = 0.85
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,8 @@ class Decision:
     """The held-out loss and accuracy of a candidate, and whether it may be chosen.
 
     Attributes:
-        loss: Of the held-out examples.
-        accuracy: Of the held-out examples; None without labels.
+        loss: The objective on the held-out examples.
+        accuracy: The accuracy on the held-out examples; None without labels.
         admissible: Whether the candidate may be chosen.
         details: Agreement and resemblance, for the report.
     """
@@ -72,7 +71,7 @@ class Decision:
 class Selection(Generic[C]):
     """The admissible candidate with the least held-out loss.
 
-    γ = 1 is the first candidate, so that nothing worse than it is ever chosen; of equal candidates the first is kept.
+    γ = 1 is the first candidate, so the result is never worse. Of candidates with equal loss the first is kept.
 
     Args:
         baseline_loss: The held-out loss at γ = 1.
@@ -87,7 +86,7 @@ class Selection(Generic[C]):
         self.best: C | None = None
 
     def consider(self, decision: Decision, candidate: C) -> None:
-        """Keep the candidate if it is admissible and its loss is lower than all before."""
+        """Keep the candidate if it is admissible and its loss is the lowest so far."""
         if decision.admissible and decision.loss < self.loss:
             self.loss, self.best = decision.loss, candidate
 
@@ -101,7 +100,7 @@ class Patience:
         self.without_gain = 0
 
     def note(self, decisions: Sequence[Decision]) -> None:
-        """Count a judgement; `decisions` are those on its candidates."""
+        """Count one judgement, which led to `decisions` on several candidates."""
         loss = min((decision.loss for decision in decisions if decision.admissible), default=math.inf)
         self.without_gain = 0 if loss < self.least_loss else self.without_gain + 1
         self.least_loss = min(self.least_loss, loss)
@@ -148,14 +147,14 @@ class AcceptanceTest:
         self.objective = objective
         self.all_examples = all_examples
         self.untuned_scores = objective.scores(parameterization.log_scale(parameterization.untuned), all_examples)
-        self.baseline = self._decision_at_one(pooled_places(splits))
+        self.baseline = self._baseline_decision(pooled_places(splits))
         self.label_free = objective.options.objective != "task-loss"
         self.evidence = min(map(evidence, self.untuned_scores)) if self.label_free else None
 
     @property
     def has_evidence(self) -> bool:
         """Whether a search is worthwhile at all."""
-        return self.evidence is None or not self.objective.options.guard or self.evidence >= LEAST_EVIDENCE
+        return self.evidence is None or not self.objective.options.guard or self.evidence >= MIN_EVIDENCE
 
     def baseline_scores(self, places: Places) -> list[Tensor]:
         """Return for each task the scores [n, C] at γ = 1."""
@@ -186,18 +185,18 @@ class AcceptanceTest:
         agreement = fold_agreement(splits, results) if self.label_free else None
         if agreement is None:
             return decision
-        agreed = not self.objective.options.guard or agreement >= LEAST_AGREEMENT
+        agrees = not self.objective.options.guard or agreement >= MIN_AGREEMENT
         details = {**decision.details, "agreement": agreement}
-        return replace(decision, admissible=decision.admissible and agreed, details=details)
+        return replace(decision, admissible=decision.admissible and agrees, details=details)
 
     def accepts(self, log_scale: np.ndarray) -> bool:
-        """Return whether the final log γ beats γ = 1 on all examples, those that the searches fitted included."""
-        baseline = self._decision_at_one(self.all_examples)
+        """Return whether the final log γ beats γ = 1 on all examples, fitted ones included."""
+        baseline = self._baseline_decision(self.all_examples)
         scores = self.objective.scores(log_scale, self.all_examples)
         decision = self._decision(scores, self.all_examples, baseline)
         return decision.admissible and decision.loss < baseline.loss
 
-    def _decision_at_one(self, places: Places) -> Decision:
+    def _baseline_decision(self, places: Places) -> Decision:
         scores = self.baseline_scores(places)
         accuracy = self.objective.accuracy_of(scores, places)
         return Decision(self.objective.loss_of(scores, places), accuracy, admissible=True)
@@ -209,10 +208,10 @@ class AcceptanceTest:
         if self.label_free:
             before = self.baseline_scores(places)
             least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
-            admissible = not self.objective.options.guard or least >= LEAST_RESEMBLANCE
+            admissible = not self.objective.options.guard or least >= MIN_RESEMBLANCE
             return Decision(loss, accuracy, admissible, {"resemblance": least})
-        worse = accuracy is not None and baseline.accuracy is not None and accuracy < baseline.accuracy
-        return Decision(loss, accuracy, admissible=not worse)
+        is_worse = accuracy is not None and baseline.accuracy is not None and accuracy < baseline.accuracy
+        return Decision(loss, accuracy, admissible=not is_worse)
 
 
 def fold_agreement(splits: Sequence[Split], results: Sequence[Sequence[Tensor]]) -> float | None:
@@ -231,17 +230,17 @@ def fold_agreement(splits: Sequence[Split], results: Sequence[Sequence[Tensor]])
     pairs = [pair for folds in results_of_seed.values() for pair in combinations(folds, 2)]
     if not pairs:
         return None
-    of_tasks = [
+    kappas_of_tasks = [
         [kappa(first[task].argmax(-1), second[task].argmax(-1), first[task].shape[1]) for first, second in pairs]
         for task in range(len(results[0]))
     ]
-    return min(math.fsum(values) / len(values) for values in of_tasks)
+    return min(math.fsum(values) / len(values) for values in kappas_of_tasks)
 
 
 def kappa(first: Tensor, second: Tensor, count: int) -> float:
     """Return Cohen's kappa of two lists of labels: the agreement beyond chance, 1 where the lists are equal.
 
-    0 where both lists hold one and the same label only, which shows nothing.
+    The result is 0 where both lists repeat one label, because chance alone would then lead to agreement.
 
     Args:
         first: Labels in [0, count), int64 [N].
@@ -260,10 +259,10 @@ def evidence(scores: Tensor) -> float:
 
 
 def resemblance(before: Tensor, after: Tensor) -> float:
-    """Return how far the same inputs are told apart: the mean over labels of a correlation over examples, in [-1, 1].
+    """Return how alike two score tables separate the examples: the mean over labels of a correlation, in [-1, 1].
 
-    Of each label the log-odds before and after are correlated: its score less the mean score of the example's other
-    labels. Labels that some examples lack (score -inf) are left out.
+    For each label, the log-odds before and after are correlated over the examples. A label's log-odds are its score less
+    the mean score of the example's labels. Labels that some examples lack (score -inf) are left out.
 
     Args:
         before: Scores [N, C].

@@ -16,9 +16,9 @@ from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.device_maps import input_device
 from zerotuning.patching.patch import candidates
 
-#: Number of tokens in a pass on the CPU beyond which sharing it saves no time. SmolLM2-135M, one core with AMX, bfloat16:
-#: in a shared pass a candidate's 48 tokens take a third of their time alone, 96 half of it, 192 and more all of it
-#: (float32: 0.6, 0.8, 0.9). So candidates share passes where examples are few or short.
+#: Number of tokens in a pass on the CPU beyond which candidates gain nothing from a shared pass. Time of a candidate in a
+#: shared pass, relative to a pass of its own (SmolLM2-135M, one core with AMX, bfloat16): 1/3 with 48 tokens, 1/2 with
+#: 96, 1 with 192 and more (float32: 0.6, 0.8, 0.9).
 CPU_TOKENS = 512
 #: Number of candidates in one pass at most.
 MAX_CANDIDATES_PER_PASS = 32
@@ -33,7 +33,7 @@ class CandidateScorer:
     Args:
         model: A patched model.
         parameters: Its log γ as leaves of autograd, from `patching.patch.head_parameters`.
-        memory: What to do where memory runs out.
+        memory: Retries smaller passes where memory runs out.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[Tensor], memory: OutOfMemoryRetry) -> None:
@@ -68,50 +68,50 @@ class CandidateScorer:
             Scores in pieces. An example without finite scores at a point is left out there.
 
         Raises:
-            ZeroTuningError: An example that is too large for the memory by itself.
+            ZeroTuningError: A single example that does not fit in memory.
         """
         if share_prefix:
             return [
-                one
+                scored
                 for index, point in enumerate(points)
-                for one in self._one_by_one(scorer, batches, index, point, True)
+                for scored in self._score_at_point(scorer, batches, index, point, True)
             ]
-        return [one for batch in batches for one in self._of_batch(scorer, batch, points)]
+        return [scored for batch in batches for scored in self._score_batch(scorer, batch, points)]
 
-    def _of_batch(self, scorer: LabelScorer, batch: Batch, points: Sequence[np.ndarray]) -> list[Scored]:
+    def _score_batch(self, scorer: LabelScorer, batch: Batch, points: Sequence[np.ndarray]) -> list[Scored]:
         scored: list[Scored] = []
         begin = 0
         while begin < len(points):
             count = self._candidates_in_pass(batch, len(points) - begin)
             results: list[Tensor | None] | None = [None]
             if count > 1:
-                results = self._in_one_pass(scorer, batch, points[begin : begin + count])
+                results = self._score_in_one_pass(scorer, batch, points[begin : begin + count])
             if results is None:  # memory ran out: the next pass has fewer candidates
                 continue
             for index, scores in enumerate(results, begin):
                 if scores is None:
-                    scored += self._one_by_one(scorer, [batch], index, points[index])
+                    scored += self._score_at_point(scorer, [batch], index, points[index])
                 else:
                     scored.append((index, batch, scores))
             begin += count
         return scored
 
-    def _candidates_in_pass(self, batch: Batch, waiting: int) -> int:
-        """The number of candidates in the next pass: at most what fills it, and such that all passes are equally full."""
+    def _candidates_in_pass(self, batch: Batch, remaining: int) -> int:
+        """The number of candidates in the next pass: at most as many as fill the pass, with all passes equally full."""
         if self._device.type == "cpu":
             fitting = CPU_TOKENS // batch.input_ids.numel()
         else:
             fitting = MOST_TOKENS // recorded_tokens(batch.input_ids)
         most = max(1, min(MAX_CANDIDATES_PER_PASS, self.memory.max_candidates or MAX_CANDIDATES_PER_PASS, fitting))
-        passes = -(-waiting // most)
-        return -(-waiting // passes)
+        passes = -(-remaining // most)
+        return -(-remaining // passes)
 
-    def _in_one_pass(
+    def _score_in_one_pass(
         self, scorer: LabelScorer, batch: Batch, points: Sequence[np.ndarray]
     ) -> list[Tensor | None] | None:
         """Scores [n, C] at each point, or None at a point where an example has no finite score.
 
-        None instead of the list: memory ran out.
+        The result is None, not a list, where memory ran out.
         """
         table = self._table[: len(points)]
         table.copy_(torch.from_numpy(np.stack(points)).reshape(table.shape))
@@ -122,12 +122,12 @@ class CandidateScorer:
         except (RuntimeError, MemoryError) as error:
             if not self.memory.is_retryable(error, self.model):
                 raise
-        if scores is None:  # outside the except block: its traceback holds the failed pass's tensors
+        if scores is None:  # outside the except block, whose traceback holds the failed pass's tensors
             self.memory.halve_candidates(len(points))
             return None
         return [_finite(part) for part in scores.unflatten(0, (len(points), len(batch)))]
 
-    def _one_by_one(
+    def _score_at_point(
         self, scorer: LabelScorer, batches: Sequence[Batch], index: int, point: np.ndarray, share_prefix: bool = False
     ) -> list[Scored]:
         self.set_point(point)
@@ -135,12 +135,12 @@ class CandidateScorer:
         return [
             (index, piece, scores)
             for batch in batches
-            for piece, scores in self.memory.in_pieces(at_point, batch, lambda one: _finite(at_point.scores(one)))
+            for piece, scores in self.memory.in_pieces(at_point, batch, lambda part: _finite(at_point.scores(part)))
         ]
 
 
 def _finite(scores: Tensor) -> Tensor | None:
-    """The scores [n, C], or None where an example has no score or one that is not finite. -inf marks an absent label."""
+    """The scores [n, C], or None where an example lacks a finite score. -inf marks an absent label."""
     absent = scores == -torch.inf
     good = torch.isfinite(scores.masked_fill(absent, 0.0)).all() and not absent.all(dim=-1).any()
     return scores if bool(good) else None

@@ -1,8 +1,8 @@
 """`calibrate`: from a model, one or several tasks and some examples to head scales.
 
-This module checks the input, prepares model and tasks, and writes the result; run.py carries the search out. The
-optimisers are C++ (csrc/search) and see numbers only: objective.py computes the objective for them and, for the gradient
-method, its gradient in every head's log γ from one backward pass (docs/how-it-works.md, "The idea").
+This module checks the input, prepares model and tasks, and writes the result; run.py contains the search. The C++
+optimisers (csrc/search) work on plain vectors: objective.py computes the objective at their points and, for the gradient
+method, the gradient in every head's log γ from one backward pass (docs/how-it-works.md, "The idea").
 """
 
 from __future__ import annotations
@@ -91,29 +91,28 @@ def calibrate(
 ) -> Calibration:
     """Search head scales for one or several tasks. The model is left as it was: `apply_scales` applies the result.
 
-    Under torch.distributed all processes call it with the same arguments. They share the examples, or each reads all of
-    them where they share a tensor-parallel model; every process returns the same result, once the main process has
-    written it.
+    Under torch.distributed all processes call `calibrate` with the same arguments. They divide the examples among them;
+    the ranks of a tensor-parallel model each read all examples. Every process returns the same result, after the main
+    process has written the files.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: Its tokenizer.
         task: A Task, a built-in name or the path of a YAML file; or a list of these, tuned together: the objective is
             the mean of theirs.
-        records: Mappings, the path of a JSON lines file or a data set of the hub (tasks/hub.py); of a list of tasks, one
-            such for each. Default: the built-in task's validation sample. Examples that are few-shot examples of their
-            task are left out.
+        records: Mappings, the path of a JSON lines file or a data set of the hub (tasks/hub.py); for a list of tasks, a
+            list of these. Default: the built-in task's validation sample. Few-shot examples of the task are left out.
         start: Scales to begin with. Heads that are not tuned (`layers`, `heads`, `exclude_heads`) keep theirs.
         metric: With method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at most
-            `max_new_tokens`) and their records. It returns a number, the higher the better, and replaces the objective.
+            `max_new_tokens`) and their records. Its result, the higher the better, replaces the objective.
         output: A folder. During the search it holds the state from which the same call resumes; at the end it holds the
             scales (HeadScales.from_pretrained), report.json and, with matplotlib, report.png and head_map.png.
         overwrite: Replace a finished result in `output`, or restart an unfinished one.
         model_name: The model's name in the result's metadata. Default: the name in its configuration.
-        progress: Draw a progress bar on stderr, if that is a terminal.
+        progress: Draw a progress bar if stderr is a terminal.
         options: The options, whole; default CalibrationOptions().
-        keywords: Fields of CalibrationOptions, such as `method`, `objective`, `examples`, `steps` and `seed`; they
-            replace those of `options`.
+        keywords: Fields of CalibrationOptions, such as `method`, `objective`, `examples`, `steps` and `seed`, that
+            replace the fields of `options`.
 
     Returns:
         The scales and a report.
@@ -127,8 +126,8 @@ def calibrate(
         raise ZeroTuningError(f"start must be HeadScales, got {type(start).__name__}")
     tasks = _task_list(task)
     drawn = [
-        draw_examples(without_shots(one, part), chosen)
-        for one, part in zip(tasks, _records_of(tasks, task, records), strict=True)
+        draw_examples(without_shots(each, part), chosen)
+        for each, part in zip(tasks, _records_of(tasks, task, records), strict=True)
     ]
     chosen = chosen.resolved(min(map(len, drawn)))
     _check_combination(tasks, chosen, metric)
@@ -136,13 +135,13 @@ def calibrate(
     with _output_folder(output, overwrite, processes) as folder, _patched(model):
         with head_parameters(model) as parameters:
             examples = [
-                _task_examples(model, tokenizer, one, part, chosen, metric)
-                for one, part in zip(tasks, drawn, strict=True)
+                _task_examples(model, tokenizer, each, part, chosen, metric)
+                for each, part in zip(tasks, drawn, strict=True)
             ]
             objective = CalibrationObjective(
                 model, tokenizer, examples, parameters, chosen, OutOfMemoryRetry(), processes, metric
             )
-            tokens = [one.scorer.examples for one in examples]
+            tokens = [part.scorer.examples for part in examples]
             identity_of_run = identity(model, tasks, drawn, tokens, chosen, start, _name_of(metric))
             state = CalibrationState(folder, identity_of_run, processes)
             if overwrite:
@@ -162,10 +161,10 @@ def calibrate(
 
 
 def _task_list(task: TaskLike | Sequence[TaskLike]) -> list[Task]:
-    several = task if isinstance(task, (list, tuple)) else [task]
-    if not several:
-        raise ZeroTuningError("task must be at least one")
-    return [one if isinstance(one, Task) else Task.load(one) for one in several]  # type: ignore[arg-type]
+    given = task if isinstance(task, (list, tuple)) else [task]
+    if not given:
+        raise ZeroTuningError("task must be one task or several, got an empty list")
+    return [one if isinstance(one, Task) else Task.load(one) for one in given]  # type: ignore[arg-type]
 
 
 def _records_of(
@@ -174,27 +173,27 @@ def _records_of(
     if records is None:
         return [task.examples("validation", None) for task in tasks]
     if not isinstance(given, (list, tuple)):
-        return [_read(tasks[0], records)]
+        return [_read_records(tasks[0], records)]
     if not isinstance(records, (list, tuple)) or len(records) != len(tasks):
         got = len(records) if isinstance(records, (list, tuple)) else 1
-        raise ZeroTuningError(f"records must be one for each of {len(tasks)} tasks, got {got}")
-    return [_read(task, part) for task, part in zip(tasks, records, strict=True)]
+        raise ZeroTuningError(f"records must be a list with one item for each of the {len(tasks)} tasks, got {got}")
+    return [_read_records(task, part) for task, part in zip(tasks, records, strict=True)]
 
 
-def _read(task: Task, records: Any) -> list[Record]:
+def _read_records(task: Task, records: Any) -> list[Record]:
     return read_data(task, records, "validation") if isinstance(records, (str, Path)) else as_records(records)
 
 
 def _check_combination(tasks: Sequence[Task], options: CalibrationOptions, metric: Metric | None) -> None:
     if metric is not None and options.method != "cma-es":
-        raise ZeroTuningError(f"metric has no gradient: it needs the method cma-es, got {options.method}")
+        raise ZeroTuningError(f"metric has no gradient: method must be cma-es, got {options.method}")
     generated = [task.scoring == "generate" for task in tasks]
     if any(generated):
         if options.method != "cma-es":
-            raise ZeroTuningError(f"scoring generate has no gradient: it needs the method cma-es, got {options.method}")
+            raise ZeroTuningError(f"scoring generate has no gradient: method must be cma-es, got {options.method}")
         if options.objective != "task-loss":
             raise ZeroTuningError(
-                f"scoring generate replaces the objective, so that it must be task-loss, got {options.objective}"
+                f"scoring generate replaces the objective, so objective must be task-loss, got {options.objective}"
             )
         if not all(generated):
             raise ZeroTuningError("all tasks or none must have the scoring generate")

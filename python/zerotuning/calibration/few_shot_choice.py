@@ -1,11 +1,12 @@
 """Which few-shot examples a calibration uses: random sets are compared by the held-out loss of a short search.
 
-The untuned model is no guide: labels that the few-shot examples favour cost nats that head scales win back. With label
-biases and a temperature fitted first, the best of eight sets was worth no more than the first. So each candidate set gets
-a short search of its own, over two folds, on the examples that no candidate shows. Measured with SmolLM2-135M, three sets
-for each of three draws of 200 examples: the correlation of such a search's loss after 30 steps with the test loss of a
+The untuned model's loss does not predict which set is best: few-shot examples favour some labels, and head scales remove
+that bias. Nor does the loss after fitting label biases and a temperature: the best of eight sets by that loss was no
+better than the first set. So each candidate set gets a short search over two folds, on the examples that no candidate
+set contains. Measured with SmolLM2-135M, three sets
+for each of three draws of 200 examples: the correlation of the short search's loss after 30 steps with the test loss of a
 search of 120 steps, within the sets of the same examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and 0.0 on mr,
-where sets hardly differ.
+where the sets hardly differ.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from zerotuning.calibration.calibrate import calibrate
-from zerotuning.calibration.folds import LEAST_EXAMPLES, draw_examples
+from zerotuning.calibration.folds import MIN_EXAMPLES, draw_examples
 from zerotuning.calibration.options import CalibrationOptions, options_from, shows_option_keywords
 from zerotuning.calibration.state import identity
 from zerotuning.errors import ZeroTuningError
@@ -41,9 +42,9 @@ if TYPE_CHECKING:
 
     from zerotuning.calibration.options import CalibrationKeywords
 
-#: With fewer examples that no candidate shows, losses of candidates differ by chance.
+#: With fewer examples, the candidates' losses differ by chance.
 MIN_COMPARISON_EXAMPLES = 32
-#: The options of every short search, whatever the calibration's own: about a tenth of its work on 200 examples.
+#: Every short search has these options in place of the calibration's: a tenth of the calibration's work on 200 examples.
 TRIAL_OPTIONS: dict[str, Any] = {
     "method": "gradient",
     "objective": "task-loss",
@@ -58,8 +59,9 @@ TRIAL_OPTIONS: dict[str, Any] = {
     "step_examples": None,
     "patience": 0,
 }
-#: Of more candidates, the FINALISTS of least loss after FIRST_ROUND_STEPS are searched to the end. In the searches above,
-#: the losses after 10 and after 30 steps correlated by 0.96 on trec, 0.85 on sst2, 0.80 on mr and 0.48 on sst5.
+#: With more candidates than FINALISTS, only those of least loss after FIRST_ROUND_STEPS get the full short search. In
+#: the searches above, the losses after 10 and after 30 steps correlated by 0.96 on trec, 0.85 on sst2, 0.80 on mr and
+#: 0.48 on sst5.
 FINALISTS = 5
 FIRST_ROUND_STEPS = 10
 
@@ -71,7 +73,7 @@ class ShotChoice:
     Attributes:
         task: The chosen task, with its few-shot examples.
         losses: For each candidate, the mean loss of held-out examples after its short search, in nats.
-        steps: For each candidate, the steps of that search: FIRST_ROUND_STEPS for one that was no finalist.
+        steps: For each candidate, the steps of that search; FIRST_ROUND_STEPS unless the candidate was a finalist.
         warnings: Warnings of the searches, such as a lack of memory.
     """
 
@@ -95,24 +97,24 @@ def shot_candidates(task: Task, records: Sequence[Record], count: int, seed: int
         num_candidates: The number of sets.
 
     Returns:
-        `num_candidates` tasks and, where that is more than one, the task without few-shot examples.
+        `num_candidates` tasks and, with more than one candidate, the task without few-shot examples.
     """
     if isinstance(num_candidates, bool) or not isinstance(num_candidates, int) or num_candidates < 1:
         raise ZeroTuningError(f"num_shot_candidates must be an integer of at least 1, got {num_candidates!r}")
     if num_candidates > 1:
         _check_scoring(task)
     seeds = range(seed, seed + num_candidates)
-    drawn = [task.with_shots(draw_shots(task, records, count, one), seed=one) for one in seeds]
+    drawn = [task.with_shots(draw_shots(task, records, count, shot_seed), seed=shot_seed) for shot_seed in seeds]
     return drawn if num_candidates == 1 else [*drawn, task.with_shots(())]
 
 
 def draw_for_candidates(
     candidates: Sequence[Task], records: Sequence[Record], options: CalibrationOptions
 ) -> list[Record]:
-    """Draw the examples that the candidates are compared on, and check that each can be calibrated with them.
+    """Draw the examples on which the candidates are compared, and check that they suffice for each candidate.
 
     Raises:
-        ZeroTuningError: Too few examples, because there are few or because the candidates show them.
+        ZeroTuningError: Too few examples are left beside those that the candidates contain.
     """
     draw_examples(min((_calibration_examples(task, records) for task in candidates), key=len), options)
     drawn = draw_examples(records, options)
@@ -122,20 +124,20 @@ def draw_for_candidates(
 
 
 def comparison_examples(candidates: Sequence[Task], records: Sequence[Record]) -> list[Record]:
-    """Return the records that no candidate shows as a few-shot example.
+    """Return the records that are a few-shot example of no candidate.
 
     Raises:
         ZeroTuningError: Fewer than MIN_COMPARISON_EXAMPLES are left.
     """
-    left = list(records)
+    remaining = list(records)
     for task in candidates:
-        left = without_shots(task, left)
-    if len(left) < MIN_COMPARISON_EXAMPLES:
+        remaining = without_shots(task, remaining)
+    if len(remaining) < MIN_COMPARISON_EXAMPLES:
         raise ZeroTuningError(
             f"to compare sets of few-shot examples, task {candidates[0].name!r} needs at least "
-            f"{MIN_COMPARISON_EXAMPLES} examples that no set shows, got {len(left)} of {len(records)}"
+            f"{MIN_COMPARISON_EXAMPLES} examples outside every set, got {len(remaining)} of {len(records)}"
         )
-    return left
+    return remaining
 
 
 def with_shots_outside(
@@ -173,13 +175,13 @@ def with_shots_outside(
 
 def _calibration_examples(task: Task, records: Sequence[Record]) -> list[Record]:
     """The records that are no few-shot examples of the task."""
-    left = without_shots(task, records)
-    if task.shots and len(left) < LEAST_EXAMPLES:
+    remaining = without_shots(task, records)
+    if task.shots and len(remaining) < MIN_EXAMPLES:
         raise ZeroTuningError(
-            f"shots {len(task.shots)} leave {len(left)} of {len(records)} examples of task {task.name!r}, "
-            f"calibration needs at least {LEAST_EXAMPLES}: fewer shots or --shot-data"
+            f"shots {len(task.shots)} leave {len(remaining)} of {len(records)} examples of task {task.name!r}, "
+            f"calibration needs at least {MIN_EXAMPLES}: choose fewer shots or --shot-data"
         )
-    return left
+    return remaining
 
 
 # The comparison.
@@ -201,18 +203,18 @@ def choose_shots(
 ) -> ShotChoice:
     """Choose the few-shot examples with which a short search has the least held-out loss.
 
-    Of more than FINALISTS candidates, only those that do best after a third of the search are searched to the end.
+    With more than FINALISTS candidates, only the best after a third of the search are searched to the end.
 
     Args:
         model: A causal language model of transformers.
         tokenizer: Its tokenizer.
         candidates: Tasks that differ in their few-shot examples, such as `shot_candidates` returns.
-        records: Examples with labels. Those that no candidate shows drive and judge every search.
+        records: Examples with labels. Every search uses those that are a few-shot example of no candidate.
         start: As in `calibrate`.
-        output: An existing folder. Losses are kept there as they are found, and the same call resumes.
+        output: An existing folder. Each loss is saved there, and the same call resumes.
         overwrite: Discard losses that `output` holds.
         progress: Draw a progress bar for each search.
-        options: As in `calibrate`; those in TRIAL_OPTIONS are replaced.
+        options: As in `calibrate`; TRIAL_OPTIONS replaces some fields.
         keywords: Fields of CalibrationOptions.
 
     Returns:
@@ -244,14 +246,14 @@ def choose_shots(
             saved.add(key, result.report["tuned"]["loss"])
         losses[index], steps[index] = saved.losses[key], num_steps
 
-    left = list(range(len(candidates)))
-    if len(left) > FINALISTS:
-        for index in left:
+    finalists = list(range(len(candidates)))
+    if len(finalists) > FINALISTS:
+        for index in finalists:
             search(index, FIRST_ROUND_STEPS)
-        left = sorted(sorted(left, key=losses.__getitem__)[:FINALISTS])
-    for index in left:
+        finalists = sorted(sorted(finalists, key=losses.__getitem__)[:FINALISTS])
+    for index in finalists:
         search(index, TRIAL_OPTIONS["steps"])
-    return ShotChoice(candidates[min(left, key=losses.__getitem__)], losses, steps, warnings)
+    return ShotChoice(candidates[min(finalists, key=losses.__getitem__)], losses, steps, warnings)
 
 
 def _check_scoring(task: Task) -> None:
@@ -262,9 +264,9 @@ def _check_scoring(task: Task) -> None:
 
 
 class _SavedTrials:
-    """The losses of finished searches in a folder, by a digest of all that a search depends on.
+    """The losses of finished searches in a folder, by a digest of everything that a search depends on.
 
-    The main process alone reads and writes the file; all processes hold its losses, so that all choose the same.
+    The main process alone reads and writes the file. All processes have its losses and choose the same candidate.
     """
 
     def __init__(self, folder: Path | None, processes: Processes, overwrite: bool) -> None:
@@ -286,7 +288,7 @@ class _SavedTrials:
             raise ZeroTuningError(f"{self.path} cannot be read ({error!r}); overwrite to start anew") from error
 
     def key(self, trial: dict[str, Any]) -> str:
-        """Return the main process's digest: ranks that share a model may each count their own parameters."""
+        """Return the main process's digest: each rank of a tensor-parallel model counts its own parameters."""
         text = json.dumps(trial, sort_keys=True)
         return self.processes.broadcast_from_main(hashlib.sha256(text.encode()).hexdigest())
 

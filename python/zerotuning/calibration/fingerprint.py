@@ -1,4 +1,4 @@
-"""Digests of a model's weights and of examples' tokens, which a resumed calibration compares with its own."""
+"""Digests of a model's weights and of examples' tokens, which a resumed calibration compares with the saved ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from zerotuning.tasks.tokenization import TokenizedPrompt
 
-#: Number of elements of each weight in the digest, spread evenly over it.
+#: Number of elements of each weight in the digest, spread evenly over the weight.
 SAMPLE = 64
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Digest the names, the shapes and SAMPLE elements of each weight; of a weight on the meta device no elements.
+    """Digest the names, the shapes and SAMPLE elements of each weight; weights on the meta device add no elements.
 
-    Other weights nearly always give another digest; a change of few elements may not.
+    Other weights nearly always give another digest; a change of a few elements may leave the digest as it was.
 
     Returns:
         16 hexadecimal digits of SHA-256.

@@ -1,4 +1,4 @@
-"""Which examples drive each search, which of them one gradient step sees, and which are held out to judge the search."""
+"""The examples that each search fits, those of one gradient step, and those held out to judge the search."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.examples import Record
 
-LEAST_EXAMPLES = 4
-#: With a single fold, one of so many parts of the examples is held out.
+MIN_EXAMPLES = 4
+#: A single fold holds out 1 / SINGLE_FOLD_PARTS of the examples.
 SINGLE_FOLD_PARTS = 5
 
 #: For each task, positions in the list of its examples.
@@ -40,12 +40,12 @@ def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> lis
     """Draw `options.examples` of the records, or all of them, in an order that `options.seed` decides.
 
     Raises:
-        ZeroTuningError: There are fewer records than `options.examples` or than LEAST_EXAMPLES.
+        ZeroTuningError: There are fewer records than `options.examples` or than MIN_EXAMPLES.
     """
     if options.examples is not None and len(records) < options.examples:
-        raise ZeroTuningError(f"examples must be at most {len(records)}, all there are, got {options.examples}")
-    if len(records) < LEAST_EXAMPLES:
-        raise ZeroTuningError(f"calibration needs at least {LEAST_EXAMPLES} examples, got {len(records)}")
+        raise ZeroTuningError(f"examples must be at most {len(records)}, the number of records, got {options.examples}")
+    if len(records) < MIN_EXAMPLES:
+        raise ZeroTuningError(f"calibration needs at least {MIN_EXAMPLES} examples, got {len(records)}")
     order = np.random.default_rng(options.seed).permutation(len(records))[: options.examples]
     return [records[i] for i in order]
 
@@ -53,7 +53,7 @@ def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> lis
 def make_folds(examples: Sequence[Record], count: int, seed: int) -> list[Fold]:
     """Cut the examples into `count` folds, each of which holds out another part; every part has each label's share.
 
-    There are fewer folds where there are fewer examples than twice `count`. A single fold holds out one fifth.
+    With fewer examples than twice `count` there are fewer folds. A single fold holds out one fifth.
     Different seeds give different parts.
     """
     parts = SINGLE_FOLD_PARTS if count == 1 else max(2, min(count, len(examples) // 2))
@@ -67,7 +67,12 @@ def make_folds(examples: Sequence[Record], count: int, seed: int) -> list[Fold]:
 
 
 def make_splits(examples: Sequence[Sequence[Record]], options: CalibrationOptions) -> list[Split]:
-    """Make a Split of every fold of every seed; `examples` are each task's. Tasks with fewer folds repeat theirs."""
+    """Make a Split of every fold of every seed. Tasks with fewer folds than others repeat their folds.
+
+    Args:
+        examples: The examples of each task.
+        options: The calibration's options.
+    """
     splits = []
     for seed in range(options.seed, options.seed + options.search_count):
         folds = [make_folds(records, options.fold_count, seed) for records in examples]

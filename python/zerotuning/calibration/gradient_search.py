@@ -1,11 +1,12 @@
-"""The gradient method: gradient steps on the examples of each split, and a choice by the examples that the splits hold out.
+"""The gradient method: gradient steps on the examples of each split, and a choice by the held-out examples.
 
 Each penalty has a search for every split (fold and seed), and all searches of a penalty take their steps in lockstep.
 Every few steps the examples that each split holds out are scored at the point of its search: together these are the
 scores of all examples by scales that were not fitted to them. The acceptance test decides on each such candidate, and
 the selection keeps the step, the L2 penalty and the kind of point (the last one, or the moving average) with the least
-held-out loss; γ = 1 is its first candidate. The result is the mean of the splits' log γ there, in which what a search
-learned from its own examples alone averages out, or that of searches on all examples that end at the chosen step.
+held-out loss; γ = 1 is the first candidate. The result is the mean of the splits' log γ at the selected step: the mean
+removes much of what each search fitted to its own examples only. With `combine` = "refit" the result is the mean over
+searches on all examples, which end at the selected step.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ from zerotuning.calibration.saved_fields import SavedFields
 from zerotuning.calibration.search_result import SearchResult
 from zerotuning.errors import ZeroTuningError
 
-#: Candidates are judged about JUDGEMENTS times, and at least every LONGEST_UNJUDGED steps: a budget of seconds may end
-#: the search anywhere.
-JUDGEMENTS = 20
-LONGEST_UNJUDGED = 5
+#: Candidates are judged about NUM_JUDGEMENTS times, and at least every MAX_JUDGING_INTERVAL steps, because a budget of
+#: seconds may end the search at any step.
+NUM_JUDGEMENTS = 20
+MAX_JUDGING_INTERVAL = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Candidate:
 
     Attributes:
         step: Number of steps that led to the points.
-        penalty: Their L2 penalty.
+        penalty: The L2 penalty of the searches.
         kind: `point`, `averaged` (the moving average of the points) or `zero` (γ = 1, beside a start elsewhere).
         points: x [P] of each split.
     """
@@ -59,7 +60,7 @@ class PenaltySearch:
         penalty: The L2 penalty.
         steppers: One for each split.
         patience: Ends these searches early.
-        stopped: Whether they are ended.
+        stopped: Whether these searches have ended.
         history: Losses by step, for the report.
     """
 
@@ -94,7 +95,7 @@ class GradientSearch:
         self.objective, self.parameterization, self.options = objective, parameterization, options
         self.splits, self.all_examples, self.acceptance = list(splits), all_examples, acceptance
         self.steps = options.total_steps
-        self.judging_interval = min(max(1, round(self.steps / JUDGEMENTS)), LONGEST_UNJUDGED)
+        self.judging_interval = min(max(1, round(self.steps / NUM_JUDGEMENTS)), MAX_JUDGING_INTERVAL)
         self.searches = [
             PenaltySearch(penalty, self._new_steppers(penalty, len(self.splits)), Patience(options.patience))
             for penalty in options.l2_penalties
@@ -107,7 +108,7 @@ class GradientSearch:
 
     @property
     def steps_total(self) -> int:
-        """The most rounds there can be."""
+        """The largest possible number of rounds."""
         return self.steps * (2 if self.options.combine == "refit" else 1)
 
     @property
@@ -118,46 +119,46 @@ class GradientSearch:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self._splits_are_finished and not self._refit_is_wanted
+        return self._split_searches_finished and not self._needs_refit
 
     @property
     def least_loss(self) -> float:
-        """The least held-out loss of an admissible candidate, or that of γ = 1."""
+        """The least held-out loss of the admissible candidates, γ = 1 included."""
         return self.selection.loss
 
     @property
     def share_of_time(self) -> float:
-        """The share of a budget of seconds after which this part of the search is to end."""
-        if self.options.combine == "average" or self._splits_are_finished:
+        """The share of a budget of seconds after which the current part of the search ends."""
+        if self.options.combine == "average" or self._split_searches_finished:
             return 1.0
         return len(self.splits) / (len(self.splits) + self.options.search_count)
 
     def stop(self) -> None:
-        """End this part of the search, the one on splits or the one on all examples, where it stands."""
-        if self._splits_are_finished:
+        """End the current part of the search: the searches on splits, or the searches on all examples."""
+        if self._split_searches_finished:
             self.refit_is_out_of_time = True
         for search in self.searches:
             search.stopped = True
 
     def advance(self) -> None:
         """Take one step of every search that is not stopped."""
-        if not self._splits_are_finished:
+        if not self._split_searches_finished:
             for search in self.searches:
                 if not search.stopped:
                     self._advance_penalty(search)
             self.round += 1
-        elif self._refit_is_wanted:
+        elif self._needs_refit:
             self._advance_refit()
 
     # The searches on splits.
 
     @property
-    def _splits_are_finished(self) -> bool:
+    def _split_searches_finished(self) -> bool:
         # The round after the last step judges the last points.
         return self.round > self.steps or all(search.stopped for search in self.searches)
 
     def _advance_penalty(self, search: PenaltySearch) -> None:
-        """Judge the points, where that is due, and take a step from them."""
+        """Judge the points where a judgement is due, and take a step from each point."""
         points: dict[str, list[np.ndarray]] = {}
         scores: dict[str, list[list[Tensor]]] = {}
         fit_losses = []
@@ -174,13 +175,13 @@ class GradientSearch:
         entry: dict[str, Any] = {"step": self.round, "penalty": search.penalty}
         if fit_losses:
             entry["fit_loss"] = math.fsum(fit_losses) / len(fit_losses)
-        decisions = {kind: self.acceptance.decide(self.splits, of_kind) for kind, of_kind in scores.items()}
+        decisions = {kind: self.acceptance.decide(self.splits, kind_scores) for kind, kind_scores in scores.items()}
         for kind, decision in decisions.items():
             entry |= _figures(kind, decision)
             self.selection.consider(decision, Candidate(self.round, search.penalty, kind, points[kind]))
         search.history.append(entry)
         if decisions:
-            # Without γ = 1: a bad start may improve for long before it is better than that.
+            # γ = 1 is left out: a search from a bad start may improve for many steps before it beats γ = 1.
             search.patience.note([decision for kind, decision in decisions.items() if kind != "zero"])
             search.stopped = search.patience.is_exhausted
 
@@ -202,7 +203,7 @@ class GradientSearch:
         return self.refit_steppers[0].steps_done if self.refit_steppers else 0
 
     @property
-    def _refit_is_wanted(self) -> bool:
+    def _needs_refit(self) -> bool:
         best = self.selection.best
         if self.options.combine != "refit" or best is None or self.refit_is_out_of_time:
             return False
@@ -220,7 +221,7 @@ class GradientSearch:
     # The result.
 
     def result(self) -> SearchResult:
-        """Return the selected point, which AcceptanceTest.accepts has not tested as a whole yet."""
+        """Return the selected point; the caller tests it with AcceptanceTest.accepts."""
         best = self.selection.best
         if best is None:
             untuned = self.parameterization.untuned
@@ -308,7 +309,7 @@ class GradientSearch:
     def _loss_and_gradient(
         self, stepper: _search.GradientStepper, order_seed: tuple[int, int], places: Places
     ) -> tuple[float, np.ndarray]:
-        """Return the loss at the stepper's point, of the examples of its next step, and the gradient dL/dx [P]."""
+        """Return loss and gradient dL/dx [P] at the stepper's point, on the examples of its next step."""
         chosen = [
             examples_of_step(part, self.options.examples_per_step, order_seed, stepper.steps_done) for part in places
         ]

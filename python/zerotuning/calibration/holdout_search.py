@@ -20,11 +20,11 @@ from zerotuning.errors import ZeroTuningError
 
 
 class SeedSearch:
-    """One seed's search: the optimiser proposes finalists from the fit examples, the held-out ones choose among them.
+    """One seed's search: finalists by their loss on the fit examples, and a choice among them by held-out loss.
 
     Args:
-        optimizer: The search.
-        split: Its examples.
+        optimizer: Proposes points.
+        split: The search's examples.
 
     Attributes:
         selection: The best finalist by held-out loss; None before the loss at γ = 1 is measured.
@@ -43,7 +43,7 @@ class SeedSearch:
 
     @property
     def gain(self) -> float:
-        """By how much the best finalist's held-out loss is lower than at γ = 1; 0 where none is."""
+        """The held-out loss at γ = 1 less that of the best finalist; 0 where no finalist is better."""
         return 0.0 if self.selection is None else self.selection.baseline_loss - self.selection.loss
 
     @property
@@ -77,7 +77,7 @@ class SeedSearch:
 
 
 class HoldoutSearch:
-    """The searches of all seeds, one after another. One round, `advance`, evaluates what a search asks for at once.
+    """The searches of all seeds, one after another. One round, `advance`, evaluates one set of points.
 
     Args:
         objective: Losses of the examples.
@@ -102,7 +102,7 @@ class HoldoutSearch:
 
     @property
     def steps_total(self) -> int:
-        """The most evaluations there can be."""
+        """The largest possible number of evaluations."""
         return sum(search.optimizer.steps_total for search in self.searches)
 
     @property
@@ -123,19 +123,19 @@ class HoldoutSearch:
 
     @property
     def least_loss(self) -> float:
-        """The least held-out loss of a finalist, or that of γ = 1; NaN before one is measured."""
+        """The least held-out loss so far, γ = 1 included; NaN before the first measurement."""
         losses = [search.selection.loss for search in self.searches if search.selection is not None]
         return min(losses, default=math.nan)
 
     def stop(self) -> None:
-        """End the searches where they stand: of those that have begun, the finalists so far are judged."""
+        """End the searches. The finalists so far of each search that has begun are judged."""
         self.stopped = True
         for search in self.searches:
             if search.selection is not None and not search.is_judged:
                 self.history.append({"step": self.steps_done, **self._judge(search)})
 
     def advance(self) -> None:
-        """Evaluate what the first unfinished search asks for, or judge its finalists."""
+        """Evaluate the next points of the first unfinished search, or judge its finalists."""
         search = next(search for search in self.searches if not search.finished)
         entry: dict[str, Any] = {"step": self.steps_done}
         if not search.optimizer.finished():
@@ -158,7 +158,7 @@ class HoldoutSearch:
         points = search.optimizer.finalists()
         losses = self._losses(points, search.split.held_out) if points else []
         for point, loss in zip(points, losses, strict=True):
-            # The loss alone decides: AcceptanceTest.accepts tests the rest, on all examples.
+            # Only the loss is compared here: AcceptanceTest.accepts tests the accuracy, on all examples.
             search.selection.consider(Decision(loss, None, admissible=math.isfinite(loss)), point)
         search.is_judged = True
         return _least_finite("held_out_loss", losses)
@@ -207,7 +207,7 @@ class HoldoutSearch:
 
 
 def _least_finite(name: str, losses: Sequence[float]) -> dict[str, float]:
-    """An entry of the history: the least finite loss; nothing where every evaluation failed."""
+    """An entry of the history: the least finite loss; empty where every evaluation failed."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     return {name: min(finite)} if finite else {}
 
@@ -215,15 +215,15 @@ def _least_finite(name: str, losses: Sequence[float]) -> dict[str, float]:
 def new_optimizer(
     parameterization: ScaleParameterization, options: CalibrationOptions, seed: int
 ) -> _search.PaperOptimizer | _search.CmaEsOptimizer:
-    """Make the search of csrc/search that the options ask for.
+    """Make the optimiser of csrc/search for the options' method.
 
     Raises:
-        ZeroTuningError: The paper's method with a start, or too few evaluations for a generation of CMA-ES.
+        ZeroTuningError: A start with the paper's method, or too few evaluations for a generation of CMA-ES.
     """
     if options.method == "paper":
         if parameterization.start.any():
             raise ZeroTuningError(
-                "start: the paper's method begins at γ = 1; exclude the heads that are to keep theirs"
+                "start: the paper's method begins at γ = 1; exclude the heads that must keep their scales"
             )
         return _search.PaperOptimizer(parameterization.count)
     steps = options.total_steps

@@ -1,4 +1,4 @@
-"""The objective of chosen examples at any log γ, its gradient in log γ, and the label scores behind both."""
+"""The objective of chosen examples at any log γ, the gradient in log γ, and the label scores behind both."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from zerotuning.models.process_group import Processes
 from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 
-#: (generated texts, their examples) -> a number, the higher the better.
+#: Maps generated texts and their examples to a number, the higher the better.
 Metric = Callable[[list[str], list[Record]], float]
 
 
@@ -55,7 +55,7 @@ class TaskExamples:
 
     @cached_property
     def shares_prefix(self) -> bool:
-        """Whether the tokens that all prompts begin with are read once a point, or once a batch with gradients."""
+        """Whether the prompts' shared prefix is read once for each point, or with gradients once for each batch."""
         return is_worth_sharing(self.scorer)
 
     def scorer_at_point(self) -> LabelScorer:
@@ -74,8 +74,8 @@ class CalibrationObjective:
         tasks: The tasks and their examples.
         parameters: The model's log γ as leaves of autograd, from `patching.patch.head_parameters`.
         options: The calibration's options.
-        memory: What to do where memory runs out.
-        processes: This process and those that it shares the examples or the model with.
+        memory: Retries smaller passes where memory runs out.
+        processes: The processes that share the examples or the model.
         metric: A function of generated texts that replaces the objective.
     """
 
@@ -167,7 +167,7 @@ class CalibrationObjective:
         return list(torch.from_numpy(table[:, :, :columns].astype(np.float32)))
 
     def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
-        """This process's share of the examples, in batches. Each process gets as many examples of a length as the others."""
+        """This process's share of the examples, in batches. Every process gets equally many examples of a length."""
         size = self.memory.batch_size(self.options.batch_size)
         scorer = task.scorer_at_point()
         shards = [self.processes.shard(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
@@ -210,7 +210,7 @@ class CalibrationObjective:
     def _gradient_through_scores(
         self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
     ) -> tuple[float, np.ndarray]:
-        """The loss and gradient of another objective: first its gradient in all scores, then batch by batch."""
+        """The loss and gradient of another objective: first the gradient in all scores, then batch by batch."""
         (scores,) = self._task_scores(task, [point], places)
         self.candidates.set_point(point)
         is_finite = ~scores.isnan().any(dim=-1)
@@ -235,7 +235,7 @@ class CalibrationObjective:
     def _scorer_with_gradients(self, task: TaskExamples) -> LabelScorer:
         """The scorer for one batch's forward and backward pass.
 
-        Checkpointed layers compute twice, and cannot read on from a cache that their first computation filled.
+        Checkpointed layers compute twice. They cannot use a prefix cache, which the first computation already fills.
         """
         return task.scorer_at_point() if self.memory.keeps_activations(self.model) else task.scorer
 

@@ -19,9 +19,9 @@ TIES = ("none", "layer", "all")
 PRIORS = ("unknown", "estimate")
 
 DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
-#: With few examples, one held-out fifth is too noisy: the gradient method makes folds. From MANY_EXAMPLES on it makes one
-#: fold, twice the steps, and averages the searches of three seeds. All were chosen on validation examples outside the
-#: search (docs/results).
+#: With few examples, one held-out fifth is too noisy: the gradient method makes folds. From MANY_EXAMPLES on the gradient
+#: method makes one fold and twice the steps, and averages the searches of three seeds. These numbers were chosen on
+#: validation examples outside the search (docs/results).
 DEFAULT_FOLDS = 4
 MANY_EXAMPLES = 128
 STEPS_OF_MANY = 120
@@ -51,39 +51,39 @@ class CalibrationOptions:
         examples: Number of examples of each task that are used, drawn by `seed`; at least 4. Default: all.
         steps: Number of gradient steps or of CMA-ES evaluations, at least 1. Default: 60 gradient steps, 120 from 128
             examples on; 300 evaluations. The paper's method has a fixed number.
-        seconds: Seconds of search after which it ends, those before an interruption included; above 0. Default: no
+        seconds: Search time in seconds, time before an interruption included; above 0. Default: no
             limit.
         seed: Seed of the choice of examples, the folds, the order of batches and CMA-ES; at least 0.
         num_searches: Number of searches on the same examples, with the seeds from `seed` on; at least 1. The gradient
             method averages their log γ, the others keep the search of the least held-out loss. Default: 1, or 3 where
             the gradient method has labels, one fold and 128 examples or more.
         folds: Number of cross-validation folds of the gradient method, at least 1; 1 is a single 80/20 split. Default:
-            4; 1 from 128 examples on; 2 without labels, whose searches share no example and so can confirm each other.
+            4; 1 from 128 examples on; 2 without labels, so that two searches without a common example can confirm each other.
             The other methods always make a single 80/20 split.
-        combine: What the gradient method makes of its folds: `average` of the folds' log γ at the chosen step, or
-            `refit`, one more search on all examples that ends at that step.
+        combine: How the gradient method combines its folds: `average`, the mean of the folds' log γ at the chosen step,
+            or `refit`, one more search on all examples that ends at that step.
         l2_penalties: Strengths p of the penalty p/2 · |log γ|² that is added to the objective, each at least 0. With
             several, the held-out loss chooses one.
         average: Decay of a moving average of each search's points, in [0, 1). Averaged points are candidates beside the
             points themselves. 0: no average.
-        learning_rate: Length of the first gradient step in each log γ, about; above 0.
+        learning_rate: Approximate length of the first gradient step in each log γ; above 0.
         epsilon: Gradient, in nats per unit of log γ, below which a head's step is shorter than `learning_rate`; above 0.
         step_examples: Number of examples that one gradient step reads, at least 1. Default: 64, or 32 in each of several
             folds.
         patience: Number of held-out evaluations without improvement after which the gradient method ends. 0: no early
             end.
         prior: For `information`, the share of each label: `unknown`, as equal as possible; `estimate`, from the untuned
-            predictions (evaluation/objectives.py); or one positive number a label, which add up to 1.
-        guard: Without labels, whether to refuse scales that chance explains better than the model's knowledge does. The
-            three thresholds are in calibration/acceptance.py.
+            predictions (evaluation/objectives.py); or a positive number for each label, with sum 1.
+        guard: Without labels, whether to refuse scales that may be due to chance, by the three thresholds of
+            calibration/acceptance.py.
         layers: Layers whose heads are tuned, from 0. Default: all.
         heads: (layer, head) pairs that are tuned, from 0. Default: all.
         exclude_heads: (layer, head) pairs that keep their scale.
         tie: `none`; `layer`, one γ for the heads of a layer; or `all`, one γ for all heads.
         batch_size: Number of prompts in one forward pass, at least 1.
         max_new_tokens: Longest generated text in tokens, at least 1, where a metric of generated text is the objective.
-        truncate: Whether prompts that exceed the model's context are shortened (tasks/tokenization.py) instead of being
-            an error.
+        truncate: Whether prompts that exceed the model's context are shortened (tasks/tokenization.py). Otherwise such a
+            prompt is an error.
 
     Raises:
         ZeroTuningError: A value outside its range; the message names the option.
@@ -115,14 +115,14 @@ class CalibrationOptions:
     truncate: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, allowed in (
             ("method", METHODS),
             ("objective", OBJECTIVES),
             ("combine", COMBINATIONS),
             ("tie", TIES),
         ):
-            if getattr(self, name) not in known:
-                raise ZeroTuningError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in allowed:
+                raise ZeroTuningError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("guard", "truncate"):
             if not isinstance(getattr(self, name), bool):
                 raise ZeroTuningError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -147,14 +147,14 @@ class CalibrationOptions:
             value = getattr(self, name)
             if value is None and name in ("examples", "steps", "num_searches", "folds", "step_examples"):
                 continue
-            if not _is_whole(value) or value < least:
+            if not _is_integer(value) or value < least:
                 raise ZeroTuningError(f"{name} must be at least {least}, got {value!r}")
             self._set(name, int(value))
 
     def _check_heads(self) -> None:
         if self.layers is not None:
             layers = _items(self.layers)
-            if layers is None or not all(map(_is_whole, layers)):
+            if layers is None or not all(map(_is_integer, layers)):
                 raise ZeroTuningError(f"layers must be a sequence of integers, got {self.layers!r}")
             self._set("layers", tuple(map(int, layers)))
         for name in ("heads", "exclude_heads"):
@@ -189,18 +189,18 @@ class CalibrationOptions:
         if isinstance(self.prior, str):
             if self.prior not in PRIORS:
                 raise ZeroTuningError(
-                    f"prior must be one of {', '.join(PRIORS)} or one number a label, got {self.prior!r}"
+                    f"prior must be one of {', '.join(PRIORS)} or one number for each label, got {self.prior!r}"
                 )
         else:
             shares = _items(self.prior) or ()
-            good = len(shares) >= 2 and all(_is_number(share) and share > 0 for share in shares)
-            if not good or abs(sum(shares) - 1) > 1e-3:
+            is_valid = len(shares) >= 2 and all(_is_number(share) and share > 0 for share in shares)
+            if not is_valid or abs(sum(shares) - 1) > 1e-3:
                 raise ZeroTuningError(
-                    f"prior must be positive numbers, one a label, that add up to 1, got {self.prior!r}"
+                    f"prior must be positive numbers, one for each label, with sum 1, got {self.prior!r}"
                 )
             self._set("prior", tuple(map(float, shares)))
         if self.prior != "unknown" and self.objective != "information":
-            raise ZeroTuningError(f"prior belongs to the objective information, got {self.objective}")
+            raise ZeroTuningError(f"prior requires the objective information, got {self.objective}")
 
     def _check_method(self) -> None:
         if self.method != "gradient" and self.folds is not None and self.folds != 1:
@@ -215,24 +215,24 @@ class CalibrationOptions:
 
     @property
     def total_steps(self) -> int:
-        """`steps`, or its default."""
+        """`steps`, or the method's default."""
         return self.steps or DEFAULT_STEPS[self.method]
 
     @property
     def search_count(self) -> int:
-        """`num_searches`, or its default."""
+        """`num_searches`, or 1."""
         return self.num_searches or 1
 
     @property
     def fold_count(self) -> int:
-        """`folds`, or its default."""
+        """`folds`, or the default of the method and the objective."""
         if self.method != "gradient":
             return 1
         return self.folds or (DEFAULT_FOLDS if self.objective == "task-loss" else LABEL_FREE_FOLDS)
 
     @property
     def examples_per_step(self) -> int:
-        """`step_examples`, or its default."""
+        """`step_examples`, or the default for the number of folds."""
         return self.step_examples or (64 if self.fold_count == 1 else 32)
 
     def to_json(self) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class CalibrationKeywords(TypedDict, total=False):
 def shows_option_keywords(function: F) -> F:
     """Replace `**keywords` in a function's signature, which help() prints, by the fields of CalibrationOptions."""
     signature = inspect.signature(function)
-    parameters = [one for one in signature.parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD]
+    parameters = [given for given in signature.parameters.values() if given.kind is not inspect.Parameter.VAR_KEYWORD]
     for field in fields(CalibrationOptions):
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
@@ -282,10 +282,10 @@ def shows_option_keywords(function: F) -> F:
 
 
 def options_from(options: CalibrationOptions | None, keywords: Mapping[str, Any]) -> CalibrationOptions:
-    """Return `options`, or the defaults, with the fields that keywords name replaced.
+    """Return `options`, or the defaults, with the fields replaced that `keywords` names.
 
     Raises:
-        ZeroTuningError: A keyword that is no field, or a value outside its range.
+        ZeroTuningError: A keyword that names no field, or a value outside its range.
     """
     if options is None:
         options = CalibrationOptions()
@@ -296,11 +296,11 @@ def options_from(options: CalibrationOptions | None, keywords: Mapping[str, Any]
         new_name = RENAMED_OPTIONS.get(name, name)
         if new_name != name:
             warnings.warn(f"the option {name} is now called {new_name}", DeprecationWarning, stacklevel=3)
-        known = CalibrationOptions.__dataclass_fields__
-        if new_name not in known:
-            raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(known)}")
+        field_names = CalibrationOptions.__dataclass_fields__
+        if new_name not in field_names:
+            raise ZeroTuningError(f"calibrate has no option {name!r}: there are {', '.join(field_names)}")
         if new_name in changes or (new_name != name and new_name in keywords):
-            raise ZeroTuningError(f"{name} is the old name of {new_name}: give one of them, got both")
+            raise ZeroTuningError(f"{name} is the old name of {new_name}: give one of the two, got both")
         changes[new_name] = value
     return replace(options, **changes)
 
@@ -319,12 +319,12 @@ def _items(value: Any) -> tuple[Any, ...] | None:
 
 def _pair(name: str, value: Any) -> tuple[int, int]:
     pair = _items(value)
-    if pair is None or len(pair) != 2 or not all(map(_is_whole, pair)):
+    if pair is None or len(pair) != 2 or not all(map(_is_integer, pair)):
         raise ZeroTuningError(f"{name} must be (layer, head) pairs, got {value!r}")
     return int(pair[0]), int(pair[1])
 
 
-def _is_whole(value: Any) -> bool:
+def _is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 

@@ -1,4 +1,4 @@
-"""What a calibration does when memory runs out: smaller batches, and activations that are computed twice, not kept."""
+"""What a calibration does when memory runs out: smaller batches, then checkpointed layers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether torch ran out of memory. On the CPU only the error's text tells."""
+    """Return whether torch ran out of memory. On the CPU torch raises a RuntimeError, so its text is compared."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
@@ -34,8 +34,8 @@ class OutOfMemoryRetry:
     """Retries batches in halves, remembers which sizes fit, and collects warnings for the report.
 
     Attributes:
-        max_batch_size: Number of examples in a batch at most, since memory ran out; None: it never did.
-        max_candidates: Number of candidates in one forward pass at most, since memory ran out; None: it never did.
+        max_batch_size: The most examples in a batch, once memory has run out; None before.
+        max_candidates: The most candidates in one forward pass, once memory has run out; None before.
         checkpointed: Whether memory ran out for a single example. From then on the layers are checkpointed.
         notes: The warnings, each once.
     """
@@ -52,7 +52,7 @@ class OutOfMemoryRetry:
     def keeps_activations(self, model: nn.Module) -> bool:
         """Return whether a pass with gradients keeps its activations.
 
-        An offloaded model never does: the autograd graph would keep the weights on the device.
+        Activations of an offloaded model are never kept: the autograd graph would keep the weights on the device.
         """
         return not (self.checkpointed or is_offloaded(model))
 
@@ -69,12 +69,12 @@ class OutOfMemoryRetry:
         if text not in self.notes:
             self.notes.append(text)
 
-    def batch_size(self, wanted: int) -> int:
-        """Return the batch size to use where `wanted` is asked for."""
-        return wanted if self.max_batch_size is None else min(wanted, self.max_batch_size)
+    def batch_size(self, requested: int) -> int:
+        """Return `requested`, or `max_batch_size` if that is smaller."""
+        return requested if self.max_batch_size is None else min(requested, self.max_batch_size)
 
     def halve_candidates(self, candidates: int) -> None:
-        """Allow half as many candidates in a pass, because so many did not fit."""
+        """Allow half as many candidates in a pass, because `candidates` did not fit."""
         self.max_candidates = candidates // 2
         self.note(
             f"not enough memory for {candidates} candidates in a pass, retried with at most {self.max_candidates}"
@@ -89,14 +89,14 @@ class OutOfMemoryRetry:
         Args:
             scorer: The scorer that makes batches of a half's examples.
             batch: The examples.
-            compute: A function of a batch. None is a failure: a loss that is not finite.
+            compute: A function of a batch. The result None stands for a loss that is not finite.
 
         Returns:
-            The pieces and their results. An example that fails by itself is left out.
+            The pieces and their results. An example that fails alone is left out.
 
         Raises:
-            ZeroTuningError: An example that is too large for the memory by itself. With a tensor-parallel model, a lack
-                of memory is torch's error at once.
+            ZeroTuningError: A single example that does not fit in memory.
+            RuntimeError: A tensor-parallel model ran out of memory: torch's own error, without a retry.
         """
         try:
             value = compute(batch)
@@ -117,7 +117,7 @@ class OutOfMemoryRetry:
         places = batch.indices.tolist()
         halves = (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else (places,)
         pieces = [piece for half in halves for piece in scorer.batches_of(half)]
-        return [done for piece in pieces for done in self.in_pieces(scorer, piece, compute)]
+        return [result for piece in pieces for result in self.in_pieces(scorer, piece, compute)]
 
     @staticmethod
     def _free_memory() -> None:
@@ -140,12 +140,12 @@ class OutOfMemoryRetry:
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """Checkpoint a patched model's layers: they keep their inputs only and run again in the backward pass.
+    """Checkpoint a patched model's layers: autograd keeps their inputs only, and the backward pass runs them again.
 
-    Unlike transformers' gradient checkpointing this needs no training mode, so that dropout stays off.
+    Unlike transformers' gradient checkpointing, this context needs no training mode, so dropout stays off.
     """
     layers = _layers_with_attention(model)
-    instance_forwards = [vars(layer).get("forward") for layer in layers]  # of a hook, such as accelerate's
+    instance_forwards = [vars(layer).get("forward") for layer in layers]  # set by a hook, such as accelerate's
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:

@@ -1,4 +1,4 @@
-"""Which heads a search may change: the linear map from the numbers that it searches to the log γ of all heads."""
+"""Which heads a search may change: the linear map from the searched numbers x to the log γ of all heads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MAX_ABS_LOG_SCALE = 4.0
 
 
 class ScaleParameterization:
-    """log γ = fixed + M x, with x [P] the numbers that are searched and M [layers * heads, P] of zeros and ones.
+    """log γ = fixed + M x, with x [P] the searched numbers and M [layers * heads, P] of zeros and ones.
 
-    Every free head follows one number of x; a number moves one head, the free heads of a layer, or all free heads. The
-    other heads stay at `start` (γ = 1 without it). x = 0 is γ = 1 in all free heads.
+    The log γ of a free head is one entry of x. An entry belongs to one head, to all free heads of a layer, or to all free
+    heads. The other heads stay at `start`, which defaults to γ = 1. x = 0 is γ = 1 in all free heads.
 
     Args:
         layers: Number of the model's layers.
@@ -28,7 +28,7 @@ class ScaleParameterization:
         start: log γ [layers, heads] to begin with; None: 0.
 
     Attributes:
-        start: x [P] to begin with, within ±MAX_ABS_LOG_SCALE; of tied heads the mean of their log γ.
+        start: x [P] to begin with, within ±MAX_ABS_LOG_SCALE; for tied heads, the mean of their log γ.
 
     Raises:
         ZeroTuningError: A layer or head that the model lacks, no free head at all, a start of another shape.
@@ -50,7 +50,7 @@ class ScaleParameterization:
         if only_layers is not None:
             chosen = np.zeros(self.shape, dtype=bool)
             for layer in only_layers:
-                self._check("layers", layer, 0)
+                self._check_index("layers", layer, 0)
                 chosen[layer] = True
             free &= chosen
         if only_heads is not None:
@@ -64,7 +64,7 @@ class ScaleParameterization:
         start = np.zeros(self.shape) if start is None else np.asarray(start, dtype=np.float64)
         if start.shape != self.shape:
             raise ZeroTuningError(
-                f"start must be {layers} layers x {heads} heads as the model has, got {list(start.shape)}"
+                f"start must be {layers} layers x {heads} heads, the model's shape, got {list(start.shape)}"
             )
         self._fixed = np.where(self._free, 0.0, start.reshape(-1))
         mean = self.point_gradient(start.reshape(-1)) / self._members
@@ -72,12 +72,12 @@ class ScaleParameterization:
 
     @property
     def count(self) -> int:
-        """P, how many numbers are searched."""
+        """P, the number of searched numbers."""
         return len(self._members)
 
     @property
     def free_heads(self) -> int:
-        """How many heads are free."""
+        """The number of free heads."""
         return int(self._free.sum())
 
     @property
@@ -109,12 +109,12 @@ class ScaleParameterization:
         for pair in pairs:
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ZeroTuningError(f"{name} must be (layer, head) pairs, got {pair!r}")
-            self._check(name, *pair)
+            self._check_index(name, *pair)
             mask[tuple(pair)] = True
         return mask
 
-    def _check(self, name: str, layer: int, head: int) -> None:
+    def _check_index(self, name: str, layer: int, head: int) -> None:
         layers, heads = self.shape
-        for what, value, count in (("layer", layer, layers), ("head", head, heads)):
+        for kind, value, count in (("layer", layer, layers), ("head", head, heads)):
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < count:
-                raise ZeroTuningError(f"{name}: the model's {what}s are 0 to {count - 1}, got {value!r}")
+                raise ZeroTuningError(f"{name}: the model's {kind}s are 0 to {count - 1}, got {value!r}")

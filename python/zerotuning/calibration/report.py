@@ -19,7 +19,7 @@ from zerotuning.evaluation import objectives
 from zerotuning.tasks.task import Task
 from zerotuning.version import __version__
 
-#: The report's fields in zerotuning_config.json: none that differs between two runs of the same command.
+#: The report's fields in zerotuning_config.json: only fields that two runs of the same command have in common.
 METADATA_FIELDS = (
     "prompts",
     "examples",
@@ -39,20 +39,20 @@ METADATA_FIELDS = (
 def held_out_figures(
     objective: CalibrationObjective,
     parameterization: ScaleParameterization,
-    found: SearchResult,
+    result: SearchResult,
     acceptance: AcceptanceTest,
 ) -> dict[str, Any]:
-    """Measure the held-out examples of every split with the scales that never saw them.
+    """Measure the held-out examples of every split with the scales that were fitted without these examples.
 
     Returns:
         `held_out_examples`, their number; `baseline` and `tuned` (loss, accuracy, entropy); `tasks`, the same for each
         task with its confusion; `by_seed`, the tuned figures of each search, and their `spread`.
     """
     before, after, by_seed = [], [], []
-    for split, point in found.held_out_points:
+    for split, point in result.held_out_points:
         before.append(acceptance.baseline_scores(split.held_out))
         after.append(objective.scores(parameterization.log_scale(point), split.held_out) if point.any() else before[-1])
-    splits = [split for split, _ in found.held_out_points]
+    splits = [split for split, _ in result.held_out_points]
     for seed in dict.fromkeys(split.seed for split in splits):
         of_seed = [index for index, split in enumerate(splits) if split.seed == seed]
         figures = _figures(objective, [splits[i] for i in of_seed], [after[i] for i in of_seed])
@@ -82,10 +82,10 @@ def _figures(
     objective: CalibrationObjective, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]
 ) -> dict[str, float | None]:
     scores, places = [torch.cat(parts) for parts in zip(*results, strict=True)], pooled_places(splits)
-    return _scored(objective, scores, places)
+    return _mean_figures(objective, scores, places)
 
 
-def _scored(objective: CalibrationObjective, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
+def _mean_figures(objective: CalibrationObjective, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
     labelled = all(not task.task.continuation for task in objective.tasks)
     entropies = [float(objectives.entropy(part)) for part in scores] if labelled else []
     return {
@@ -122,7 +122,7 @@ def _by_task(
 
 
 def confusion(labels: Tensor, predictions: Tensor, count: int) -> list[list[int]]:
-    """Count the examples of each gold label (rows) that were given each label (columns).
+    """Count the examples of each gold label (rows) that were predicted as each label (columns).
 
     Returns:
         [count][count] numbers.

@@ -25,13 +25,13 @@ from zerotuning.evaluation.objectives import estimated_prior
 
 
 class CalibrationRun:
-    """A search, whose state is saved after every step, and the seconds that it took before and after interruptions.
+    """A search whose state is saved after every step, and its seconds, interruptions excluded.
 
     Args:
         objective: The objective and its gradient.
-        parameterization: The numbers that are searched.
-        options: The options, with defaults that depend on the number of examples filled in.
-        state: The saved state. A search that it holds is continued.
+        parameterization: Maps the searched numbers to log γ.
+        options: The options, after CalibrationOptions.resolved.
+        state: The state on disk. A saved search is continued.
     """
 
     def __init__(
@@ -128,24 +128,24 @@ class CalibrationRun:
 
     def result(self) -> tuple[np.ndarray, dict[str, Any]]:
         """Return log γ, float64 [layers * heads], and the report."""
-        found = self.search.result()
-        reason = self._reason_to_reject(found)
+        result = self.search.result()
+        reason = self._reason_to_reject(result)
         untuned = self.parameterization.untuned
         if reason is not None:
-            found = replace(found, point=None, held_out_points=[(split, untuned) for split in self.splits])
-        log_scale = self.parameterization.log_scale(untuned if found.point is None else found.point)
-        return log_scale, self._report(found, reason)
+            result = replace(result, point=None, held_out_points=[(split, untuned) for split in self.splits])
+        log_scale = self.parameterization.log_scale(untuned if result.point is None else result.point)
+        return log_scale, self._report(result, reason)
 
-    def _reason_to_reject(self, found: SearchResult) -> str | None:
+    def _reason_to_reject(self, result: SearchResult) -> str | None:
         if self.acceptance is not None and not self.acceptance.has_evidence:
-            return "the untuned predictions say too little about the input for a search without labels"
-        if found.point is None:
+            return "the untuned predictions depend too little on the input for a search without labels"
+        if result.point is None:
             return "nothing beat γ = 1 on the held-out examples"
-        if self.acceptance is not None and not self.acceptance.accepts(self.parameterization.log_scale(found.point)):
+        if self.acceptance is not None and not self.acceptance.accepts(self.parameterization.log_scale(result.point)):
             return "the scales chosen on the held-out examples were no better than γ = 1 on all"
         return None
 
-    def _report(self, found: SearchResult, reason: str | None) -> dict[str, Any]:
+    def _report(self, result: SearchResult, reason: str | None) -> dict[str, Any]:
         options, tasks = self.options, self.objective.tasks
         report: dict[str, Any] = {
             "task": " + ".join(task.task.name for task in tasks),
@@ -164,8 +164,8 @@ class CalibrationRun:
             "seconds": round(self.seconds, 3),
             "improved": reason is None,
             "reason": reason,
-            "chosen": found.chosen,
-            **self._held_out(found),
+            "chosen": result.chosen,
+            **self._held_out(result),
             "evidence": None if self.acceptance is None else self.acceptance.evidence,
             "warnings": self.objective.memory.notes,
             "setbacks": self.objective.memory.notes,  # the old name of warnings, for one version
@@ -177,9 +177,9 @@ class CalibrationRun:
             report["profile"] = self.search.profile
         return report
 
-    def _held_out(self, found: SearchResult) -> dict[str, Any]:
+    def _held_out(self, result: SearchResult) -> dict[str, Any]:
         if self.acceptance is not None:
-            return held_out_figures(self.objective, self.parameterization, found, self.acceptance)
+            return held_out_figures(self.objective, self.parameterization, result, self.acceptance)
         assert isinstance(self.search, HoldoutSearch)
         return {
             "held_out_examples": sum(len(places) for places in self.splits[0].held_out),

@@ -37,18 +37,18 @@ class SavedFields:
     def integer(self, name: str, least: int, most: int | None = None) -> int:
         """Return an integer from `least` to `most`."""
         value = self.value(name)
-        whole = isinstance(value, int) and not isinstance(value, bool)
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
         bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        good = whole and least <= value and (most is None or value <= most)
-        self._require(good, name, f"an integer {bounds}", value)
+        is_valid = is_integer and least <= value and (most is None or value <= most)
+        self._require(is_valid, name, f"an integer {bounds}", value)
         return int(value)
 
     def number(self, name: str, least: float = -math.inf) -> float:
         """Return a finite number of at least `least`."""
         value = self.value(name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-        self._require(number and math.isfinite(value) and value >= least, name, expected, value)
+        self._require(is_number and math.isfinite(value) and value >= least, name, expected, value)
         return float(value)
 
     def integer_or_none(self, name: str, least: int) -> int | None:
@@ -66,10 +66,10 @@ class SavedFields:
         return str(value)
 
     def items(self, name: str, count: int | None = None) -> list[Any]:
-        """Return a list, of `count` items if that is given."""
+        """Return a list, of `count` items if `count` is given."""
         value = self.value(name)
-        good = isinstance(value, list) and count in (None, len(value))
-        self._require(good, name, "a list" if count is None else f"a list of {count}", value)
+        is_valid = isinstance(value, list) and count in (None, len(value))
+        self._require(is_valid, name, "a list" if count is None else f"a list of {count}", value)
         return list(value)
 
     def point(self, name: str, count: int) -> np.ndarray:
@@ -86,7 +86,7 @@ class SavedFields:
         return SavedFields(self.value(name), self._path(name))
 
     def objects(self, name: str, count: int | None = None) -> list[SavedFields]:
-        """Return a list of nested objects, `count` of them if that is given."""
+        """Return a list of nested objects, of length `count` if `count` is given."""
         values = self.items(name, count)
         return [SavedFields(value, self._path(f"{name}[{index}]")) for index, value in enumerate(values)]
 
@@ -100,24 +100,24 @@ class SavedFields:
         """Restore a search of csrc/search, or a list of searches, from a field."""
         searches = search if isinstance(search, list) else [search]
         saved = self.objects(name, len(searches)) if isinstance(search, list) else [self.fields(name)]
-        for one, state in zip(searches, saved, strict=True):
+        for each, state in zip(searches, saved, strict=True):
             try:
-                one.restore(state._content)
+                each.restore(state._content)
             except ValueError as error:
                 raise ValueError(f"{state.name}: {error}") from error
 
     def _point(self, name: str, value: Any, count: int) -> np.ndarray:
-        numbers = isinstance(value, list) and all(
+        are_numbers = isinstance(value, list) and all(
             isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item) for item in value
         )
-        self._require(numbers and len(value) == count, name, f"a list of {count} finite numbers", value)
+        self._require(are_numbers and len(value) == count, name, f"a list of {count} finite numbers", value)
         return np.array(value, dtype=np.float64)
 
     def _path(self, name: str) -> str:
         return f"{self.name}.{name}" if self.name else name
 
-    def _require(self, good: bool, name: str, expected: str, got: Any) -> None:
-        if not good:
+    def _require(self, is_valid: bool, name: str, expected: str, got: Any) -> None:
+        if not is_valid:
             raise ValueError(f"{self._path(name)} must be {expected}, got {_short(got)}")
 
 

@@ -1,4 +1,4 @@
-"""What a search of head scales hands to the report."""
+"""The result of a search of head scales."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class SearchResult:
 
     Attributes:
         point: x [P], the numbers of a ScaleParameterization; None where nothing beat γ = 1.
-        held_out_points: For each split, the x whose loss its held-out examples measured (x = 0 where nothing beat it).
-        chosen: How `point` was found, for the report: step, penalty, kind of point …
+        held_out_points: For each split, the x at which its held-out examples are scored (x = 0 where nothing beat γ = 1).
+        chosen: How `point` was found, for the report: step, penalty and kind of point.
     """
 
     point: np.ndarray | None

@@ -26,11 +26,11 @@ from zerotuning.version import __version__
 
 
 class CalibrationState:
-    """Reads and writes the state file; of several processes only the main process touches the folder.
+    """Reads and writes the state file; with several processes only the main process uses the folder.
 
     Args:
         folder: The calibration's output; None: no state is written.
-        identity: What must be equal for a saved state to be resumed.
+        identity: A saved state is resumed only if its identity equals this one.
         processes: The processes that make the calibration together.
     """
 
@@ -40,10 +40,10 @@ class CalibrationState:
         self.processes = processes
 
     def read(self) -> SavedFields | None:
-        """Read the state of the same calibration, interrupted earlier; None where there is none.
+        """Read the saved state of this calibration; None where no state is saved.
 
         Raises:
-            ZeroTuningError: The file is damaged, or of another calibration.
+            ZeroTuningError: The file is damaged or belongs to another calibration.
         """
         if self.path is None:
             return None
@@ -62,13 +62,13 @@ class CalibrationState:
             saved, state = content.value("calibration"), content.fields("state")
         except (ValueError, RecursionError) as error:
             raise self.damaged(error) from error
-        # Through JSON, so that numbers compare as they were written. The main process wrote the file, so its identity
-        # counts: each process may count other parameters of a model that they share.
+        # Through JSON, so that numbers compare as they were written. All processes compare the main process's
+        # identity: each rank of a tensor-parallel model counts its own parameters.
         for name, value in json.loads(self.processes.broadcast_from_main(json.dumps(self.identity))).items():
             if saved.get(name) != value:
                 raise ZeroTuningError(
                     f"{self.path.parent} holds an unfinished calibration with another {name}: {saved.get(name)!r}, "
-                    f"not {value!r}; run that one again, choose another folder or overwrite it"
+                    f"not {value!r}; run that calibration again, choose another folder or overwrite it"
                 )
         return state
 
@@ -79,7 +79,9 @@ class CalibrationState:
     def write(self, state: Mapping[str, Any]) -> None:
         """Replace the state on disk."""
         if self.path is not None and self.processes.is_main_process:
-            write_text_atomically(self.path, _laid_out({"calibration": self.identity, "state": dict(state)}) + "\n")
+            write_text_atomically(
+                self.path, _indented_json({"calibration": self.identity, "state": dict(state)}) + "\n"
+            )
 
     def clear(self) -> None:
         """Remove the state, and unfinished files that a run left when it was killed."""
@@ -104,12 +106,12 @@ def identity(
 
     Args:
         model: The model.
-        tasks: Its tasks.
+        tasks: The tasks.
         records: Each task's examples.
-        tokens: The same, tokenized.
-        options: Of the calibration.
+        tokens: Each task's examples, tokenized.
+        options: The calibration's options.
         start: The scales to begin with, if any.
-        metric: Name of the metric of generated text; "" where there is none.
+        metric: Name of the metric of generated text; "" without a metric.
     """
     data = json.dumps([list(part) for part in records], sort_keys=True, default=str)
     return {
@@ -128,7 +130,7 @@ def identity(
         ],
         "chat": [task.chat for task in tasks],
         "scoring": [task.scoring for task in tasks],
-        "shots": [_shown_shots(task.shots) for task in tasks],
+        "shots": [_shots_summary(task.shots) for task in tasks],
         **options.to_json(),
         "start": "" if start is None else start.gamma.numpy().tobytes().hex(),
         "metric": metric,
@@ -139,20 +141,20 @@ def identity(
     }
 
 
-def _shown_shots(shots: Sequence[Shot]) -> str:
-    """The number of shots and a digest of their texts, which would make an error message pages long."""
+def _shots_summary(shots: Sequence[Shot]) -> str:
+    """The number of shots and a digest of their texts; the texts would fill pages of an error message."""
     if not shots:
         return "none"
     texts = json.dumps([(shot.prompt, shot.answer) for shot in shots])
     return f"{len(shots)} of SHA-256 {hashlib.sha256(texts.encode()).hexdigest()[:16]}"
 
 
-def _laid_out(value: Any, indent: str = "") -> str:
-    """JSON with a line for each field, and for each list of numbers: readable, and faster to write than one a number."""
+def _indented_json(value: Any, indent: str = "") -> str:
+    """JSON with a line for each field and each list of numbers: json.dumps(indent=2) has a line for each number."""
     inner = indent + "  "
     if isinstance(value, dict) and value:
-        fields = [f"{inner}{json.dumps(name)}: {_laid_out(part, inner)}" for name, part in value.items()]
+        fields = [f"{inner}{json.dumps(name)}: {_indented_json(part, inner)}" for name, part in value.items()]
         return "{\n" + ",\n".join(fields) + "\n" + indent + "}"
     if isinstance(value, list) and any(isinstance(part, (dict, list)) for part in value):
-        return "[\n" + ",\n".join(inner + _laid_out(part, inner) for part in value) + "\n" + indent + "]"
+        return "[\n" + ",\n".join(inner + _indented_json(part, inner) for part in value) + "\n" + indent + "]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

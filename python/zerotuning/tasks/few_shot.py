@@ -40,7 +40,7 @@ def draw_shots(task: Task, records: Iterable[Mapping[str, Any]], count: int, see
     candidates = as_records(records)
     if count > len(candidates):
         raise ZeroTuningError(
-            f"shots must be at most {len(candidates)}, the examples that they can be drawn from, got {count}"
+            f"shots must be at most {len(candidates)}, the number of examples to draw from, got {count}"
         )
     random = np.random.default_rng((seed, _STREAM))
     shuffled = [candidates[place] for place in random.permutation(len(candidates))]

@@ -54,7 +54,7 @@ def test_examples_that_any_candidate_shows_are_not_used_to_compare_candidates() 
     assert prompts(left) == [text for text in prompts(RECORDS) if text not in shown]
     with pytest.raises(ZeroTuningError) as caught:
         comparison_examples(candidates, RECORDS[:20])
-    assert "task 'films' needs at least 32 examples that no set shows, got " in str(caught.value)
+    assert "task 'films' needs at least 32 examples outside every set, got " in str(caught.value)
     assert str(caught.value).endswith(" of 20")
 
 

@@ -103,7 +103,7 @@ def test_old_names_of_options_still_work_and_warn(tiny: Any) -> None:
     assert report["warnings"] == report["setbacks"]
     with (
         pytest.warns(DeprecationWarning, match="the option seeds is now called num_searches"),
-        pytest.raises(ZeroTuningError, match="seeds is the old name of num_searches: give one of them, got both"),
+        pytest.raises(ZeroTuningError, match="seeds is the old name of num_searches: give one of the two, got both"),
     ):
         calibrate(tiny, seeds=2, num_searches=3)
 

@@ -84,7 +84,7 @@ def test_shots_are_never_among_the_examples(place: Path, capsys: Any) -> None:
     # --data and --shot-data name the same file: its three other examples can be drawn.
     assert figures("--shots", "3", "--shot-data", "test.jsonl", "--limit", "3")["examples"] == 3
     message = refusal(capsys, evaluate("--shots", "4", "--shot-data", "test.jsonl", "--limit", "3"))
-    assert "shots must be at most 3, the examples that they can be drawn from, got 4" in message
+    assert "shots must be at most 3, the number of examples to draw from, got 4" in message
     assert main(calibrate("--shots", "4")) == 0
     report = json.loads((place / "scales/report.json").read_text("utf-8"))
     assert report["examples"] == 10
@@ -127,7 +127,7 @@ def test_candidates_that_cannot_be_compared_are_refused(place: Path, capsys: Any
     assert "few-shot examples are compared by the loss of labels, which scoring generate does not have" in message
     monkeypatch.setattr("zerotuning.models.loading.load_model", None)  # refused before a model is loaded
     message = refusal(capsys, calibrate("--shots", "2", "--num-shot-candidates", "2"))
-    assert "task 'films' needs at least 32 examples that no set shows, got " in message
+    assert "task 'films' needs at least 32 examples outside every set, got " in message
 
 
 def test_a_builtin_tasks_shots_come_from_its_validation_sample(place: Path, capsys: Any, tiny_model: Any) -> None:
@@ -220,18 +220,18 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (evaluate("--shots", "2"), "shots of task 'films' need examples to draw from: name a file with --shot-data"),
         (
             evaluate("--shots", "15", "--shot-data", "validation.jsonl"),
-            "shots must be at most 14, the examples that they can be drawn from, got 15",
+            "shots must be at most 14, the number of examples to draw from, got 15",
         ),
         (evaluate("--shots", "1", "--shot-data", "none.jsonl"), "data file none.jsonl does not exist"),
         (calibrate("--shots", "11"), "shots 11 leave 3 of 14 examples of task 'films', calibration needs at least 4"),
-        (calibrate("--shots", "15"), "shots must be at most 14, the examples that they can be drawn from, got 15"),
+        (calibrate("--shots", "15"), "shots must be at most 14, the number of examples to draw from, got 15"),
         (
             calibrate("--shots", "1", "--shot-data", "a.jsonl", "--shot-data", "b.jsonl"),
             "--shot-data must come once for each --task (1), got 2",
         ),
         (evaluate("--chat"), "chat needs a tokenizer with a chat template, model has none"),
         (evaluate("--scoring", "best"), "argument --scoring: invalid choice: 'best'"),
-        (calibrate("--scoring", "generate"), "scoring generate has no gradient: it needs the method cma-es"),
+        (calibrate("--scoring", "generate"), "scoring generate has no gradient: method must be cma-es"),
         (evaluate(data="hub"), "task 'films' names no data set of the hub: name one as hub:owner/name, or a file"),
         (
             ["evaluate", "--model", "model", "--task", "subj"],

@@ -81,7 +81,7 @@ def test_choices_and_continuations_are_drawn_without_regard_to_labels() -> None:
         (17, 0, "shots must be an integer from 0 to 16, got 17"),
         (-1, 0, "shots must be an integer from 0 to 16, got -1"),
         (True, 0, "shots must be an integer from 0 to 16, got True"),
-        (13, 0, "shots must be at most 12, the examples that they can be drawn from, got 13"),
+        (13, 0, "shots must be at most 12, the number of examples to draw from, got 13"),
         (1, -1, "shot seed must be an integer of at least 0, got -1"),
     ],
 )
