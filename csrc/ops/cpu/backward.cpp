@@ -1,6 +1,6 @@
-// zerotuning::attention_backward on the CPU: the pieces of attention/pieces.h by torch's flash
-// kernel, given the output and log-sum-exp of all keys, and the gradient of log_scale by our own
-// kernel.
+// zerotuning::attention_backward on the CPU. Torch's flash kernel computes the gradients of the
+// pieces of attention/pieces.h, given the output and log-sum-exp of all keys. Our own kernel
+// computes the gradient of log_scale.
 #include <limits>
 
 #include "attention/cpu_kernels.h"
@@ -13,8 +13,8 @@ namespace {
 
 using namespace cpu;
 
-// Torch's backward kernel computes exp(logit - logsumexp). For rows that attend to no key, +inf
-// makes that 0; -inf would make it NaN.
+// Torch's backward kernel computes exp(logit - logsumexp). For rows that attend to no key, all
+// logits are -inf: a logsumexp of +inf makes the result 0, and -inf would make the result NaN.
 template <typename Real>
 void replace_minus_infinity(const Tensor& logsumexp) {
   Real* data = logsumexp.mutable_data_ptr<Real>();
@@ -126,7 +126,7 @@ void add_piece(const Problem& p, const SampleGroup& group, const Piece& piece, c
 
 // For short sequences, and for few queries of small heads, torch's 16-bit backward kernel spends
 // more time on packing its tiles than on products. There float32 is faster, conversions included,
-// and more exact. Measured on a processor with AMX; without it the 16-bit kernel is slower still.
+// and more exact. Measured on a processor with AMX; without AMX the 16-bit kernel is slower still.
 constexpr int64_t max_float32_key_numbers = int64_t{128} * 128, max_float32_queries = 128;
 constexpr int64_t max_few_queries_head_size = 64;
 
@@ -148,14 +148,15 @@ Tensor converted(const Tensor& tensor, ScalarType type) {
 }
 
 FourTensors float32_backward(const Problem& p, const BackwardArguments& backward) {
-  Problem wide = p;
-  wide.query = converted(p.query, ScalarType::Float);
-  wide.key = converted(p.key, ScalarType::Float);
-  wide.value = converted(p.value, ScalarType::Float);
-  wide.dtype = attention::DType::float32;
-  auto [query, key, value, log_scale] = attention_backward_cpu(
-      wide, {converted(backward.grad_output, ScalarType::Float),
-             converted(backward.output, ScalarType::Float), backward.logsumexp, std::nullopt});
+  Problem float32_problem = p;
+  float32_problem.query = converted(p.query, ScalarType::Float);
+  float32_problem.key = converted(p.key, ScalarType::Float);
+  float32_problem.value = converted(p.value, ScalarType::Float);
+  float32_problem.dtype = attention::DType::float32;
+  auto [query, key, value, log_scale] =
+      attention_backward_cpu(float32_problem, {converted(backward.grad_output, ScalarType::Float),
+                                               converted(backward.output, ScalarType::Float),
+                                               backward.logsumexp, std::nullopt});
   const ScalarType type = p.query.scalar_type();
   return {converted(query, type), converted(key, type), converted(value, type), log_scale};
 }

@@ -1,4 +1,4 @@
-// Reading the geometry and writing the bias (geometry.h).
+// Reads the geometry and writes the bias (geometry.h).
 #include "ops/cpu/geometry.h"
 
 #include <algorithm>
@@ -44,7 +44,7 @@ void read_span(const Problem& p, Geometry& geometry) {
 }
 
 template <typename Real>
-void check_not_nan(const Tensor& log_scale) {
+void check_finite(const Tensor& log_scale) {
   const Tensor values = aten::contiguous(log_scale);
   const Real* data = values.const_data_ptr<Real>();
   for (int64_t i = 0; i < values.numel(); ++i) {
@@ -89,9 +89,9 @@ Geometry read_geometry(const Problem& p) {
   read_query_start(p, geometry);
   read_span(p, geometry);
   if (p.dtype == attention::DType::float64) {
-    check_not_nan<double>(p.log_scale);
+    check_finite<double>(p.log_scale);
   } else {
-    check_not_nan<float>(p.log_scale);
+    check_finite<float>(p.log_scale);
   }
   return geometry;
 }
@@ -100,10 +100,10 @@ Tensor make_bias(const Problem& p, const Geometry& geometry, int64_t begin, int6
                  int64_t keys) {
   const bool shared = !p.log_scale_per_sample() && !p.key_mask && !p.span;
   const int64_t samples = shared ? 1 : end - begin;
-  const bool wide = p.dtype == attention::DType::float64;
+  const bool is_float64 = p.dtype == attention::DType::float64;
   Tensor bias = aten::empty(p.log_scale, Sizes{samples, p.heads, 1, keys},
-                            wide ? ScalarType::Double : ScalarType::Float);
-  if (wide) {
+                            is_float64 ? ScalarType::Double : ScalarType::Float);
+  if (is_float64) {
     write_bias<double>(p, geometry, begin, samples, keys, bias);
   } else {
     write_bias<float>(p, geometry, begin, samples, keys, bias);

@@ -11,8 +11,8 @@ namespace {
 using namespace cuda;
 using attention::CudaAttentionGradients;
 
-// The tensor, or a copy, in memory order [batch, rows, heads, columns], from an address that is a
-// multiple of 16 bytes: a view into other memory need not begin at one.
+// The tensor in memory order [batch, rows, heads, columns], at an address that is a multiple of 16
+// bytes. A copy if the tensor has another memory order or, as some views do, another address.
 Tensor aligned_bthd(const Tensor& t) {
   const Tensor rows = to_bthd(t, t.size(3));
   if (reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0) return rows;
@@ -21,7 +21,7 @@ Tensor aligned_bthd(const Tensor& t) {
   return copy;
 }
 
-// What forward returned and the gradient of its output, as every kernel reads them.
+// Forward's results and the gradient of its output, in the layout that every kernel reads.
 struct Results {
   Tensor grad_output, output, logsumexp;
   std::optional<Tensor> output_minus_initial_value;
@@ -49,11 +49,11 @@ CudaAttentionGradients arguments_of(const Results& r, const Gradients& g,
   };
 }
 
-// By one of torch's kernels; the initial token's share is added.
+// The gradients by one of torch's kernels, completed with the initial token's share.
 Gradients by_torch(const Problem& p, const Call& call, Route route, const Results& r,
                    const Tensor& grad_log_scale) {
   Gradients g = torch_backward(p, call, route, r.grad_output, r.output, r.logsumexp);
-  const Tensor torch_query = g.query;  // lives until the launch, also if it is not the result
+  const Tensor torch_query = g.query;  // must live until the launch, also if g.query is replaced
   if (!is_bthd(g.query)) g.query = gradient_like(p.query);
   const attention::TorchKernelGradients torch{.query = const_array(torch_query),
                                               .initial_key_replaced = !p.key_mask};
@@ -65,7 +65,7 @@ Gradients by_torch(const Problem& p, const Call& call, Route route, const Result
   return g;
 }
 
-// By one of our kernels, for all keys.
+// The gradients of all keys by one of our kernels.
 Gradients by_own_kernel(const Problem& p, const Call& call, Route route, const Results& r,
                         const Tensor& grad_log_scale) {
   const Gradients g = new_gradients(p);
@@ -104,8 +104,9 @@ FourTensors attention_backward_cuda(const Problem& p, const BackwardArguments& b
           " route does not support this call");
   print_route("backward", call.shape, call.card, name_of(route));
   const bool torch = route == Route::cudnn || route == Route::flash;
-  const auto& kept = backward.output_minus_initial_value;
-  if (torch && kept && kept->numel() > 0) results.output_minus_initial_value = aligned_bthd(*kept);
+  const auto& difference = backward.output_minus_initial_value;
+  if (torch && difference && difference->numel() > 0)
+    results.output_minus_initial_value = aligned_bthd(*difference);
   const auto [query, key, value] =
       (torch ? by_torch : by_own_kernel)(p, call, route, results, grad_log_scale);
   return {query, key, value, grad_log_scale};

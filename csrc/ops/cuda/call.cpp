@@ -1,4 +1,4 @@
-// Devices, streams and the kernels' arguments (call.h).
+// Reads the device, the stream and the kernels' arguments (call.h).
 #include "ops/cuda/call.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -162,7 +162,7 @@ Call begin(const Problem& p) {
       .query = with_contiguous_rows(p.query),
       .key = with_contiguous_rows(p.key),
       .value = with_contiguous_rows(p.value),
-      // A copy of an expanded [batch, heads] tensor: to the kernels a batch stride of 0 means
+      // An expanded [batch, heads] tensor is copied: the kernels interpret a batch stride of 0 as
       // one vector [heads].
       .log_scale = aten::contiguous(p.log_scale),
       .key_mask = p.key_mask,
@@ -177,13 +177,13 @@ Call begin(const Problem& p) {
   return call;
 }
 
-void read_key_mask(const Problem& p, Call& call, bool where_it_ends) {
+void read_key_mask(const Problem& p, Call& call, bool find_real_keys) {
   if (!p.key_mask || p.batch == 0) return;
   if (p.key_mask->stride(1) != 1) call.key_mask = aten::clone_contiguous(*p.key_mask);
   attention::CudaGeometry& g = call.arguments.geometry;
   g.key_mask = static_cast<const bool*>(call.key_mask->const_data_ptr());
   g.key_mask_batch_stride = call.key_mask->stride(0);
-  if (!where_it_ends) return;
+  if (!find_real_keys) return;
   call.real_keys = aten::empty(p.query, Sizes{3, p.batch}, ScalarType::Int);
   int32_t* first_key = call.real_keys->mutable_data_ptr<int32_t>();
   int32_t *end_key = first_key + p.batch, *past_key = end_key + p.batch;

@@ -18,7 +18,7 @@ void check(cudaError_t error, const char* what);
 
 cudaStream_t current_stream(int32_t device);
 
-// A tensor of three or four dimensions as the kernels read it and write it.
+// A tensor of three or four dimensions, as an array that kernels read, or read and write.
 Strided4<const void> const_array(const Tensor& tensor);
 Strided4<void> mutable_array(const Tensor& tensor);
 
@@ -40,8 +40,9 @@ struct Call {
 // kernels do not support.
 Call begin(const Problem& problem);
 
-// Sets the key mask. where_it_ends: a kernel then finds each sample's real keys once for all
-// kernels that read the mask; not worth its launch in a short call whose span is given.
-void read_key_mask(const Problem& problem, Call& call, bool where_it_ends = true);
+// Sets the key mask. find_real_keys: a kernel finds each sample's first and last real keys once for
+// all kernels that read the mask. In a short call whose span is given, the launch costs more time
+// than this saves.
+void read_key_mask(const Problem& problem, Call& call, bool find_real_keys = true);
 
 }  // namespace zerotuning::ops::cuda
