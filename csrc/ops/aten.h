@@ -22,7 +22,7 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 namespace aten {
 
-// Calls aten::name.overload. Its results replace the arguments on the stack.
+// Calls aten::name.overload. The dispatcher replaces the arguments on the stack by the results.
 template <size_t outputs, typename... Arguments>
 auto call(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, (sizeof...(Arguments) > outputs ? sizeof...(Arguments) : outputs)> stack{
@@ -91,7 +91,7 @@ inline Tensor zeros_like(const Tensor& self) {
 inline void copy_(const Tensor& self, const Tensor& source) {
   tensor("aten::copy_", "", self, source, false);
 }
-// Zeros appended to the last dimension.
+// The tensor with zeros appended to its last dimension.
 inline Tensor pad_columns(const Tensor& self, int64_t columns) {
   if (columns == self.size(3)) return self;
   return torch::stable::pad(self, Sizes{0, columns - self.size(3)});
@@ -109,7 +109,7 @@ inline std::tuple<Tensor, Tensor> flash_attention_cpu(const Tensor& query, const
 }
 
 // The backward pass of flash_attention_cpu. `output` and `logsumexp` may belong to a softmax over
-// more keys than the given ones.
+// more keys than `key` holds.
 inline std::tuple<Tensor, Tensor, Tensor> flash_attention_cpu_backward(
     const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
     const Tensor& output, const Tensor& logsumexp, bool causal, const Tensor& bias, double scale) {

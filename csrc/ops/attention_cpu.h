@@ -9,7 +9,8 @@
 
 namespace zerotuning::ops {
 
-// torch: torch's kernel. tiles: ours; an error if it does not support the call or the processor.
+// torch: torch's kernel. tiles: our kernel; an error if our kernel does not support the call or the
+// processor.
 enum class CpuRoute { automatic, torch, tiles };
 
 // (output [B, H, Tq, Dv], logsumexp [B, H, Tq]), both in memory order [B, Tq, H, Dv] like the

@@ -8,8 +8,9 @@
 namespace zerotuning::ops {
 
 // (output [B, H, Tq, Dv] in memory order [B, Tq, H, Dv]; logsumexp [B, H, Tq], contiguous;
-// output_minus_initial_value: output minus the initial token's value, like output if it is
-// requested and backward needs it (torch_gradient_lengths), else [0]).
+// output_minus_initial_value: output minus the initial token's value, with output's shape and
+// memory order if the caller requests this tensor and backward needs it (torch_gradient_lengths),
+// else [0]).
 ThreeTensors attention_cuda(const Problem& problem, Route route = Route::automatic,
                             bool with_output_minus_initial_value = false);
 

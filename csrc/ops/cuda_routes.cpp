@@ -1,4 +1,4 @@
-// The choice between the CUDA kernels and torch's own (cuda_routes.h).
+// The choice between our CUDA kernels and torch's kernels (cuda_routes.h).
 #include "ops/cuda_routes.h"
 
 #include <cstdio>
@@ -15,11 +15,12 @@ using attention::DType;
 
 constexpr int64_t any_number = std::numeric_limits<int64_t>::max();
 
-// Torch's kernels have batch and heads as dimensions of their grids, as our decode kernels have
-// batch and key heads.
+// The limit of a grid's second and third dimension: batch and heads in torch's kernels, batch and
+// key heads in our decode kernels.
 constexpr int64_t max_grid = 65535;
 
-// Our fast kernels and torch's: 16-bit dtypes, head sizes that are multiples of 8 up to 256.
+// Our fast kernels and torch's kernels support 16-bit dtypes and head sizes that are multiples of 8
+// up to 256.
 constexpr int64_t max_head_size = 256;
 
 bool is_16_bit(const StaticCall& c) {
@@ -38,8 +39,8 @@ bool has_cudnn(const Card& card) { return card.capability >= 90 && card.capabili
 // cuDNN's kernels support larger heads only in Hopper's forward.
 constexpr int64_t max_cudnn_head_size = 128;
 
-// Whether a causal square call of torch's kernel is what is left without the initial token. Up to
-// head size 128, cuDNN's backward excludes padding by a bias; flash-attention 2 has no bias.
+// Whether torch's kernel can compute, as a causal square call, all keys but the initial token. Up
+// to head size 128, cuDNN's backward excludes padding by a bias; flash-attention 2 has no bias.
 bool torch_kernel_supports(const StaticCall& c, Route route, const Card& card) {
   if (!has_fast_kernel(c) || c.head_size != c.value_head_size) return false;
   if (c.has_span || c.has_query_start) return false;
@@ -62,12 +63,12 @@ Lengths square_lengths() {
   };
 }
 
-// The lengths that a kernel of torch computes correctly, forward.
+// The lengths for which torch's kernel computes the forward pass correctly.
 Lengths supported_lengths(const StaticCall& c, Route route, const Card& card) {
   return torch_kernel_supports(c, route, card) && !c.has_key_mask ? square_lengths() : no_lengths;
 }
 
-// And backward.
+// The lengths for which torch's kernel computes the backward pass correctly.
 Lengths supported_gradient_lengths(const StaticCall& c, Route route, const Card& card) {
   if (!torch_kernel_supports(c, route, card)) return no_lengths;
   Lengths lengths = square_lengths();
@@ -75,20 +76,21 @@ Lengths supported_gradient_lengths(const StaticCall& c, Route route, const Card&
   // flash-attention 2 needs more shared memory for these head sizes than some cards have.
   const bool large_memory = card.capability == 80 || has_cudnn(card);
   if (c.head_size > 192 && c.head_size <= 224 && !large_memory) return no_lengths;
-  // Its float32 sums of grad_query are indexed by 32 bits.
+  // flash-attention 2 indexes its float32 sums of grad_query by 32 bits.
   lengths.row_multiple = 128;
   lengths.row_elements = c.head_size > 192 ? 256 : (c.head_size + 31) / 32 * 32;
   lengths.max_elements = std::numeric_limits<int32_t>::max();
   return lengths;
 }
 
-// For shorter sequences the plain kernels take no more time than the launches of torch's route.
+// For shorter sequences the plain kernels need no more time than the launches of torch's route.
 constexpr int64_t min_torch_queries = 16;
 
-// Up to this length one kernel for all keys is no slower than torch's and the launches around it
-// (on an H100, forward + backward over untuned cuDNN's, `bench attention`: 4 x 1024 0.87 against
-// 1.22, 1 x 4096 1.07 against 1.06, 4 x 4096 1.05 against 1.09, 1 x 8192 1.09 against 1.05), and
-// γ's gradient is more exact; with padding at every length, since torch's kernels skip no padding.
+// Up to this length Hopper's kernel for all keys is no slower than torch's kernel and the launches
+// around torch's kernel (on an H100, forward + backward over untuned cuDNN's, `bench attention`: 4
+// x 1024 0.87 against 1.22, 1 x 4096 1.07 against 1.06, 4 x 4096 1.05 against 1.09, 1 x 8192 1.09
+// against 1.05), and γ's gradient is more exact; with padding at every length, since torch's
+// kernels skip no padding.
 constexpr int64_t max_hopper_backward_queries = 4096;
 constexpr int64_t max_hopper_backward_head_size = 128;
 

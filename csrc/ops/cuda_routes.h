@@ -1,6 +1,7 @@
-// Which kernel computes a call on a GPU: pure functions of the call's sizes and of the card. They
-// need neither CUDA nor torch, are part of the CPU library too, and answer for cards that are not
-// here. Python asks them through cuda_routes_c.cpp (python/zerotuning/cuda_routes.py).
+// The choice of the kernel that computes a call on a GPU: pure functions of the call's sizes and of
+// the card. These functions need neither CUDA nor torch nor the card itself. The CPU library
+// contains them too. Python calls them through cuda_routes_c.cpp
+// (python/zerotuning/cuda_routes.py).
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ struct Card {
   int64_t l2_bytes;    // size of the level-2 cache
 };
 
-// What a traced graph fixes of a call: its lengths may be symbolic, these are not.
+// The part of a call that is constant in a traced graph; the graph's lengths may be symbolic.
 struct StaticCall {
   attention::DType dtype;
   int64_t head_size, value_head_size;
@@ -39,13 +40,14 @@ struct CudaCall {
   int64_t batch, heads, key_heads, queries, keys;
   int64_t window;       // number of keys that a query may attend to; 0 = all
   bool positive_scale;  // of the logits
-  // Rows of query, key and value begin at multiples of 16 bytes; and also their strides are
-  // positive, as the tensor maps of Hopper's copy engine and torch's kernels need them.
-  bool aligned_rows, positive_strides;
+  bool aligned_rows;    // rows of query, key and value begin at multiples of 16 bytes
+  // The strides of query, key and value are positive: tensor maps of Hopper's copy engine and
+  // torch's kernels need this.
+  bool positive_strides;
 };
 
-// The lengths for which a kernel of torch is chosen: a description that Python evaluates on
-// symbolic sizes. Every condition must hold.
+// The conditions on a call's lengths under which a kernel of torch is chosen. All must hold. They
+// are data, not code, so that Python can evaluate them on symbolic sizes.
 struct Lengths {
   bool any;  // false: no lengths at all
   int64_t min_queries;
@@ -53,7 +55,7 @@ struct Lengths {
   // batch × heads × queries rounded up to a multiple of row_multiple × row_elements.
   int64_t row_multiple, row_elements, max_elements;
   int64_t key_divisor, forbidden_key_remainder;  // keys % key_divisor; key_divisor 1 forbids none
-  // Always: as many queries as keys, and no window that hides a key.
+  // Two conditions need no member: as many queries as keys, and no window that excludes a key.
 
   bool contain(const CudaCall& call) const;
 };
@@ -62,7 +64,8 @@ struct Lengths {
 Route torch_kernel(const StaticCall& call, const Card& card);
 
 // The lengths for which torch_kernel computes the gradients because it is the only fast kernel that
-// supports the call, or faster than Hopper's own. There backward needs output_minus_initial_value.
+// supports the call, or is faster than our Hopper kernel. For these lengths backward needs
+// output_minus_initial_value.
 Lengths torch_gradient_lengths(const StaticCall& call, const Card& card);
 
 // Whether a kernel can compute the call; `plain` can compute every call.
@@ -70,7 +73,7 @@ bool supports_forward(Route route, const CudaCall& call, const Card& card);
 bool supports_backward(Route route, const CudaCall& call, const Card& card);
 bool supports_decode(DecodeRoute route, const CudaCall& call, const Card& card);
 
-// The kernel that computes the call unless the caller asks for another one; never `automatic`.
+// The kernel that computes the call if the caller's route is `automatic`; never `automatic` itself.
 Route forward_route(const CudaCall& call, const Card& card);
 Route backward_route(const CudaCall& call, const Card& card);
 DecodeRoute decode_route(const CudaCall& call, const Card& card);
@@ -78,11 +81,11 @@ DecodeRoute decode_route(const CudaCall& call, const Card& card);
 const char* name_of(Route route);
 const char* name_of(DecodeRoute route);
 
-// "forward 1x32/8x4096 of 4096 keys, 128 bfloat16, on sm_90: hopper"
+// "forward 1 x 32/8 heads x 4096 queries x 4096 keys, head size 128, bfloat16, sm_90: hopper"
 std::string describe(const char* pass, const CudaCall& call, const Card& card, const char* route);
 
-// Prints the description to stderr once for each distinct one if the environment has
-// ZEROTUNING_PRINT_ROUTES, not empty and not 0.
+// Prints the description to stderr, each distinct text once, if the environment variable
+// ZEROTUNING_PRINT_ROUTES is set and neither empty nor 0.
 void print_route(const char* pass, const CudaCall& call, const Card& card, const char* route);
 
 }  // namespace zerotuning::ops

@@ -1,6 +1,6 @@
-// cuda_routes.h for Python's ctypes (python/zerotuning/cuda_routes.py): fake kernels ask while
-// torch traces, where operators cannot be called. The structs are plain C; the two sides' sizes are
-// compared when Python loads the library.
+// cuda_routes.h for Python's ctypes (python/zerotuning/cuda_routes.py). Fake kernels call these
+// functions while torch traces a graph; operators cannot be called there. The structs are plain C:
+// when Python loads the library, it compares their sizes with those of its own structs.
 #include "ops/cuda_routes.h"
 
 #if defined(_MSC_VER)

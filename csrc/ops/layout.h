@@ -6,12 +6,12 @@
 
 namespace zerotuning::ops {
 
-// The tensor, or a copy, with unit stride in the last dimension, as the kernels need it.
+// The tensor, or a copy, with unit stride in the last dimension, which the kernels need.
 inline Tensor with_contiguous_rows(const Tensor& t) {
   return t.stride(3) == 1 || t.size(3) == 1 ? t : aten::clone_contiguous(t);
 }
 
-// Uninitialised, of three or four dimensions.
+// An uninitialised tensor of three or four dimensions.
 inline Tensor empty_bthd(const Tensor& like, const Sizes& sizes, ScalarType type) {
   const int64_t columns = sizes.size() == 4 ? sizes[3] : 1, row = sizes[1] * columns;
   Sizes strides{sizes[2] * row, columns, row, 1};
@@ -26,7 +26,7 @@ inline bool is_bthd(const Tensor& t) {
 }
 
 // The first `columns` columns of a 4-d tensor, or a 3-d tensor; a copy unless the memory order is
-// right.
+// BTHD already.
 inline Tensor to_bthd(const Tensor& tensor, int64_t columns) {
   const Tensor view =
       tensor.dim() == 4 && tensor.size(3) > columns ? aten::narrow(tensor, 3, 0, columns) : tensor;

@@ -1,4 +1,4 @@
-// The operators' schemas, and which function runs on which device. Fake kernels and autograd are
+// The operators' schemas, and their functions for the CPU. Fake kernels and autograd are
 // registered from Python (python/zerotuning/ops.py), as LibTorch's stable ABI intends.
 #include <torch/csrc/stable/library.h>
 

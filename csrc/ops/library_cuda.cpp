@@ -1,4 +1,4 @@
-// The operators on CUDA: a library of its own, which torch without CUDA does not load.
+// The operators' functions for CUDA, in a library of its own: it needs a torch that has CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cuda.h"

@@ -1,4 +1,4 @@
-// The checks behind problem.h.
+// Checks of the operators' arguments (problem.h).
 #include "ops/problem.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -153,7 +153,8 @@ Problem check_problem(AttentionArguments arguments) {
   require(p.query_start.has_value() || p.queries <= p.keys,
           "query must not be longer than key without query_start, got Tq = ", p.queries,
           " and Tk = ", p.keys);
-  require(window >= 0, "window must be 0 (none) or the number of keys a query sees, got ", window);
+  require(window >= 0,
+          "window must be 0 (none) or the number of keys that a query attends to, got ", window);
   require(std::isfinite(scale), "scale must be finite, got ", scale);
   check_log_scale(p);
   check_optional(p);

@@ -28,7 +28,7 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
 }
 
-// What every operator's schema has in common, in its order.
+// The arguments that the schemas of all operators share, in the schemas' order.
 struct AttentionArguments {
   Tensor query, key, value, log_scale;
   std::optional<Tensor> key_mask;     // bool or uint8 (0, 1) [batch, keys]
@@ -54,10 +54,10 @@ Problem check_problem(AttentionArguments arguments);
 // Throws like check_problem, for the arguments of _encode_key_mask (cpu/encode_key_mask.h).
 void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys);
 
-// A call's gradient: what its forward pass returned, and the gradient of its output.
+// The results of a call's forward pass, and the gradient of the loss with respect to `output`.
 struct BackwardArguments {
   Tensor grad_output, output, logsumexp;
-  std::optional<Tensor> output_minus_initial_value;  // none or empty where it was not kept
+  std::optional<Tensor> output_minus_initial_value;  // none or empty if forward did not compute it
 };
 
 // Throws like check_problem.

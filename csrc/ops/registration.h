@@ -12,7 +12,7 @@ namespace zerotuning::ops {
 template <auto function>
 struct Forward;
 
-// more: arguments of the schema after the shared ones.
+// more: the schema's arguments after the shared arguments.
 template <typename Result, typename... More, Result (*function)(const Problem&, More...)>
 struct Forward<function> {
   static Result call(Tensor query, Tensor key, Tensor value, Tensor log_scale,

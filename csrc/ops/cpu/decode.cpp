@@ -1,5 +1,6 @@
-// zerotuning::decode_attention on the CPU: for one query our own kernel, or torch's flash kernel
-// with the heads of a key head as rows of one query; more queries are attention.
+// zerotuning::decode_attention on the CPU. One query is computed by our own kernel, or by torch's
+// flash kernel with the heads of a key head as rows of one query. Several queries are computed as
+// in zerotuning::attention.
 #include <algorithm>
 
 #include "attention/flash_cpu.h"
@@ -14,7 +15,7 @@ namespace {
 using namespace cpu;
 
 // Our decode kernel reads each key once for the heads of a key head. If every head has a key head
-// of its own, torch's kernel is faster from some length on, except in float16.
+// of its own, torch's kernel is faster above max_unshared_numbers, except in float16.
 bool prefers_decode_kernel(const Problem& p) {
   constexpr int64_t max_unshared_numbers = int64_t{512} * 128;  // of a head's keys
   const int64_t columns = padded_columns(p);
@@ -28,7 +29,7 @@ Tensor decode_by_kernel(const Problem& p, const Geometry& geometry) {
   const Tensor query = with_contiguous_rows(p.query), key = with_contiguous_rows(p.key),
                value = with_contiguous_rows(p.value);
   const auto arguments = flash_arguments(p, geometry, query, key, value, output);
-  // A thread gets as many rows as outweigh the time to wake it.
+  // A thread gets as many rows as outweigh the time to wake the thread.
   constexpr int64_t thread_numbers = 32768;
   const int64_t row_numbers = p.keys * (p.head_size + p.value_head_size);
   const int64_t grain = std::max<int64_t>(1, thread_numbers / std::max<int64_t>(1, row_numbers));

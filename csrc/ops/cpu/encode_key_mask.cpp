@@ -1,4 +1,4 @@
-// Writing the encoded key mask on the host (encode_key_mask.h).
+// Writes the encoded key mask on the host (encode_key_mask.h).
 #include "ops/cpu/encode_key_mask.h"
 
 #include <algorithm>

@@ -6,8 +6,8 @@
 
 namespace zerotuning::ops {
 
-// key_mask: bool [B, any number]; keys without a column are padding. The first real key of each
-// sample is the scaled one, or key 0 if there is none.
+// key_mask: bool [B, any number]; keys beyond its columns are padding. The first real key of each
+// sample is scaled, or key 0 if the sample has no real key.
 Tensor encode_key_mask_cpu(const Tensor& key_mask, int64_t keys, int64_t query_start);
 
 }  // namespace zerotuning::ops

@@ -6,8 +6,8 @@
 
 namespace zerotuning::ops::cpu {
 
-// Without `logsumexp` and `packed`, which the decode kernel does not use. query, key, value and
-// output have unit stride in the last dimension.
+// All arguments but `logsumexp` and `packed`, which the decode kernel does not use. query, key,
+// value and output have unit stride in the last dimension.
 inline attention::FlashArguments flash_arguments(const Problem& p, const Geometry& geometry,
                                                  const Tensor& query, const Tensor& key,
                                                  const Tensor& value, const Tensor& output) {

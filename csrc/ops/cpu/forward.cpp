@@ -1,6 +1,6 @@
-// zerotuning::attention on the CPU: our own kernels where the processor has AVX-512
-// (attention/flash_cpu.h), else the pieces of attention/pieces.h by torch's flash kernel, merged by
-// their log-sum-exp.
+// zerotuning::attention on the CPU. Our own kernels run where the processor has AVX-512
+// (attention/flash_cpu.h). Elsewhere torch's flash kernel computes the pieces of
+// attention/pieces.h, which are merged by their log-sum-exp.
 #include <limits>
 
 #include "attention/cpu_kernels.h"
@@ -24,14 +24,14 @@ void set_rows(const Tensor& logsumexp, int64_t sample, int64_t rows, Real value)
   }
 }
 
-// Torch's kernel gives logsumexp 0 to a row that attends to no key; that of no keys is -inf.
+// Writes the logsumexp of rows that attend to no key: -inf. Torch's kernel writes 0.
 void mark_rows_without_keys(const Problem& p, const Geometry& geometry, const SampleGroup& group,
                             const Piece& piece, const Tensor& logsumexp) {
   if (!geometry.key_mask) return;
   const int64_t keys = piece.key_end - piece.key_begin, rows = piece.query_end - piece.query_begin;
   for (int64_t b = group.begin; b < group.end; ++b) {
     const bool* mask = geometry.key_mask + b * p.keys;
-    int64_t padding = 0;  // number of keys before the first real one, in the piece's order
+    int64_t padding = 0;  // number of keys before the first real key, in the piece's order
     while (padding < keys &&
            !mask[piece.reversed ? piece.key_end - 1 - padding : piece.key_begin + padding])
       ++padding;
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> forward_piece(const Problem& p, const Geometry& geome
   return {output, logsumexp};
 }
 
-// Merges a piece's output into the rows of the whole output that its queries are.
+// Merges a piece's output into the whole output's rows of the piece's queries.
 void merge_piece(const Problem& p, const SampleGroup& group, const Piece& piece,
                  const Tensor& output, const Tensor& logsumexp, const Tensor& part,
                  const Tensor& part_logsumexp) {
@@ -91,7 +91,7 @@ Tensor new_logsumexp(const Problem& p) {
   return empty_bthd(p.query, {p.batch, p.heads, p.queries}, p.log_scale.scalar_type());
 }
 
-// With fewer queries, packing keys and values takes longer than it saves.
+// With fewer queries, packing keys and values costs more time than tiles save.
 int64_t min_tile_queries(const Problem& p) {
   return p.dtype == attention::DType::float32 ? 48 : 12;
 }
@@ -110,7 +110,7 @@ std::tuple<Tensor, Tensor> attention_by_tiles(const Problem& p, const Geometry& 
   a.logsumexp = mutable_array(logsumexp);
   const Tensor packed = aten::empty(p.query, Sizes{kernel.packed_bytes(a)}, ScalarType::Byte);
   a.packed = packed.mutable_data_ptr();
-  // A thread gets as many items as outweigh the time to wake it.
+  // A thread gets as many items as outweigh the time to wake the thread.
   constexpr int64_t pack_grain = 16, grain = 8;
   torch::stable::parallel_for(0, kernel.pack_items(a), pack_grain,
                               [&](int64_t begin, int64_t end) { kernel.pack(a, begin, end); });

@@ -1,4 +1,4 @@
-// Groups of samples, views and arrays of pieces (pieces.h).
+// Builds the groups of samples, and the views and arrays of pieces (pieces.h).
 #include "ops/cpu/pieces.h"
 
 #include <algorithm>
@@ -40,7 +40,7 @@ Tensor keys_of(const Tensor& tensor, const SampleGroup& group, const Piece& piec
   return rows_of(tensor, group, piece.key_begin, piece.key_end, piece.reversed);
 }
 
-// By as few of torch's operators as possible: short sequences spend their time on them.
+// Calls as few of torch's operators as possible: these calls limit the speed of short sequences.
 Tensor bias_of(const Tensor& bias, const SampleGroup& group, const Piece& piece, int64_t heads) {
   const Tensor keys = piece.reversed
                           ? aten::flip(aten::narrow(bias, 3, piece.key_begin, piece.key_end), {3})

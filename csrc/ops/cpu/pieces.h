@@ -1,5 +1,5 @@
-// What forward, backward and decode on the CPU share: the groups of samples and the pieces
-// (attention/pieces.h) that torch's flash kernel computes, as views of tensors and as arrays.
+// The groups of samples and the pieces (attention/pieces.h) that torch's flash kernel computes, as
+// views of tensors and as arrays, for forward, backward and decode on the CPU.
 #pragma once
 
 #include <vector>
@@ -14,7 +14,7 @@ namespace zerotuning::ops::cpu {
 using attention::Piece;
 using attention::Strided4;
 
-// Samples [begin, end) with the same query_start: they are computed together.
+// Samples [begin, end) with the same query_start. The samples of a group are computed together.
 struct SampleGroup {
   int64_t begin, end, query_start;
 };
@@ -25,9 +25,9 @@ bool is_whole_call(const SampleGroup& group, const std::vector<Piece>& pieces,
                    const Problem& problem);
 
 // Torch's kernel needs unit stride in the last dimension, and one head size for query, key and
-// value: the larger one of a call.
+// value: the larger of the call's two head sizes.
 int64_t padded_columns(const Problem& problem);
-// The tensor as the kernel needs it; zeros are appended to its rows.
+// The tensor with unit stride in the last dimension and zeros appended to its rows.
 Tensor with_columns(const Tensor& tensor, int64_t columns);
 
 // A view of the group's samples and rows [begin, end), last row first if reversed.
@@ -36,8 +36,8 @@ Tensor rows_of(const Tensor& tensor, const SampleGroup& group, int64_t begin, in
 Tensor queries_of(const Tensor& tensor, const SampleGroup& group, const Piece& piece);
 Tensor keys_of(const Tensor& tensor, const SampleGroup& group, const Piece& piece);
 
-// The bias of a piece's keys [samples, heads, queries, keys], of make_bias; equal for all queries
-// (stride 0).
+// A view of make_bias's result for a piece's keys, [samples, heads, queries, keys]; equal for all
+// queries (stride 0).
 Tensor bias_of(const Tensor& bias, const SampleGroup& group, const Piece& piece, int64_t heads);
 
 // A [batch, heads, rows(, columns)] tensor as the kernels read it, last row first if reversed.

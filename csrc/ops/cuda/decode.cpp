@@ -14,13 +14,14 @@ namespace {
 
 using namespace cuda;
 
-// A set of counters for the calls of one stream, which run one after the other. Null for a captured
-// call, since it may be replayed on any stream, and for streams beyond the number of sets.
+// The set of counters of the call's stream, whose calls run one after the other. Null while a CUDA
+// graph is captured, since a graph may be replayed on any stream, and for streams beyond the number
+// of sets.
 uint32_t* counters_of(const Call& call) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(call.stream, &status), "stream");
   if (status != cudaStreamCaptureStatusNone) return nullptr;
-  unsigned long long stream;  // not the handle, which a later stream may have again
+  unsigned long long stream;  // not the handle: CUDA may give it to a later stream again
   check(cudaStreamGetId(call.stream, &stream), "stream");
   static std::mutex mutex;
   static std::array<std::map<unsigned long long, uint32_t*>, attention::max_devices> sets;
@@ -44,7 +45,7 @@ Tensor decode_attention_cuda(const Problem& p, DecodeRoute route, bool transpose
     const Tensor result = std::get<0>(attention_cuda(p));
     return transpose ? transposed(result) : result;
   }
-  // Allocated in the layout that is returned: a view would cost more than the allocation.
+  // Allocated in the returned layout: on top of new_output, a transposed view would cost more time.
   const Tensor output = transpose
                             ? aten::empty(p.query, {p.batch, p.queries, p.heads, p.value_head_size},
                                           p.query.scalar_type())

@@ -29,7 +29,8 @@ Tensor exclusion_bias(const Problem& p, const Call& call) {
   return bias;
 }
 
-// For rows that see no key, torch's kernels would make NaN of logsumexp -inf; of +inf they make 0.
+// Torch's kernels compute exp(logit - logsumexp). For rows that attend to no key this is NaN if
+// logsumexp is -inf, and 0 if logsumexp is +inf.
 Tensor logsumexp_for_torch(const Problem& p, const Call& call, const Tensor& logsumexp) {
   if (!p.key_mask) return logsumexp;
   const Tensor copy = aten::clone_contiguous(logsumexp);
@@ -49,8 +50,8 @@ Gradients new_gradients(const Problem& p) {
   return {gradient_like(p.query), gradient_like(p.key), gradient_like(p.value)};
 }
 
-// By torch's C functions: the dispatcher's stable interface does not return the sequence lengths
-// that are among the results.
+// Calls torch's C functions, not the dispatcher: the results include sequence lengths, which the
+// dispatcher's stable interface does not return.
 std::tuple<Tensor, Tensor> torch_forward(const Problem& p, const Call& call, Route route) {
   const Tensor query = rows_from(call.query, 1), key = rows_from(call.key, 1),
                value = rows_from(call.value, 1);

@@ -1,5 +1,5 @@
-// Torch's attention kernels as parts of ours: forward over all keys but the initial one, and
-// backward for these keys (docs/how-it-works.md, "CUDA prefill by exclusion and merge" and
+// Calls of torch's attention kernels: forward over all keys but the initial token's, and backward
+// for these keys (docs/how-it-works.md, "CUDA prefill by exclusion and merge" and
 // "Backward").
 #pragma once
 
@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> torch_forward(const Problem& problem, const Call& cal
 
 // The gradients of all keys but the initial one, given output and logsumexp of all keys. The
 // results hold other numbers for the initial key (cuda_initial_token.h). grad_output, output and
-// logsumexp must always come in one layout: cuDNN's cache of graphs tells calls apart by the
-// layouts of query, key and value alone.
+// logsumexp must have the same layout in all calls: the key of torch's cache of cuDNN graphs
+// contains the layouts of query, key and value only.
 Gradients torch_backward(const Problem& problem, const Call& call, Route route,
                          const Tensor& grad_output, const Tensor& output, const Tensor& logsumexp);
 

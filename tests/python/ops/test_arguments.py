@@ -92,7 +92,7 @@ BAD = {
         s,
         {},
     ),
-    "window must be 0 (none) or the number of keys a query sees, got -3": lambda q, k, v, s: (
+    "window must be 0 (none) or the number of keys that a query attends to, got -3": lambda q, k, v, s: (
         q,
         k,
         v,
