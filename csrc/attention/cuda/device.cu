@@ -12,7 +12,7 @@ __global__ void probe() {}
 cudaError_t compiled_capability_of_kernels(int32_t& capability) {
   cudaFuncAttributes attributes{};
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe);
-  // Clears the error: the next launch would return it as its own.
+  // Clears the error: otherwise the launcher of the next kernel would return this error.
   if (error != cudaSuccess) cudaGetLastError();
   capability = attributes.ptxVersion;
   return error;

@@ -16,22 +16,22 @@ namespace {
 using namespace device;
 
 constexpr int threads = 256;
-// Per multiprocessor: with more blocks each has registers for fewer loads.
+// Blocks per multiprocessor: with more blocks each block has registers for fewer loads.
 constexpr int blocks_per_multiprocessor = 2;
 // Rows of a block. `backward` writes partial gradients for each block; `merge` uses the smallest
-// blocks with which all run at once (by `bench attention` on an H100 0.91 of the copy rate at
-// 4 x 1024, where 64 rows without prefetching gave 0.73).
+// blocks with which all blocks run at once (by `bench attention` on an H100 0.91 of the copy rate
+// at 4 x 1024, where 64 rows without prefetching gave 0.73).
 constexpr int max_block_rows = 512, min_block_rows = 64;
 // Key 1's duplicate contribution is subtracted as torch computed it: with Δ from the output in 16
 // bits, so that the rounding of the output cancels. If output_minus_initial_value is given, the
-// 16-bit output is read only above this weight of key 1. Below it at most a sixteenth of that
-// rounding remains, no more than in the gradient of key 1 itself.
+// 16-bit output is read only if key 1's weight is above this bound. Below the bound at most a
+// sixteenth of the rounding remains, no more than in the gradient of key 1 itself.
 constexpr float max_weight_without_output = 1.f / 16;
 
 // A block's work: rows [begin, end) of one head, and the scaled key.
 struct BlockWork {
   int sample, head, key_head, begin, end;
-  int key;  // keys if there is none
+  int key;  // `keys` if no key is scaled
   int start, window;
   float log_scale;
 
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
     r.logsumexp = *row_of<float>(partial_logsumexp, work.sample, work.head, row - first_row);
     return r;
   };
-  // As in `backward`, the next rows are loaded while these are computed.
+  // As in `backward`, the next rows are loaded while the current rows are computed.
   Row next[unrolled];
 #pragma unroll
   for (int u = 0; u < unrolled; ++u) next[u] = load(work.begin + row_thread + u * row_step);
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
       r.grad_query = read_chunk<T>(torch.query, work.sample, work.head, row, lane, call.head_size);
     return r;
   };
-  // Each row is loaded while the one before it is computed (on an H100 4 x 1024 in 73 us, not 79).
+  // Each row is loaded while the previous row is computed (on an H100 4 x 1024 in 73 us, not 79).
   Row next = load(work.begin + row_thread);
   for (int row = work.begin + row_thread; row - row_thread < work.end; row += row_step) {
     const Row r = next;

@@ -1,4 +1,4 @@
-// Launching kernels: programmatic dependent launch, large shared memory.
+// Launches kernels, with programmatic dependent launch and large shared memory.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -86,7 +86,7 @@ __device__ __forceinline__ void write_log_scale(const CudaAttention& call,
 }
 
 // The first row_blocks blocks reduce rows of key and value, the others entries of log_scale.
-// Static: each file that includes this header is compiled for architectures of its own.
+// Static: the files that include this header are compiled for different architectures.
 template <typename T>
 static __global__ void __launch_bounds__(reduction_threads)
     reduce_partial_gradients(const CudaAttention call, const CudaAttentionGradients gradients,

@@ -2,9 +2,9 @@
 //
 // The gradient of a logit is dS = P (dP - Δ) with dP = dO V^T and Δ = dO·O. Δ is computed from the
 // output in 16 bits. Where some keys have nearly all of a row's weight, dP - Δ of these keys is
-// small, and the rounding of Δ leaves nothing of it. But Δ = Σ P dP, so the exact dS of a row add
-// up to 0. The computed ones add up to the error of Δ, and the keys' part of that error is their
-// weight:
+// smaller than the rounding error of Δ. But Δ = Σ P dP, so the exact dS of a row add up to 0. The
+// computed dS add up to the error of Δ, and each key's part of that error is proportional to its
+// weight P:
 //   exact dS = dS - P (dS + Σ dS of all other keys) = (1 - P) dS - P Σ dS of all other keys
 #pragma once
 

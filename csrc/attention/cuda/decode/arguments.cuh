@@ -13,7 +13,7 @@ using namespace device;
 
 constexpr int tile_keys = 16;
 constexpr int tile_rows = 16;
-constexpr int merge_threads = 256;  // that merge the splits of a row
+constexpr int merge_threads = 256;  // threads of a block of merge_splits
 
 struct Arguments {
   Strided4<const void> query, key, value;
@@ -24,7 +24,7 @@ struct Arguments {
   Strided4<void> logsumexp;  // data may be null
   float* split_output;       // [batch, heads, queries, splits, value_head_size], if splits > 1
   float* split_logsumexp;    // [batch, heads, queries, splits], base 2
-  uint32_t* arrivals;        // [batch, key heads, row_groups], zeros; or null: merge_splits follows
+  uint32_t* arrivals;        // [batch, key heads, row_groups], zeros; null if merge_splits follows
   int heads, group, queries, keys, head_size, value_head_size;
   int rows;        // of a key head: group * queries, queries innermost
   int row_groups;  // blocks that share a key head's rows

@@ -1,4 +1,4 @@
-// Copies of the decode kernels: from global to shared memory, and from there to registers.
+// Copies of the decode kernels: from global to shared memory, and from shared memory to registers.
 #pragma once
 
 #include "attention/cuda/decode/arguments.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ uint64_t cache_policy(bool evict_first) {
   return policy;
 }
 
-// Copies 16 bytes asynchronously, or writes zeros if they do not exist.
+// Copies 16 bytes asynchronously, or writes 16 zero bytes if the source does not exist.
 __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from, bool exists,
                                            uint64_t policy) {
   asm volatile(
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_matrices_transposed(uint32_t (&m)[4], uint3
 
 // Where a lane reads matrices of a tile in shared memory (see load_matrices), relative to the tile.
 struct LaneAddresses {
-  uint32_t left;   // of the left operand, and of a right one that is transposed in loading
+  uint32_t left;   // of the left operand, and of a right operand that is transposed in loading
   uint32_t right;  // of a right operand stored by its columns
 };
 

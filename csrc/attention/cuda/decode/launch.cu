@@ -3,16 +3,16 @@
 // Bound: memory, one read of K and V. A block reads a split of one key head's keys for a group of
 // rows: the queries of all heads that share the key head, packed into the 16-row tiles of the
 // tensor cores. Each warp streams tiles of 16 keys through a ring in shared memory of its own, with
-// a softmax and sums of its own, so that no barrier of the block interrupts the stream. At its end
-// the block merges its warps. The splits of a key head are merged by its block that ends last, or
-// by a second kernel, which is already waiting when the first one ends.
+// a softmax and sums of its own, so that no barrier of the block interrupts the stream. At the end
+// the block merges its warps. The splits of a key head are merged by the key head's last block, or
+// by a second kernel, which is already waiting when the first kernel ends.
 //
-// A block finds out that it is the last with counters that are zeros before and after a call. Calls
-// that may run at the same time need different counters; a captured graph, which may be replayed on
-// any stream, uses none.
+// Blocks count themselves with counters that are zero before and after a call. Calls that may run
+// at the same time need different counters. A captured graph uses no counters, since it may be
+// replayed on any stream.
 //
-// The grid depends on the length of the cache; the splits are divided on the device, among the keys
-// that are visible to the sample's queries. hopper/decode.cu reads caches much larger than level 2.
+// The grid depends on the length of the cache. The device divides the splits among the keys that
+// are visible to the sample's queries. hopper/decode.cu reads caches much larger than level 2.
 #include <algorithm>
 #include <type_traits>
 
@@ -33,7 +33,7 @@ struct Ring {
   // The lanes that copy a row together, and the rows that a warp copies at once.
   static constexpr int row_lanes = Tile<size>::chunks & -Tile<size>::chunks;
   static constexpr int copy_rows = 32 / row_lanes;
-  // Two blocks of four warps fill Hopper's shared memory, or one of the largest heads.
+  // Two blocks of four warps fill Hopper's shared memory; with the largest heads one block does.
   static constexpr int stages = size <= 64 ? 6 : size <= 96 ? 4 : size <= 128 || size > 192 ? 3 : 2;
   static constexpr int bytes = stages * 2 * Tile<size>::bytes;
 };
@@ -58,7 +58,7 @@ __device__ __forceinline__ WarpTiles warp_tiles(const Arguments& args, const Vis
 struct Source {
   const uint16_t* base;
   int64_t row_stride;
-  int columns, end;  // what lies beyond is not read and becomes zeros
+  int columns, end;  // columns and keys beyond these are not read and become zeros
 };
 
 // Copies 16 keys; a lane copies rows lane / row_lanes + i * copy_rows.
@@ -82,8 +82,8 @@ __device__ __forceinline__ void copy_tile(uint32_t to, const Source& source, int
   }
 }
 
-// Grid: splits * row_groups (groups of the same keys side by side: they meet in the level-2 cache),
-// key heads, samples.
+// Grid: splits * row_groups, key heads, samples. The row groups of a split are side by side: they
+// read the same keys, which are then in the level-2 cache.
 template <typename T, int size, int row_tiles>
 __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__ Arguments args) {
   // Long: one software pipeline whose stages share registers.
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__
       padding.read(visible, first, tiles.step, tiles.count - t);
     const uint32_t padding_bits = padding.padding_bits(t);
     wait_copies<stages - 2>();
-    // The tile is complete, and all lanes have read the one before it, whose stage the next copy
+    // The tile is complete, and all lanes have read the previous tile, whose stage the next copy
     // fills.
     __syncwarp();
     copy(t + stages - 1);
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__
 }
 
 // Merges the splits of a row in a block: a thread merges four columns of every slices-th split.
-// Where it starts while the kernel before it runs, it first rehearses on some bytes of the query,
-// so that its code is in the caches when the splits are there (1 x 1024 keys on an H100 in 11.8 us,
-// not 13.1).
+// With dependent launch this kernel starts while `attend` runs. It then executes a rehearsal of the
+// merge on some bytes of the query, so that its code is in the caches when the splits are complete
+// (1 x 1024 keys on an H100 in 11.8 us, not 13.1).
 template <typename T>
 __global__ void __launch_bounds__(merge_threads)
     merge_splits(const __grid_constant__ Arguments args) {

@@ -1,10 +1,10 @@
 // Mathematics of the decode kernels: products, log_scale, the mask, the online softmax of a warp.
 //
 // For a tile of 16 keys, with the running row_max m, row_sum l and output O of a row:
-//   S = scale Q K^T + log_scale for scaled keys, -inf for keys out of sight  (in base 2)
+//   S = scale Q K^T + log_scale for scaled keys, -inf for keys that are not visible  (in base 2)
 //   m' = max(m, max S);  r = 2^(m - m');  P = 2^(S - m');  l = r l + Σ P;  O = r O + P V
-// Of a 16 x 8 result of the tensor cores, a thread holds rows lane / 4 and lane / 4 + 8, and of
-// each the columns 2 (lane % 4) + {0, 1}, at [2 (row half) + column].
+// Of a 16 x 8 result of the tensor cores, a thread holds columns 2 (lane % 4) + {0, 1} of the rows
+// lane / 4 and lane / 4 + 8, at [2 (row half) + column].
 #pragma once
 
 #include <cmath>
@@ -90,8 +90,9 @@ __device__ __forceinline__ uint32_t padding_bits_of_tile(const VisibleRange& v, 
   return real ^ 0xffff;
 }
 
-// The padding of a warp's tiles. It is read for 32 tiles at once, one a lane, since the warp waits
-// for each read (on an H100 1 x 32768 keys with a mask whose rows are aligned in 60 us, not 65).
+// The padding of a warp's tiles. The mask is read for 32 tiles at once, one tile a lane, since the
+// warp waits for each read (on an H100 1 x 32768 keys with a mask whose rows are aligned in 60 us,
+// not 65).
 struct PaddingMask {
   static constexpr int tiles = 32;
   uint32_t lane_tile = 0;
@@ -131,7 +132,7 @@ template <int row_tiles>
 using Logits = float[row_tiles][2][4];  // of 16 keys: two 16 x 8 results side by side
 
 // Multiplies the products Q K^T by scale (in base 2), adds log_scale to the logits of scaled keys,
-// and replaces those of keys out of sight by -inf.
+// and replaces the logits of keys that are not visible by -inf.
 template <int row_tiles>
 __device__ __forceinline__ void apply_scale_and_mask(const Arguments& args, const VisibleRange& v,
                                                      const LaneRows<row_tiles>& rows, int first,
@@ -204,8 +205,8 @@ __device__ __forceinline__ void softmax_step(Logits<row_tiles> (&logits)[tiles],
   }
 }
 
-// The queries as left operands. They stay in registers if these leave room for the sums; otherwise
-// each step loads them from shared memory again.
+// The queries as left operands. The queries stay in registers if there are enough registers for the
+// sums too. Otherwise each step loads the queries from shared memory again.
 template <int size, int row_tiles>
 struct Queries {
   static constexpr bool in_registers = size * row_tiles <= 128;

@@ -1,5 +1,5 @@
-// Merging partial attention over disjoint keys: of a block's warps, then of the blocks ("splits")
-// that share a key head. All in a fixed order, so that results repeat bit by bit.
+// Merges partial attention over disjoint keys: of a block's warps, then of the blocks ("splits")
+// that share a key head. The order is fixed, so that results repeat bit by bit.
 //
 // Two partial rows with row_max m, row_sum l and unnormalised output O merge to
 //   m' = max(m_a, m_b);  l' = 2^(m_a - m') l_a + 2^(m_b - m') l_b;  O' likewise
@@ -26,8 +26,8 @@ __device__ __forceinline__ void merge(PartialRow& to, const PartialRow& from) {
 
 __device__ __forceinline__ PartialRow empty_row() { return {{0, 0, 0, 0}, 0, -INFINITY}; }
 
-// Divides the output by row_sum; it is 0 for a row that attends to no key. Returns logsumexp,
-// base 2.
+// Divides the output by row_sum. The output is 0 for a row that attends to no key. Returns
+// logsumexp, base 2.
 __device__ __forceinline__ float normalize(PartialRow& row) {
   const float factor = row.row_sum == 0 ? 0 : 1 / row.row_sum;
   row.output.x *= factor;
@@ -37,7 +37,7 @@ __device__ __forceinline__ float normalize(PartialRow& row) {
   return row.row_max + log2f(row.row_sum);
 }
 
-// A warp's sums in shared memory, where its tiles were.
+// A warp's sums in shared memory, written over the warp's tiles.
 template <int size, int rows>
 struct WarpSums {
   // Padded: the lanes of a half warp then write to different banks.
@@ -80,7 +80,7 @@ __device__ __forceinline__ void write_result(const Arguments& args, int64_t batc
     *written_row_of<float>(args.logsumexp, batch, head, query) = logsumexp * ln_2;
 }
 
-// The results of a row's splits in scratch memory, four columns of them.
+// Four columns of the results of a row's splits in scratch memory.
 struct RowSplits {
   const float *output, *logsumexp;
   int count, last_row, columns;
@@ -110,7 +110,8 @@ __device__ __forceinline__ RowSplits splits_of_row(const Arguments& args, int64_
           args.splits, args.splits - 1, args.value_head_size};
 }
 
-// Whether this block ends last of those that share its rows: it can then read all their splits.
+// Whether this block is the last of the blocks that share its rows. The last block can read the
+// results of all these blocks.
 __device__ __forceinline__ bool arrives_last(const Arguments& args) {
   __threadfence();
   __syncthreads();
@@ -128,7 +129,7 @@ __device__ __forceinline__ bool arrives_last(const Arguments& args) {
 }
 
 // Merges the block's warps, whose sums lie `sums_pitch` bytes apart, into the result or, if the
-// keys are split, into scratch memory. The last block of a key head's then merges the splits.
+// keys are split, into scratch memory. The last block of a key head then merges the splits.
 template <typename T, int size, int rows>
 __device__ __forceinline__ void merge_and_write(const Arguments& args, int split, int first_row,
                                                 int warps, const char* sums, int sums_pitch) {

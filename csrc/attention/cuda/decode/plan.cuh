@@ -1,5 +1,5 @@
-// How a decode call is divided among blocks: a function of its sizes alone, so that decode_scratch
-// and decode agree.
+// The division of a decode call among blocks: a function of the call's sizes alone, so that
+// decode_scratch and decode agree.
 #pragma once
 
 #include <algorithm>
@@ -57,15 +57,16 @@ inline Plan plan_of(const CudaAttention& call, int multiprocessors) {
   plan.row_tiles = row_tiles_of(plan.size, rows);
   const int block_rows = plan.row_tiles * tile_rows;
   plan.row_groups = (rows + block_rows - 1) / block_rows;
-  // One block a multiprocessor: fewer, longer streams are read faster than two a multiprocessor
-  // (on an H100 16 x 1024 keys in 27 us against 30, 16 x 8192 in 184 against 193).
+  // One block a multiprocessor: these long streams are read faster than the shorter streams of two
+  // blocks a multiprocessor (on an H100 16 x 1024 keys in 27 us against 30, 16 x 8192 in 184
+  // against 193).
   plan.splits = splits_of(call, int64_t{call.batch} * call.key_heads * plan.row_groups,
                           int64_t{std::max(multiprocessors, 1)});
   return plan;
 }
 
-// Whether the last block merges the splits of its rows, four columns a thread: it does if that
-// takes fewer steps than the launch of a second kernel is worth.
+// Whether the last block merges the splits of its rows, four columns a thread, instead of a second
+// kernel: true if the merge needs so few steps that they are faster than a second launch.
 inline bool last_block_merges(const CudaAttention& call, const Plan& plan) {
   constexpr int max_steps = 64, threads = max_warps * 32;
   const int rows = std::min(plan.row_tiles * tile_rows, call.heads / call.key_heads * call.queries);

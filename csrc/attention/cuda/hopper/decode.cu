@@ -1,6 +1,6 @@
 // Decode attention on Hopper for caches much larger than the level-2 cache.
 //
-// Bound: memory, as decode/launch.cu. One thread of a fifth warp has the bulk copy engine fill a
+// Bound: memory, as in decode/launch.cu. One thread of a fifth warp has the bulk copy engine fill a
 // ring of units, and the four other warps compute, each on its share of every unit. A unit is one
 // contiguous run of memory: all columns of some keys, or of their values. Units of K and V
 // alternate, each with a stage and barriers of its own. So three stages hold runs of 32 KiB (at
@@ -8,8 +8,8 @@
 // faster: on an H100 16 x 8192 keys take 0.992 of the time of a ring of three pairs, 16 KiB of K
 // and of V at once.
 //
-// decode/launch.cu computes the rest, small caches included: there the copies that each warp makes
-// for itself start sooner.
+// decode/launch.cu computes all other calls, small caches included: in its kernel each warp starts
+// its own copies, which begin sooner.
 #include "attention/cuda/decode/merge.cuh"
 #include "attention/cuda/hopper/tiles.cuh"
 #include "attention/cuda_decode.h"
@@ -32,7 +32,7 @@ struct BulkArguments {
 template <int size, int row_tiles>
 struct Units {
   static constexpr int tiles = row_tiles == 1 ? 2 : 1;     // of a warp in a unit: registers' limit
-  static constexpr int step = consumer_warps * tile_keys;  // from one of them to the next
+  static constexpr int step = consumer_warps * tile_keys;  // from a warp's tile to its next tile
   static constexpr int keys = tiles * step;
   static constexpr int row_bytes = size * 2, bytes = keys * row_bytes;
   static constexpr int count = 96 * 1024 / bytes;
@@ -47,7 +47,8 @@ struct SharedMemory {
       query_bytes;
 };
 
-// The map of an array [batch, heads, rows, columns] whose boxes are all columns of `box_rows` rows.
+// The tensor map of an array [batch, heads, rows, columns]; a box is all columns of `box_rows`
+// rows.
 cudaError_t make_row_map(CUtensorMap* map, DType dtype, const Strided4<const void>& array,
                          int batch, int heads, int rows, int columns, int box_rows) {
   const int blocks = columns / hopper::block_columns;
@@ -62,8 +63,8 @@ cudaError_t make_row_map(CUtensorMap* map, DType dtype, const Strided4<const voi
   return hopper::encode_tensor_map<5>(map, dtype, array.data, sizes, strides, box);
 }
 
-// A block's ring of units, and the pairs that go through it. A pair is a unit of keys and the unit
-// of their values, which follows it in the ring.
+// A block's ring of units, and the pairs that go through the ring. A pair is a unit of keys,
+// followed in the ring by the unit of their values.
 template <int size, int row_tiles>
 struct UnitRing {
   using Shape = Units<size, row_tiles>;
@@ -105,8 +106,8 @@ struct UnitRing {
   }
 };
 
-// Zeros the values of a warp's tile that lie beyond the last visible key: they may be NaN, which a
-// weight of 0 does not turn into 0.
+// Zeros the values of a warp's tile beyond the last visible key. These values may be NaN, and NaN
+// times a weight of 0 is NaN.
 template <int size>
 __device__ __forceinline__ void clear_hidden_values(char* tile_memory, int visible_keys) {
   constexpr int chunks = Tile<size>::chunks;

@@ -71,10 +71,10 @@ __device__ __forceinline__ void acquire_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
 }
 
-// The bulk copy engine. A tensor map describes an array and the box that one instruction copies;
-// what lies outside the array is read as zeros and not written.
+// The bulk copy engine. A tensor map describes an array and the box that one instruction copies.
+// The part of a box outside the array is read as zeros and is not written.
 
-// Fetches a tensor map into the cache: otherwise the first copy waits for it.
+// Fetches a tensor map into the cache, so that the first copy need not wait for the map.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -15,7 +15,7 @@ constexpr int block_columns = 64;  // 128 bytes: the widest box with a swizzle o
 
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, found at run time: the library does not link the driver.
+// The driver's function, looked up at run time: the library does not link the driver.
 inline EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* address = nullptr;
@@ -34,7 +34,8 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// In bytes. The stride of a dimension of size 1 is arbitrary, and the driver refuses some values.
+// A stride in bytes. The stride of a dimension of size 1 is arbitrary, and the driver refuses some
+// values.
 inline cuuint64_t map_stride(int64_t stride, int size) {
   return static_cast<cuuint64_t>(size > 1 ? stride * 2 : 16);
 }

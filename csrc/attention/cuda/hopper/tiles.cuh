@@ -1,8 +1,8 @@
-// Tiles in shared memory and their products: what the forward and backward kernels do with them.
+// Tiles in shared memory and their products, for the forward and backward kernels.
 //
 // A tile lies in shared memory as [64-column block][row][128 bytes], swizzled by 128 bytes. Of a
-// 64-row result, the warpgroup's warp w holds rows 16 w to 16 w + 15. A thread holds of these the
-// rows lane / 4 and lane / 4 + 8, and of each the columns 8 i + 2 (lane % 4) + {0, 1}, at
+// 64-row result, the warpgroup's warp w holds rows 16 w to 16 w + 15. Of the warp's rows, a thread
+// holds rows lane / 4 and lane / 4 + 8, columns 8 i + 2 (lane % 4) + {0, 1}, at
 // [4 i + 2 (row half) + column].
 #pragma once
 
@@ -15,7 +15,7 @@ using device::pack;
 
 constexpr int warpgroup = 128;  // threads
 
-// The position in a ring of `stages` tiles: how many tiles have gone through it.
+// The position in a ring of `stages` tiles: the number of tiles that have gone through the ring.
 template <int stages>
 struct PipelineState {
   uint32_t count = 0;
@@ -31,7 +31,7 @@ __device__ __forceinline__ void arrive_warp(uint64_t* barrier) {
   if (threadIdx.x % 32 == 0) arrive(barrier);
 }
 
-// Whether all of the keys [first, first + count) that exist are real.
+// Whether all existing keys of [first, first + count) are real.
 template <int count>
 __device__ __forceinline__ bool all_real(const bool* key_mask, int first, int keys) {
   bool real = true;

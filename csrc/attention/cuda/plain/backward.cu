@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(threads)
   grad_log_scale[entry] = static_cast<C>(sum);
 }
 
-// Of delta and initial_grad_logit in scratch memory.
+// The bytes of delta and initial_grad_logit in scratch memory.
 int64_t rows_bytes(const CudaAttention& call) {
   const int64_t size = call.dtype == DType::float64 ? 8 : 4;
   return 2 * int64_t{call.batch} * call.heads * call.queries * size;

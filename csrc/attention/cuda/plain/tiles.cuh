@@ -1,4 +1,4 @@
-// Tiles of the plain kernels, and what forward and backward do with them.
+// Tiles of the plain kernels: sizes, loads and loops that forward and backward share.
 //
 // The plain kernels are flash attention without tensor cores, for any dtype, head size up to 256
 // and geometry. Tiles lie in shared memory in the accumulator's type.

@@ -12,9 +12,9 @@ namespace zerotuning::attention::hopper::backward {
 constexpr int items = 2;   // whose stationary tiles are in shared memory
 constexpr int stages = 3;  // of the ring of streamed tiles
 
-// Tiles of query and grad_output, or of key and value: the first ones are multiplied to logits, the
-// second ones to gradients of weights. Head sizes are rounded up to whole blocks of 64 columns; the
-// copy engine fills the rest with zeros.
+// Tiles of query and grad_output, or of key and value. Products of `first` tiles are logits,
+// products of `second` tiles are gradients of weights. Head sizes are rounded up to whole blocks of
+// 64 columns; the copy engine fills the rest with zeros.
 template <int size>
 struct TilePair {
   alignas(1024) uint16_t first[tile_rows * size];
@@ -44,8 +44,8 @@ struct Shared {
     }
     for (int i = 0; i < stages; ++i) {
       init_barrier(&streamed_full[i], 1);
-      // An arrival of each thread, not of one lane of each warp: it is no slower, and
-      // compute-sanitizer's racecheck can follow it.
+      // Every thread arrives. Arrivals of one lane of each warp would be no faster, and
+      // compute-sanitizer's racecheck could not follow them.
       init_barrier(&streamed_empty[i], consumers * warpgroup);
     }
     fence_barrier_init();

@@ -29,8 +29,8 @@ template <typename T, int size>
 __global__ void __launch_bounds__(threads, 1)
     differentiate(const __grid_constant__ Arguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  // Aligned by its declaration: with alignment by arithmetic the compiler would lose that this is
-  // shared memory.
+  // Aligned by the declaration: after alignment by arithmetic the compiler could not infer that the
+  // address is in shared memory.
   extern __shared__ __align__(1024) char memory[];
   auto& s = *reinterpret_cast<Shared<size>*>(memory);
   if (threadIdx.x == 0) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(threads, 1)
 }
 
 // A block computes the statistics of 64 query rows of a head, with `lanes` neighbouring lanes for a
-// row. It also resets the counter of claimed items.
+// row. The kernel also resets the counter of claimed items.
 template <typename T, int lanes>
 __global__ void __launch_bounds__(statistics_threads)
     compute_statistics(const CudaAttention call, const CudaAttentionGradients gradients,

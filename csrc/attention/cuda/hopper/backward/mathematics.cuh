@@ -11,8 +11,8 @@ namespace zerotuning::attention::hopper::backward {
 constexpr int consumer_barrier = 1;  // + consumer: named barrier of one consumer's threads
 
 // One streamed tile. The two warpgroups run independently, so that the tensor cores work for one
-// while the other computes weights. Products that run on into the next tile would need more
-// registers than there are.
+// while the other computes weights. Products that overlap with the next tile would need more
+// registers than a thread has.
 template <typename T, int size, typename Gradients>
 __device__ __forceinline__ void accumulate_tile(const Arguments& args, const WorkItem& item,
                                                 int consumer, const TilePair<size>& stationary,
@@ -43,8 +43,8 @@ template <typename T, int size, typename Gradients>
 __device__ __forceinline__ void compute_item(const Arguments& args, Shared<size>& s, int slot,
                                              PipelineState<stages>& streamed) {
   const WorkItem& item = s.item[slot];
-  // The shuffle shows the compiler that the number is the same in a warp: descriptors of matrices
-  // are then computed once for all lanes.
+  // From the shuffle the compiler can infer that the number is the same in a warp: descriptors of
+  // matrices are then computed once for all lanes.
   const int consumer = __shfl_sync(~0u, threadIdx.x / warpgroup, 0) - 1;
   Gradients sums(args, item, consumer);
 #pragma unroll 1

@@ -4,11 +4,12 @@
 // For each streamed tile of keys:
 //   P = exp(scale Q K^T + log_scale - lse),  dS = P (dO V^T - Δ),  dQ += dS K  (times scale at the
 //   end)
-// The first scaled key k_0 is left out of that product: its dS is corrected for the rounding of the
-// output (rounding_correction.cuh) with the sum of dS over all other keys, complete after the last
-// tile. Then dQ += dS_0 k_0, and sums of dS_0 q and of the scaled keys' dS are written as partial
-// gradients of k_0 and of log_scale. So rounding the output does not affect log_scale's gradient,
-// and affects those of query and key only where another key has nearly all of the weight.
+// The product dS K excludes the first scaled key k_0: its dS is corrected for the rounding of the
+// output (rounding_correction.cuh) with the sum of dS over all other keys, which is complete after
+// the last tile. Then dQ += dS_0 k_0, and sums of dS_0 q and of the scaled keys' dS are written as
+// partial gradients of k_0 and of log_scale. So rounding the output does not affect log_scale's
+// gradient, and affects the gradients of query and key only where another key has nearly all of the
+// weight.
 #pragma once
 
 #include "attention/cuda/hopper/backward/key_gradients.cuh"

@@ -53,10 +53,11 @@ struct TileRange {
   int begin, end;
 };
 
-// Read in shared memory at each use: the consumers' sums leave no registers for it.
+// A work item, read from shared memory at each use: the consumers' sums leave no registers for a
+// copy.
 struct WorkItem {
   SampleGeometry sample;
-  int real_end;  // keys from sample.first_key to it are real
+  int real_end;  // keys [sample.first_key, real_end) are real
   ItemKind kind;
   int batch, head, row;          // head: of keys or of queries; first stationary row
   TileRange streamed;            // tiles that any stationary row interacts with
@@ -123,7 +124,7 @@ __device__ __forceinline__ void set_item(const Arguments& args, int index, WorkI
 __device__ __forceinline__ int streamed_heads(const Arguments& args, const WorkItem& item) {
   return item.kind == ItemKind::keys ? args.group : 1;
 }
-// The number of rows of the item's kind: an item may end beyond them.
+// The number of rows of the item's kind. The last item may end beyond these rows.
 __device__ __forceinline__ int row_count(const Arguments& args, const WorkItem& item) {
   return item.kind == ItemKind::keys ? args.keys : args.queries;
 }

@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_tiles(const Arguments& args, Shared<C>& s) 
     const int q = queries.stage();
     wait(&s.query_empty[q], queries.parity() ^ 1);
     ++queries.count;
-    if (!has_keys) {  // The consumers need the query's tile for their output all the same.
+    if (!has_keys) {  // The consumers need the query's tile for their output even without keys.
       arrive(&s.query_full[q]);
       continue;
     }
@@ -87,8 +87,8 @@ __device__ __forceinline__ void load_tiles(const Arguments& args, Shared<C>& s) 
   }
 }
 
-// Stores a consumer's 64 rows of a result, each thread's two rows times their factor, by way of
-// shared memory.
+// Stores a consumer's 64 rows of a result through shared memory. Each of a thread's two rows is
+// multiplied by its factor.
 template <typename T, typename C>
 __device__ __forceinline__ void store_rows(const CUtensorMap* map, const WorkTile& work,
                                            int consumer, const float (&result)[C::value_size / 2],

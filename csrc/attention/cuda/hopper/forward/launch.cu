@@ -3,9 +3,9 @@
 // Bound: the tensor cores, except for short sequences, which are bound by copying. Blocks are
 // persistent. One thread of a producer warpgroup copies tiles of Q, K and V through the bulk copy
 // engine into rings in shared memory; consumer warpgroups compute 64 query rows each. Two consumers
-// of a block take turns: one multiplies while the other computes its softmax. For short sequences
-// two smaller blocks with one consumer share a multiprocessor, and each runs while the other waits
-// for copies. Scaled keys cost one addition in the tile that holds them.
+// of a block alternate: one consumer multiplies while the other computes its softmax. For short
+// sequences two smaller blocks with one consumer share a multiprocessor, and each runs while the
+// other waits for copies. Scaled keys cost one addition in the tile that holds them.
 #include <algorithm>
 #include <cmath>
 

@@ -1,7 +1,7 @@
 // Mathematics of Hopper's forward kernel: log_scale, the mask, the online softmax, the results.
 //
 // For a tile of keys, with the running row_max m, row_sum l and output O of a row:
-//   S = Q K^T + log_scale / scale for scaled keys, -inf for keys out of sight
+//   S = Q K^T + log_scale / scale for scaled keys, -inf for keys that are not visible
 //   m' = max(m, max S);  r = exp(scale (m - m'));  P = exp(scale (S - m'))
 //   l = r l + Σ P;  O = r O + P V
 // At the end output = O / l and logsumexp = scale m + log l.
@@ -44,7 +44,7 @@ __device__ __forceinline__ void add_log_scale(float (&logits)[tile_keys / 2],
 }
 
 // Replaces logits of keys that a row may not attend to by -inf; `first` is the tile's first key.
-// Tiles that no part of the mask cuts are left as they are.
+// Tiles without such keys are not changed.
 template <int tile_keys>
 __device__ __forceinline__ void apply_mask(float (&logits)[tile_keys / 2], const RowVisibility& v,
                                            int first) {
@@ -141,8 +141,8 @@ __device__ __forceinline__ void write_results(const Arguments& args, const WorkT
 }
 
 // A consumer warpgroup: attention of its 64 rows of each of the block's work tiles, key tiles from
-// last to first. The products for the next tile's logits run together with those that add the
-// previous tile's values.
+// last to first. The products for the next tile's logits run together with the products that add
+// the previous tile's values.
 template <typename T, typename C>
 __device__ __forceinline__ void compute_tiles(const Arguments& args, Shared<C>& s) {
   // Long: one software pipeline whose stages share registers; cut into functions it compiled to
