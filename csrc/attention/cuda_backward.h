@@ -6,12 +6,12 @@
 
 namespace zerotuning::attention {
 
-// Whatever attention_plain supports.
+// Supports the same calls as attention_plain.
 int64_t attention_backward_plain_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t attention_backward_plain(const CudaAttention& arguments,
                                      const CudaAttentionGradients& gradients, cudaStream_t stream);
 
-// Whatever attention_hopper supports, up to head size 128.
+// Supports the same calls as attention_hopper, up to head size 128.
 int64_t attention_backward_hopper_scratch(const CudaAttention& arguments);  // bytes
 cudaError_t attention_backward_hopper(const CudaAttention& arguments,
                                       const CudaAttentionGradients& gradients,

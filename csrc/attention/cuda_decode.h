@@ -11,13 +11,14 @@ namespace zerotuning::attention {
 // dtypes, head sizes that are multiples of 8 up to 256.
 int64_t decode_scratch(const CudaAttention& arguments, int32_t multiprocessors);  // bytes
 
-// Counters in the current device's memory with which blocks find out which of them ends last. A
-// call leaves its set as it was: zeros. Calls that may run at the same time need different sets.
+// Counters in the current device's memory: the blocks of a call count the blocks that have ended,
+// so that the last block merges. All counters of a set are zero before and after a call. Calls that
+// may run at the same time need different sets.
 constexpr int32_t decode_counter_sets = 64;
 cudaError_t decode_counters(int32_t set, uint32_t*& first);
 
-// counters: a set of decode_counters, or null: a second kernel then merges the splits. route: rings
-// or bulk, which ops/cuda_routes.h chooses.
+// counters: a set of decode_counters; if null, a second kernel merges the splits. route: rings or
+// bulk (ops/cuda_routes.h).
 cudaError_t decode(const CudaAttention& arguments, void* scratch, uint32_t* counters,
                    const CudaDevice& device, cudaStream_t stream, DecodeRoute route);
 

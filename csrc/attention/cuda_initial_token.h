@@ -15,9 +15,9 @@ cudaError_t initial_token_merge(const CudaAttention& arguments, const Strided4<c
                                 const Strided4<const void>& partial_logsumexp, int32_t first_row,
                                 const CudaDevice& device, cudaStream_t stream);
 
-// Copies key and value for torch's backward kernel, with row 0 replaced by row 1. So the kernel
-// reads whole tiles from the beginning of the arrays, and no weight is larger than 1 (row 0 of the
-// weights is not used). The gradient of query then holds key 1's contribution twice;
+// Copies key and value for torch's backward kernel, with row 0 replaced by row 1. So torch's
+// kernel reads whole tiles from the beginning of the arrays, and no weight is larger than 1 (row 0
+// of the weights is not used). The gradient of query then holds key 1's contribution twice;
 // initial_token_backward subtracts the duplicate.
 cudaError_t replace_initial_key(const CudaAttention& arguments, const Strided4<void>& key,
                                 const Strided4<void>& value, cudaStream_t stream);

@@ -1,9 +1,10 @@
 // Forward attention on CPUs with AVX-512: bfloat16 on the matrix unit (AMX), float32 on vectors.
 // Other processors and dtypes use torch's kernel (ops/cpu/forward.cpp).
 //
-// Keys and values are packed once for each key head into the tiles that the products read; then
-// tiles of queries pass over them. The logits of a product have queries side by side. So the
-// softmax needs only vertical operations, and a key that is scaled or masked is one row.
+// Keys and values are packed once for each key head into the tiles that the products read. Then
+// each tile of queries is multiplied with the packed keys and values. The logits of a product have
+// queries side by side. So the softmax needs only vertical operations, and the logits of a scaled
+// or masked key are one row.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +28,7 @@ struct FlashArguments {
   void* packed;                // packed_bytes(), at a multiple of 64
 };
 
-// First pack() for all pack_items(), then attend() for all items(). Items may be spread over
+// First pack() for all pack_items(), then attend() for all items(). Items may be divided among
 // threads in any way; the results are the same bits.
 struct FlashKernel {
   int64_t (*packed_bytes)(const FlashArguments&);
@@ -42,8 +43,9 @@ constexpr int64_t flash_max_head_size = 256;
 // Null if this processor has no such kernel for the dtype.
 const FlashKernel* flash_kernel(DType dtype);
 
-// For one query, without packing, float16 too: rows [begin, end) of the flattened batch × heads,
-// spread over threads in any way. `packed` and `logsumexp` are not used.
+// Attention of one query a head, also in float16, without packing: rows [begin, end) of the
+// flattened batch × heads, divided among threads in any way. The kernel does not use `packed` and
+// `logsumexp`.
 using DecodeKernel = void (*)(const FlashArguments&, int64_t begin, int64_t end);
 DecodeKernel decode_kernel(DType dtype);
 

@@ -1,5 +1,4 @@
-// 16-bit floating point as plain structs, with conversions that compilers vectorise. No framework
-// needed.
+// 16-bit floating point as plain structs, with conversions that compilers vectorise.
 #pragma once
 
 #include <cstdint>

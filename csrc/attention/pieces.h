@@ -23,20 +23,20 @@ struct Piece {
   int64_t key_begin, key_end;      // rows of the key and value tensors
   bool causal;    // aligned at the top left; otherwise every query attends to every key
   bool reversed;  // the last query and the last key come first (causal only)
-  bool first;     // the first piece of these queries: it covers all rows of its block
+  bool first;     // the first piece of a block of queries: this piece covers all rows of the block
 };
 
 inline void append_block(std::vector<Piece>& pieces, int64_t row, int64_t count, int64_t position,
                          int64_t window) {
-  const int64_t oldest =
-      std::max<int64_t>(0, position - window + 1);  // that the first query attends to
+  // The oldest key that the first query attends to.
+  const int64_t oldest = std::max<int64_t>(0, position - window + 1);
   const int64_t row_end = row + count;
   if (count == 1) {
     pieces.push_back({row, row_end, oldest, position + 1, false, false, true});
     return;
   }
-  const int64_t shared =
-      std::max(oldest, position + count - window);  // every query attends to keys from here on
+  // The first key from which on every query attends to all keys before the block.
+  const int64_t shared = std::max(oldest, position + count - window);
   pieces.push_back({row, row_end, position, position + count, true, false, true});
   if (shared < position) pieces.push_back({row, row_end, shared, position, false, false, false});
   if (oldest < shared) {

@@ -1,12 +1,12 @@
 // Attention of one query a head (DecodeKernel of flash_cpu.h) on AVX-512 vectors. Keys and values
-// are not packed: for one query that takes longer than it saves.
+// are not packed: for one query, packing costs more time than packed tiles save.
 #include "attention/cpu/flash_avx512.h"
 
 namespace zerotuning::attention {
 namespace {
 
-constexpr int64_t max_heads_at_once =
-    4;  // heads of a key head that share one read of keys and values
+// Heads of a key head that share one read of keys and values.
+constexpr int64_t max_heads_at_once = 4;
 
 inline __m512 load(const float* from, __mmask16 columns) {
   return _mm512_maskz_loadu_ps(columns, from);
@@ -63,7 +63,7 @@ void load_query(const FlashArguments& a, int64_t batch, int64_t head, Head& to) 
   to.row_sum = 0;
 }
 
-// Computes the logits of the keys in base 2, filled up with -inf to whole vectors.
+// Computes the logits of the keys in base 2, padded with -inf to whole vectors.
 template <int heads, typename T>
 void multiply_keys(const FlashArguments& a, const T* key, const Keys& keys, const int64_t* span,
                    const Head (&states)[heads], Logits (&logits)[heads]) {

@@ -21,8 +21,8 @@ inline __m512i row_or_zeros(const BFloat16* row, int64_t count, bool real) {
   return _mm512_maskz_loadu_epi16(mask, row);
 }
 
-// Multiplies 32 x 32 numbers: left operands in tiles 4 and 5, right ones in 6 and 7, results in 0
-// to 3.
+// Adds the product of 32 x 32 numbers to tiles 0 to 3. Tiles 4 and 5 hold the left operands, tiles
+// 6 and 7 the right operands.
 inline void multiply(const BFloat16* left0, const BFloat16* left1, const BFloat16* right0,
                      const BFloat16* right1) {
   _tile_loadd(4, left0, 64);

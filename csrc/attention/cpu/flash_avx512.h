@@ -1,6 +1,6 @@
 // The part that the AVX-512 forward kernels (flash_cpu.h) have in common: tiles of queries, the
-// mask, the softmax, the output. Only for files that are compiled for AVX-512; everything is in an
-// unnamed namespace, so that no other file gets a copy.
+// mask, the softmax, the output. Only files that are compiled for AVX-512 may include this header.
+// Everything is in an unnamed namespace, so that the linker cannot use this code in other files.
 #pragma once
 
 #include <immintrin.h>
@@ -22,7 +22,7 @@ constexpr float minus_infinity = -std::numeric_limits<float>::infinity();
 
 constexpr int64_t rounded_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 
-// 16 x 16 numbers of 32 bits.
+// Transposes 16 x 16 numbers of 32 bits.
 inline void transpose(__m512i (&m)[lanes]) {
   __m512i t[lanes];
   for (int i = 0; i < lanes; i += 2) {
@@ -49,8 +49,8 @@ inline void transpose(__m512i (&m)[lanes]) {
   }
 }
 
-// 2^x for x <= 0, relative error below 2e-7 (a minimax polynomial); 0 where that is no normal
-// number, since subnormal results cost a hundred times the others. NaN stays NaN.
+// 2^x for x <= 0, relative error below 2e-7 (a minimax polynomial). The result is 0 where 2^x is
+// subnormal: subnormal results need a hundred times the time of normal results. NaN stays NaN.
 inline __m512 exp2_of(__m512 x) {
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -88,7 +88,7 @@ inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(~lan
 // A tile of queries, and the keys [key_begin, key_end) that any of them may attend to.
 struct Tile {
   int64_t batch, head, row, rows;
-  int64_t position;  // of the tile's first query among the keys
+  int64_t position;  // position of the tile's first query among the keys
   int64_t key_begin, key_end;
 };
 
@@ -120,9 +120,9 @@ inline bool is_visible(const FlashArguments& a, int64_t batch, int64_t begin) {
   return begin < start + a.queries && !(a.window && begin + pack_keys <= start - a.window + 1);
 }
 
-// Adds log_scale to the logits of scaled keys, and sets those of keys that a query does not attend
-// to (later ones, ones before its window, padding) to -inf. logits: keys [begin, end) of [end -
-// begin][vectors * lanes], queries side by side.
+// Adds log_scale to the logits of scaled keys, and replaces the logits of keys that a query does
+// not attend to (later keys, keys before the query's window, padding) by -inf. logits: keys [begin,
+// end) of [end - begin][vectors * lanes], queries side by side.
 template <int vectors>
 void apply_mask(const FlashArguments& a, const Tile& t, int64_t begin, int64_t end, float* logits) {
   const auto row_of_key = [&](int64_t key) { return logits + (key - begin) * vectors * lanes; };
@@ -202,7 +202,7 @@ struct Softmax {
 };
 
 // Divides the sums [columns][vectors * lanes] by the row sums, and writes output and logsumexp.
-// store(row, column, count, numbers): `count` numbers from `column` on.
+// store(row, column, count, numbers) writes `count` numbers of a row from `column` on.
 template <int vectors, typename Store>
 void write_results(const FlashArguments& a, const Tile& t, const Softmax<vectors>& softmax,
                    const float* sums, const Store& store) {
@@ -277,7 +277,7 @@ inline int64_t flash_pack_items(const FlashArguments& a) {
   return a.batch * a.key_heads * ((a.keys + pack_keys - 1) / pack_keys);
 }
 
-// Where a key head's packed keys and values begin, in numbers of the engine's type.
+// Sizes and addresses of the packed keys and values of a key head.
 template <typename Engine>
 struct Packed {
   int64_t rows, head_columns, value_columns;

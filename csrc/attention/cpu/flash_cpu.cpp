@@ -22,7 +22,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
-// Linux gives a program the registers of the matrix unit only on request.
+// Linux permits the use of the matrix unit's registers only after a system call.
 bool may_use_matrix_unit() {
   constexpr long request_permission = 0x1023, tile_data = 18;
   return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
