@@ -1,4 +1,4 @@
-"""Which kernel computes a call on a GPU: csrc/ops/cuda_routes.h asked from Python, for cards that need not be here."""
+"""Which kernel computes a call on a GPU: csrc/ops/cuda_routes.h called from Python, also for GPUs of other machines."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def _load() -> Any:
         library.zerotuning_route_struct_bytes(sizes)
     if list(sizes) != [ctypes.sizeof(struct) for struct in (_Card, _CudaCall, Lengths)]:
         raise ImportError(
-            "libzerotuning_ops.so was built from other sources than zerotuning/cuda_routes.py: build it again"
+            "libzerotuning_ops.so was built from other sources than zerotuning/cuda_routes.py: build the library again"
         )
     for name in ("forward", "backward", "decode"):
         getattr(library, f"zerotuning_{name}_route").restype = ctypes.c_int64
@@ -137,8 +137,8 @@ def torch_gradient_lengths(
         head_size: of query and key.
         value_head_size: of value.
         has_key_mask: whether the call has a key mask.
-        has_span: whether it has a span.
-        has_query_start: whether it has a query start.
+        has_span: whether the call has a span.
+        has_query_start: whether the call has a query start.
 
     Returns:
         The description; empty (`any` is False) where another kernel computes the gradients for all lengths.
@@ -176,7 +176,7 @@ def _call(
     return _CudaCall(fixed, *lengths, positive_scale, aligned_rows, positive_strides)
 
 
-def _ask(name: str, capability: int, l2_bytes: int | None, call: _CudaCall) -> int:
+def _route_number(name: str, capability: int, l2_bytes: int | None, call: _CudaCall) -> int:
     card = _Card(capability, CARDS.get(capability, 0) if l2_bytes is None else l2_bytes)
     route: int = getattr(_library, f"zerotuning_{name}_route")(ctypes.byref(call), ctypes.byref(card))
     return route
@@ -194,12 +194,12 @@ def forward_route(capability: int, *sizes: int, **options: Any) -> Route:
     Returns:
         The route, never AUTOMATIC.
     """
-    return Route(_ask("forward", capability, None, _call(*sizes, **options)))
+    return Route(_route_number("forward", capability, None, _call(*sizes, **options)))
 
 
 def backward_route(capability: int, *sizes: int, **options: Any) -> Route:
     """The kernel of a backward pass; arguments as in :func:`forward_route`."""
-    return Route(_ask("backward", capability, None, _call(*sizes, **options)))
+    return Route(_route_number("backward", capability, None, _call(*sizes, **options)))
 
 
 def decode_route(capability: int, *sizes: int, l2_bytes: int | None = None, **options: Any) -> DecodeRoute:
@@ -214,4 +214,4 @@ def decode_route(capability: int, *sizes: int, l2_bytes: int | None = None, **op
     Returns:
         The route, never AUTOMATIC; FORWARD where a forward kernel computes the call.
     """
-    return DecodeRoute(_ask("decode", capability, l2_bytes, _call(*sizes, **options)))
+    return DecodeRoute(_route_number("decode", capability, l2_bytes, _call(*sizes, **options)))

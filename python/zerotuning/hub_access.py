@@ -55,7 +55,7 @@ def first_line(error: Exception, longest: int = 200) -> str:
 
 
 def fetch_error(what: str, reason: str, alternative: str) -> ZeroTuningError:
-    """The error of something that could not be downloaded.
+    """Return the error for a failed download.
 
     Args:
         what: What failed, such as "cannot load model NAME".

@@ -59,7 +59,7 @@ class ZeroTuningLM(HFLM):
             keeps its scales.
         tokenizer: For a model that is given as an object (default: the tokenizer of its name).
         dtype: As of `load_model`; "auto" is its default. Not for a model that is given as an object.
-        device: As of `load_model`. A GPU on a machine without one means the default device: lm-eval passes cuda:0 when
+        device: As of `load_model`. On a machine without a GPU, cuda means the default device: lm-eval passes cuda:0 when
             the user names no device. Not for a model that is given as an object.
         device_map: As of `load_model`, in place of device. Not for a model that is given as an object.
         batch_size: As of lm-eval, "auto" included.
@@ -86,7 +86,7 @@ class ZeroTuningLM(HFLM):
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
             raise ZeroTuningError(
-                f"model argument {unknown[0]} is not known: the model zerotuning has the arguments pretrained, scales, tokenizer,"
+                f"unknown model argument {unknown[0]}: the model zerotuning has the arguments pretrained, scales, tokenizer,"
                 f" dtype, device_map, {', '.join(sorted(_OPTIONS))}"
             )
         head_scales = None if scales is None else read_scales(scales)

@@ -270,7 +270,7 @@ def _(key_mask, keys, query_start):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("zerotuning::attention_backward")
-def _(grad_output, query, key, value, log_scale, *_kept_and_geometry):  # type: ignore[no-untyped-def]
+def _(grad_output, query, key, value, log_scale, *_results_and_geometry):  # type: ignore[no-untyped-def]
     gradients = (empty_bthd(tensor, *tensor.shape) for tensor in (query, key, value))
     return *gradients, log_scale.new_empty(log_scale.shape)
 
@@ -279,7 +279,7 @@ def _(grad_output, query, key, value, log_scale, *_kept_and_geometry):  # type: 
 # output_minus_initial_value (csrc/ops/attention_cuda.h).
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.window, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(*output[1:])
@@ -296,9 +296,9 @@ def _backward(ctx, grad_output, *_others):  # type: ignore[no-untyped-def]
     return *gradients, None, None, None, None, None
 
 
-torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_keep_for_backward)
+torch.library.register_autograd("zerotuning::attention", _backward, setup_context=_save_for_backward)
 torch.library.register_autograd(
-    "zerotuning::_attention_with_output_minus_initial_value", _backward, setup_context=_keep_for_backward
+    "zerotuning::_attention_with_output_minus_initial_value", _backward, setup_context=_save_for_backward
 )
 
 
@@ -308,7 +308,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
         results = _attention_by_route(*arguments, any(ctx.needs_input_grad), _AUTOMATIC)
-        _keep_for_backward(ctx, arguments, results)
+        _save_for_backward(ctx, arguments, results)
         return results
 
     backward = staticmethod(_backward)
@@ -321,5 +321,5 @@ class _TransformedAttention(torch.autograd.Function):
     def forward(*arguments):  # type: ignore[no-untyped-def]
         return _attention_with_output_minus_initial_value(*arguments)
 
-    setup_context = staticmethod(_keep_for_backward)
+    setup_context = staticmethod(_save_for_backward)
     backward = staticmethod(_backward)

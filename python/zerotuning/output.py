@@ -24,7 +24,7 @@ STATE_FILE = "calibration_state.json"
 TRIALS_FILE = "shot_trials.json"
 RESULT_FILES = (SCALES_FILE, CONFIG_FILE, REPORT_FILE, PICTURE_FILE, REPORT_PAGE_FILE)
 
-#: Folders that this process has locked. The command line and `calibrate`, which it calls, both lock the same folder.
+#: Folders that this process has locked. The command line locks its folder and calls `calibrate`, which locks it too.
 _locked: set[Path] = set()
 
 
@@ -47,15 +47,14 @@ def result_folder(path: str | os.PathLike[str], *, overwrite: bool, resumable: b
         ZeroTuningError: The folder holds a result, is locked by another calibration, is a file, or cannot be written.
     """
     path = _folder(path)
-    made = _make(path)
-    with (
-        _lock(path) if resumable else nullcontext()
-    ):  # outside `try`: only the process with the lock removes the folder
+    created = _create(path)
+    # The lock is outside `try`: only the process with the lock removes the folder.
+    with _lock(path) if resumable else nullcontext():
         try:
             _check_unused(path, overwrite=overwrite, resumable=resumable)
             yield path
         finally:
-            _remove(made)
+            _remove(created)
 
 
 def _folder(path: str | os.PathLike[str]) -> Path:
@@ -71,10 +70,10 @@ def _check_unused(path: Path, *, overwrite: bool, resumable: bool) -> None:
     unfinished = (path / STATE_FILE).exists()
     if not overwrite and unfinished and not resumable:
         raise ZeroTuningError(f"output {path} holds an unfinished calibration: choose another folder or overwrite it")
-    held = [name for name in RESULT_FILES if (path / name).exists()]
-    if not overwrite and held and not unfinished:
+    existing = [name for name in RESULT_FILES if (path / name).exists()]
+    if not overwrite and existing and not unfinished:
         raise ZeroTuningError(
-            f"output {path} already holds a result ({held[0]}): choose another folder or overwrite it"
+            f"output {path} already holds a result ({existing[0]}): choose another folder or overwrite it"
         )
 
 
@@ -99,28 +98,28 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _make(path: Path) -> list[Path]:
+def _create(path: Path) -> list[Path]:
     """Create `path`, check that files can be created in it, and return the folders that were missing."""
-    made = []
+    created = []
     try:
         for folder in (*reversed(path.parents), path):
             if not folder.exists():
                 with suppress(FileExistsError):  # another process created it meanwhile
                     folder.mkdir()
-                    made.append(folder)
+                    created.append(folder)
         with tempfile.TemporaryFile(dir=path):
             pass
-        return made
+        return created
     except OSError as error:
-        _remove(made)
+        _remove(created)
         raise ZeroTuningError(f"output {path} cannot be written: {error.strerror or error}") from error
 
 
-def _remove(made: list[Path]) -> None:
-    for folder in reversed(made):
+def _remove(created: list[Path]) -> None:
+    for folder in reversed(created):
         try:
             folder.rmdir()
-        except OSError:  # not empty: it holds the result, or the state of an unfinished calibration
+        except OSError:  # the folder is not empty: a result or an unfinished calibration is in it
             break
 
 
@@ -131,7 +130,7 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
         ZeroTuningError: The path is a file, or files cannot be created in the folder.
     """
     path = _folder(path)
-    _make(path)
+    _create(path)
     return path
 
 

@@ -76,7 +76,7 @@ def test_a_folder_is_locked_while_a_result_is_made_and_entered_again_by_the_same
 def test_a_folder_that_another_process_locks_as_it_is_made_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, locked = output._make, []
+    make, locked = output._create, []
 
     def make_and_lose(path: Path) -> list[Path]:
         made = make(path)
@@ -84,7 +84,7 @@ def test_a_folder_that_another_process_locks_as_it_is_made_is_not_removed(
         fcntl.flock(locked[0], fcntl.LOCK_EX)
         return made
 
-    monkeypatch.setattr(output, "_make", make_and_lose)
+    monkeypatch.setattr(output, "_create", make_and_lose)
     with (
         pytest.raises(ZeroTuningError, match="is being written by another calibration"),
         result_folder(tmp_path / "out", overwrite=False, resumable=True),

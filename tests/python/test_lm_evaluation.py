@@ -217,7 +217,7 @@ def test_the_entry_point_is_one_that_lm_evals_registry_loads() -> None:
         ("scales=nowhere", "scales folder nowhere does not exist"),
         ("scales=small", "scales small do not fit model model: scales are for 1 layers x 4 heads, the model has 2 x 4"),
         ("scales=model", "model/head_scales.safetensors is missing"),
-        ("peft=adapter", "model argument peft is not known"),
+        ("peft=adapter", "unknown model argument peft"),
         ("pretrained=nowhere/at/all", "model folder nowhere/at/all does not exist"),
     ],
 )

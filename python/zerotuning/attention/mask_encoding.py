@@ -1,7 +1,7 @@
 """The masks of attention and their encoding as the one tensor that transformers hands to every layer.
 
-transformers calls the mask function of an attention implementation once a forward pass, and passes the tensor that it
-returns to the attention function of each layer. Between the two the tensor may be copied to another device or be traced
+transformers calls the mask function of an attention implementation once a forward pass, and passes the returned
+tensor to the attention function of each layer. Between the two the tensor may be copied to another device or be traced
 into a graph, so that its kind must follow from dtype and shape alone. An encoded mask has the shape (B, 1, N, 1), and a
 dtype for each kind:
 
@@ -18,7 +18,7 @@ DenseMask      int8       Tq * Tk                of each query and key: 0 hidden
 
 A CallerMask is not encoded: it is the bool or floating-point mask (B, 1 or H, Tq, Tk) that the model's caller passed.
 Integer masks of the caller's own are refused, since their last dimension is Tk and not 1. With a single key (Tk = 1) a
-caller's int8 or uint8 mask is read as an encoded one, of the same meaning: 0 hides the key.
+caller's int8 or uint8 mask is read as an encoded mask, which has the same meaning: 0 hides the key.
 
 csrc/attention/key_mask_layout.h defines the header and the words for `ops.encode_key_mask`, which encodes a KeyMask
 with positions in one kernel.
@@ -140,9 +140,9 @@ def words(keys: int) -> int:
 
 
 def decode(mask: Tensor, queries: int, keys: int) -> Mask:
-    """Decode the tensor that a layer received, in views: they follow values that are written into the tensor later.
+    """Decode the tensor that a layer received into views, which show values that are written into the tensor later.
 
-    Reads dtype and shape only, so that it waits for no GPU and can be traced.
+    Decoding depends on dtype and shape only: it waits for no GPU and can be traced.
 
     Args:
         mask: an encoded mask, or the caller's own.
@@ -154,7 +154,7 @@ def decode(mask: Tensor, queries: int, keys: int) -> Mask:
     """
     global _latest
     is_compiling = torch.compiler.is_compiling()
-    latest = _latest  # another thread may replace it meanwhile
+    latest = _latest  # another thread may replace _latest meanwhile
     if not is_compiling and latest is not None and latest[0] is mask and latest[1] == keys:
         return latest[2]
     if mask.dtype == torch.bool or mask.is_floating_point():

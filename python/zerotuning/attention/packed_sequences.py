@@ -1,7 +1,7 @@
-"""Packed sequences: several in one row of the batch, none of which sees another; each has an initial token of its own.
+"""Packed sequences: several sequences in one row of the batch, each with attention and an initial token of its own.
 
-A `PackedMask` describes them in O(T) numbers. A `SequenceLayout` takes the sequences out of their rows into a batch of
-their own, padded on the right, for which `ops.attention` computes the attention, and puts the results back.
+A `PackedMask` describes them in O(T) numbers. A `SequenceLayout` gathers the sequences from their rows into
+batches that are padded on the right, for which `ops.attention` computes the attention, and puts the results back.
 """
 
 from __future__ import annotations
@@ -121,8 +121,8 @@ class SequenceLayout:
 _layouts: Any = WeakTensorKeyDictionary()
 
 
-def keep_layout(encoded: Tensor, mask: PackedMask) -> None:
-    """Make the layout of an encoded packed mask, and keep it as long as the tensor.
+def store_layout(encoded: Tensor, mask: PackedMask) -> None:
+    """Make the layout of an encoded packed mask, and store the layout as long as the tensor exists.
 
     Args:
         encoded: the encoding, on the layers' device.
@@ -131,14 +131,14 @@ def keep_layout(encoded: Tensor, mask: PackedMask) -> None:
     _layouts[encoded] = make_layout(mask, encoded.device)
 
 
-def kept_layout(encoded: Tensor) -> SequenceLayout | None:
-    """Return the layout that `keep_layout` made for this tensor; None for a copy of it."""
+def stored_layout(encoded: Tensor) -> SequenceLayout | None:
+    """Return the layout that `store_layout` made for this tensor; None for a copy of it."""
     return _layouts.get(encoded)  # type: ignore[no-any-return]
 
 
 def layout_of(encoded: Tensor) -> SequenceLayout:
-    """Return the layout of an encoded packed mask; a copy of the tensor, as on another device, gets one of its own."""
-    layout = kept_layout(encoded)
+    """Return the layout of an encoded packed mask, stored or new; a copy of a tensor has a layout of its own."""
+    layout = stored_layout(encoded)
     if layout is None:
         columns = encoded.cpu().view(encoded.shape[0], -1, PACKED_COLUMNS)
         layout = _layouts[encoded] = make_layout(PackedMask(columns), encoded.device)
@@ -157,23 +157,23 @@ def make_layout(mask: PackedMask, device: torch.device) -> SequenceLayout:
         place = torch.arange(int(lengths[chosen].max()), device="cpu")
         last = lengths[chosen, None] - 1
         # Slots beyond a sequence's end repeat its last token. They come after every real query, so that none sees them;
-        # their outputs are dropped, so that they get no gradient and add nothing to one.
+        # their outputs are dropped, so that these slots get no gradient and add nothing to other gradients.
         source = first[chosen, None] + torch.minimum(place, last)
         filled = place <= last
         slot[source[filled]] = slots + filled.flatten().nonzero().squeeze(1)
         slots += source.numel()
         sources.append(source.flatten())
         is_real = real.flatten()[source] != 0
-        key_mask = None if bool(is_real.all()) else _moved(is_real, device)
+        key_mask = None if bool(is_real.all()) else _to_device(is_real, device)
         keys = int(window[0, 0]) if int(window[0, 0]) < len(place) else 0
-        row, begins = _moved(rows[chosen], device), _moved(columns[chosen], device)
+        row, begins = _to_device(rows[chosen], device), _to_device(columns[chosen], device)
         groups.append(SequenceGroup(len(place), keys, row, begins, key_mask))
     is_identity = len(groups) == 1 and groups[0].shape == begin.shape
-    return SequenceLayout(groups, _moved(torch.cat(sources), device), _moved(slot, device), is_identity)
+    return SequenceLayout(groups, _to_device(torch.cat(sources), device), _to_device(slot, device), is_identity)
 
 
-def _moved(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Copy to the device without waiting for it; memory that is not pinned has been read when the call returns."""
+def _to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to the device without waiting; CUDA has read memory that is not pinned when the call returns."""
     return tensor.to(device, non_blocking=True)
 
 

@@ -1,9 +1,9 @@
 """Attention under a dense or packed mask in a traced graph (torch.compile, torch.export).
 
-Where transformers gets neither a mask nor a cache while it is traced, every row may hold packed sequences, which only
-running the graph shows; the mask function then returns a dense mask. In the graph, attention under such a mask is one
-operator, which reads the mask when it runs. If the mask is that of causal sequences, perhaps packed, perhaps in a
-sliding window, the operator computes as `packed_sequences` does, and by the formula otherwise.
+If a model is traced with neither a mask nor a cache, every row may hold packed sequences, whose lengths are unknown
+until the graph runs; the mask function then returns a dense mask. In the graph, attention under such a mask is one
+operator, which reads the mask when the graph runs. If the mask is that of causal sequences, perhaps packed, perhaps in
+a sliding window, the operator computes as `packed_sequences` does, and by the formula otherwise.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def attend(
 
 
 #: The layouts of results of `find_packed_sequences`, which nothing writes into; None for other masks. Other tensors may
-#: get new contents unseen.
+#: be overwritten between passes.
 _layouts: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -58,8 +58,8 @@ def _layout_of(encoded: Tensor, mask: DenseMask | PackedMask) -> packed_sequence
     if _is_capturing(encoded):
         return None
     if isinstance(mask, PackedMask):
-        kept = packed_sequences.kept_layout(encoded)
-        return kept or packed_sequences.make_layout(PackedMask(mask.columns.cpu()), encoded.device)
+        stored = packed_sequences.stored_layout(encoded)
+        return stored or packed_sequences.make_layout(PackedMask(mask.columns.cpu()), encoded.device)
     return _layouts[encoded] if encoded in _layouts else _layout_of_dense_mask(encoded, mask)
 
 
@@ -74,15 +74,15 @@ def _layout_of_dense_mask(encoded: Tensor, mask: DenseMask) -> packed_sequences.
         return None
     begin = packed_sequences.sequence_starts(visible)
     row = torch.arange(visible.shape[1], device=visible.device)
-    seen = visible.sum(dim=-1)
-    window = torch.where(seen < row - begin + 1, seen, 0).amax()
+    num_visible = visible.sum(dim=-1)
+    window = torch.where(num_visible < row - begin + 1, num_visible, 0).amax()
     columns = torch.stack((begin, torch.ones_like(begin), window.expand_as(begin)), dim=-1)
     if not torch.equal(PackedMask(columns).to_dense().encode(), encoded):
         return None
     return packed_sequences.make_layout(PackedMask(columns.cpu()), visible.device)
 
 
-# The operators. They wait for a GPU, so that CUDA graphs must leave them out.
+# The operators. They wait for a GPU: torch.compile must keep them out of CUDA graphs.
 
 
 @torch.library.custom_op("zerotuning::_find_packed_sequences", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
@@ -104,7 +104,7 @@ def _(encoded: Tensor, length: int) -> Tensor:
 def _attention_under_mask(
     query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, encoded: Tensor, span: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """output and logsumexp."""
+    """Return output and logsumexp."""
     mask = _decode(encoded, query, key)
     layout = _layout_of(encoded, mask)
     if layout is None:
@@ -119,7 +119,7 @@ def _attention_under_mask(
             sums.append(group_logsumexp[..., None])
         output, logsumexp = (layout.join(parts, len(query)) for parts in (outputs, sums))
         logsumexp = logsumexp[..., 0]
-    return _in_rows(output, query.dtype), logsumexp.to(log_scale.dtype).contiguous()
+    return _in_bthd_order(output, query.dtype), logsumexp.to(log_scale.dtype).contiguous()
 
 
 @_attention_under_mask.register_fake
@@ -145,7 +145,7 @@ def _attention_under_mask_backward(
     output: Tensor,
     logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and log_scale."""
+    """Return the gradients of query, key, value and log_scale."""
     mask = _decode(encoded, query, key)
     layout = _layout_of(encoded, mask)
     if layout is None:
@@ -164,7 +164,7 @@ def _attention_under_mask_backward(
             else:
                 grad_log_scale.index_add_(0, group.row, of_scales)
         gradients = [layout.join(list(each), len(query)) for each in zip(*parts, strict=True)]
-    grad_query, grad_key, grad_value = (_in_rows(gradient, query.dtype) for gradient in gradients)
+    grad_query, grad_key, grad_value = (_in_bthd_order(gradient, query.dtype) for gradient in gradients)
     return grad_query, grad_key, grad_value, grad_log_scale.to(log_scale.dtype).contiguous()
 
 
@@ -174,7 +174,7 @@ def _(grad_output, query, key, value, log_scale, encoded, span, scale, output, l
     return *rows, log_scale.new_empty(log_scale.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
@@ -189,7 +189,7 @@ def _backward(ctx, grad_output, _):  # type: ignore[no-untyped-def]
     return *gradients, None, None, None
 
 
-_attention_under_mask.register_autograd(_backward, setup_context=_keep_for_backward)
+_attention_under_mask.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _decode(encoded: Tensor, query: Tensor, key: Tensor) -> DenseMask | PackedMask:
@@ -202,6 +202,6 @@ def _dense(mask: DenseMask | PackedMask) -> DenseMask:
     return mask if isinstance(mask, DenseMask) else mask.to_dense()
 
 
-def _in_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _in_bthd_order(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, H, T, D) in memory order (B, T, H, D), as the fake kernels declare."""
     return tensor.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)

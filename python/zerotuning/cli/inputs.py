@@ -57,7 +57,9 @@ def read_scales(name: str) -> HeadScales:
     if not folder.exists() and name.count("/") != 1:
         raise ZeroTuningError(f"scales folder {name} does not exist")
     if (folder / STATE_FILE).exists() and not (folder / SCALES_FILE).exists():
-        raise ZeroTuningError(f"scales {name}: the calibration there is unfinished; its command, run again, resumes it")
+        raise ZeroTuningError(
+            f"scales {name}: the calibration there is unfinished; run its command again to resume the calibration"
+        )
     from zerotuning.patching.head_scales import HeadScales
 
     return HeadScales.from_pretrained(name)

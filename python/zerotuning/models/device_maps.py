@@ -21,32 +21,32 @@ def device_types(device_map: Any) -> set[str]:
     """Return the types of device, such as "cuda" and "cpu", that a map may use.
 
     Raises:
-        ZeroTuningError: `device_map` is not a map, names a GPU where torch sees none, or accelerate is not installed.
+        ZeroTuningError: `device_map` is no map, names a GPU on a machine without one, or accelerate is not installed.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ZeroTuningError('device_map needs the package accelerate: pip install "zerotuning[device-map]"')
     if isinstance(device_map, str) and device_map in NAMES:
         return {"cuda", "cpu"} if torch.cuda.is_available() else {"cpu"}
-    places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
-    types = {_device_type(place) for place in places}
+    devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+    types = {_device_type(device) for device in devices}
     if not types:
-        raise ZeroTuningError("device_map must give every part of the model a device, got an empty one")
+        raise ZeroTuningError("device_map must give every part of the model a device, got an empty mapping")
     if "cuda" in types and not torch.cuda.is_available():
-        raise ZeroTuningError(f"device_map {device_map!r} asks for a GPU, but torch sees none")
+        raise ZeroTuningError(f"device_map {device_map!r} names a GPU, but torch finds none")
     return types
 
 
-def _device_type(place: Any) -> str:
-    if place == DISK:
+def _device_type(device: Any) -> str:
+    if device == DISK:
         return "cpu"
     try:
-        if isinstance(place, bool) or not isinstance(place, (int, str, torch.device)):
+        if isinstance(device, bool) or not isinstance(device, (int, str, torch.device)):
             raise TypeError
-        return "cuda" if isinstance(place, int) else torch.device(place).type
+        return "cuda" if isinstance(device, int) else torch.device(device).type
     except (RuntimeError, TypeError):
         raise ZeroTuningError(
             f"device_map must be one of {', '.join(NAMES)}, a device, or a mapping of the model's parts to devices or "
-            f"{DISK!r}, got {place!r}"
+            f"{DISK!r}, got {device!r}"
         ) from None
 
 

@@ -29,7 +29,7 @@ def check_gguf_packages() -> None:
     import gguf
 
     # transformers compares gguf's version. On Python 3.10 its lookup (importlib.metadata.packages_distributions) skips
-    # packages without a top_level.txt; gguf has neither that file nor a __version__.
+    # packages without a top_level.txt; the package gguf has neither this file nor a __version__.
     if not hasattr(gguf, "__version__"):
         gguf.__version__ = importlib.metadata.version("gguf")
 
@@ -67,7 +67,7 @@ def gguf_parsed_once() -> Iterator[None]:
     """Within the context, transformers parses a .gguf file once.
 
     transformers parses the file for the tokenizer, the configuration and the weights separately, and builds the table of
-    weight names once a module. Together these repetitions are most of the loading time. The context also silences the
+    weight names once for each module. Together these repetitions are most of the loading time. The context also silences the
     loader's progress bar, which ignores transformers' own setting.
     """
     import gguf as gguf_package
@@ -76,15 +76,15 @@ def gguf_parsed_once() -> Iterator[None]:
     with ExitStack() as patches:
         for name in ("GGUFReader", "get_tensor_name_map"):
             cached = functools.lru_cache(maxsize=1)(getattr(gguf_package, name))
-            patches.enter_context(_replaced(gguf_package, name, cached))
+            patches.enter_context(_replaced_attribute(gguf_package, name, cached))
         if hasattr(gguf_loader, "tqdm"):
             silent = functools.partial(gguf_loader.tqdm, disable=True)
-            patches.enter_context(_replaced(gguf_loader, "tqdm", silent))
+            patches.enter_context(_replaced_attribute(gguf_loader, "tqdm", silent))
         yield
 
 
 @contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+def _replaced_attribute(module: Any, name: str, value: Any) -> Iterator[None]:
     """Within the context, the attribute `name` of `module` is `value`."""
     original = getattr(module, name)
     setattr(module, name, value)

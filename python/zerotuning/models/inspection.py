@@ -1,4 +1,4 @@
-"""What a model's configuration and signature say about it: its context length, the arguments of its forward pass."""
+"""A model's context length, from its configuration, and the arguments of its forward pass, from its signature."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def context_length(model: Any) -> int | None:
-    """The number of tokens that a model can read, from its configuration.
+    """Return the number of tokens that a model can read, from its configuration.
 
     Args:
         model: A transformers model, or a module that wraps one and has its `config`.
@@ -23,6 +23,6 @@ def context_length(model: Any) -> int | None:
 
 
 def forward_arguments(model: Any) -> set[str]:
-    """The names of the arguments of a model's `forward`; of the wrapped model's where an adapter (PEFT) wraps it."""
+    """Return the names of the arguments of a model's `forward`; for a PEFT adapter, those of the wrapped model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return set(inspect.signature(inner.forward).parameters)

@@ -55,14 +55,14 @@ def load_model(
 
     Raises:
         ZeroTuningError: The file or folder is missing, truncated or no model; the weights do not cover the model; the hub
-            cannot be reached; or the model cannot be placed as asked. The message is one line.
+            cannot be reached; or the model cannot be placed as requested. The message is one line.
     """
     text = os.fspath(name)
     is_gguf = text == DEMO or text.lower().endswith(".gguf")
     target, placement = _placement(device, device_map, tensor_parallel, is_gguf)
     arguments: dict[str, Any] = {}
     if is_gguf:
-        check_gguf_packages()  # before 93 MB are downloaded that nothing could read
+        check_gguf_packages()  # before the download of 93 MB, which only these packages can read
         path = demo_model_path() if text == DEMO else Path(text)
         check_gguf_file(path)
         source, arguments["gguf_file"] = str(path.parent), path.name
@@ -101,7 +101,7 @@ def _check_complete(name: str, report: Mapping[str, Any]) -> None:
     missing = sorted(report["missing_keys"])
     if missing:
         raise ZeroTuningError(
-            f"cannot load model {name}: {len(missing)} weights are not in it, {missing[0]} among them"
+            f"cannot load model {name}: the checkpoint lacks {len(missing)} weights, {missing[0]} among them"
         )
 
 
@@ -128,10 +128,10 @@ def _placement(
 
     The placement arguments are empty where the whole model is moved to that device after loading.
     """
-    given = {"device": device is not None, "device_map": device_map is not None, "tensor_parallel": tensor_parallel}
-    named = [name for name, is_given in given.items() if is_given]
-    if len(named) > 1:
-        raise ZeroTuningError(f"{' and '.join(named)} each place the model: give one of them")
+    is_given = {"device": device is not None, "device_map": device_map is not None, "tensor_parallel": tensor_parallel}
+    placements = [name for name in is_given if is_given[name]]
+    if len(placements) > 1:
+        raise ZeroTuningError(f"{' and '.join(placements)} each place the model: give one of them")
     if device_map is not None:
         types = device_maps.device_types(device_map)
         if is_gguf and isinstance(device_map, Mapping) and device_maps.DISK in device_map.values():
@@ -166,11 +166,11 @@ def _checked_dtype(dtype: torch.dtype | str | None, device: torch.device, is_ggu
         if device.type == "cpu":
             return default_cpu_dtype()
         return torch.bfloat16 if is_gguf else "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or found not in DTYPES:
-        names = ", ".join(str(one).removeprefix("torch.") for one in DTYPES)
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or resolved not in DTYPES:
+        names = ", ".join(str(supported).removeprefix("torch.") for supported in DTYPES)
         raise ZeroTuningError(f"dtype must be one of {names}, got {dtype!r}")
-    return found
+    return resolved
 
 
 def _folder_or_hub_name(text: str) -> str:
@@ -198,7 +198,7 @@ def _check_hub(name: str) -> None:
 def _not_on_hub(name: str, reason: str) -> ZeroTuningError:
     return fetch_error(
         f"cannot load model {name}",
-        f"no such folder, and the hub did not deliver it: {reason}",
+        f"no such folder, and the hub did not deliver the model: {reason}",
         "name a local folder or a .gguf file",
     )
 
@@ -217,11 +217,11 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
     """Silence transformers' warnings within the context; show progress bars only for downloads on a terminal."""
     log = transformers.utils.logging
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    others = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
-    levels = [other.level for other in others]
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [logger.level for logger in loggers]
     log.set_verbosity(logging.CRITICAL)
-    for other in others:
-        other.setLevel(logging.ERROR)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     if not (progress and sys.stderr.isatty()):
         log.disable_progress_bar()
     try:
@@ -230,7 +230,7 @@ def _quiet_transformers(*, progress: bool) -> Iterator[None]:
             yield
     finally:
         log.set_verbosity(verbosity)
-        for other, level in zip(others, levels, strict=True):
-            other.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             log.enable_progress_bar()

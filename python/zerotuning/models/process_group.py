@@ -1,7 +1,7 @@
 """Data-parallel calibration: each rank evaluates a part of every batch, and sums are reduced over all ranks.
 
 `torchrun … -m zerotuning calibrate` starts the processes and sets the variables that torch.distributed reads. Tensor-parallel
-ranks (tensor_parallel.py) share one model instead: each evaluates every example, and rank 0's numbers count.
+ranks (tensor_parallel.py) share one model instead: each evaluates every example, and all use rank 0's numbers.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ class Processes:
         return self.rank == 0
 
     def shard(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this rank's contiguous part of a sequence that every rank holds.
+        """Return this rank's contiguous shard of a sequence that every rank holds.
 
-        Parts differ by at most one item and may be empty. Ranks that share a model get the whole sequence.
+        The shards' sizes differ by at most one item; a shard may be empty. Ranks that share a model
+        get the whole sequence.
         """
         if self.share_model:
             return items
@@ -94,7 +95,8 @@ class Processes:
 
 def is_distributed() -> bool:
     """Return whether a launcher such as torchrun started this process as one of several."""
-    return os.environ.get("WORLD_SIZE", "1").isdecimal() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    return world_size.isdecimal() and int(world_size) > 1
 
 
 def join_process_group(device: str | None, *, tensor_parallel: bool = False) -> str | None:
@@ -141,7 +143,7 @@ def _gpu_uuid(device: str | None) -> str:
     """Return the UUID of a GPU, or "" for a device of another type."""
     try:
         chosen = torch.device(device or "cpu")
-    except RuntimeError:  # load_model raises the clear error
+    except RuntimeError:  # load_model raises the error for this device
         return ""
     if chosen.type != "cuda" or not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count():
         return ""
@@ -151,7 +153,7 @@ def _gpu_uuid(device: str | None) -> str:
 def _gather_texts(store: dist.Store, rank: int, count: int, text: str) -> list[str]:
     """Return the text of every rank, in the order of the ranks."""
     store.set(str(rank), text)
-    return [store.get(str(one)).decode("utf-8") for one in range(count)]
+    return [store.get(str(other)).decode("utf-8") for other in range(count)]
 
 
 def leave_process_group() -> None:

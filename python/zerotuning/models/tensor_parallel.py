@@ -76,7 +76,7 @@ def load_arguments(count: int) -> dict[str, Any]:
 # Heads.
 
 
-class _OwnHeads(torch.autograd.Function):
+class _SelectLocalHeads(torch.autograd.Function):
     """Select this rank's heads, (…, heads) -> (…, heads / ranks). The backward pass gathers the gradient of all heads."""
 
     @staticmethod
@@ -86,10 +86,10 @@ class _OwnHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        whole = gradient.new_zeros(context.shape)
-        whole[..., context.first : context.first + gradient.shape[-1]] = gradient
-        dist.all_reduce(whole)
-        return whole, None, None
+        gathered = gradient.new_zeros(context.shape)
+        gathered[..., context.first : context.first + gradient.shape[-1]] = gradient
+        dist.all_reduce(gathered)
+        return gathered, None, None
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,10 @@ class HeadShard:
     count: int
     total: int
 
-    def of(self, log_scale: Tensor) -> Tensor:
+    def select(self, log_scale: Tensor) -> Tensor:
         """Select log γ of this rank's heads, (…, total) -> (…, count). Differentiable."""
         if torch.is_grad_enabled() and log_scale.requires_grad:
-            return _OwnHeads.apply(log_scale, self.first, self.count)  # type: ignore[no-any-return]
+            return _SelectLocalHeads.apply(log_scale, self.first, self.count)  # type: ignore[no-any-return]
         return log_scale[..., self.first : self.first + self.count].contiguous()
 
 
@@ -116,7 +116,7 @@ def head_shard(model: Any, layer_name: str, heads: int) -> HeadShard | None:
         heads: Number of heads that the layer computed on this rank.
 
     Raises:
-        ZeroTuningError: The heads are not shared evenly among all ranks.
+        ZeroTuningError: The heads are not divided evenly among all ranks.
     """
     if not is_tensor_parallel(model):
         return None
@@ -125,7 +125,7 @@ def head_shard(model: Any, layer_name: str, heads: int) -> HeadShard | None:
         return None
     if model.tp_size != count or heads * count != total:
         raise ZeroTuningError(
-            f"{layer_name} must have its {total} heads shared evenly among all {count} processes, "
+            f"{layer_name} must have its {total} heads divided evenly among all {count} processes, "
             f"got {heads} here and tp_size {model.tp_size}"
         )
     return HeadShard(dist.get_rank() * heads, heads, total)
@@ -143,9 +143,10 @@ def gather_rows(weight: Tensor, rows: Tensor, total: int) -> Tensor:
     if local.shape[0] == total:
         return local[rows]
     local = local.detach()
-    places = rows - dist.get_rank() * -(-total // dist.get_world_size())
-    here = (places >= 0) & (places < local.shape[0])
-    found = local[places.clamp(0, local.shape[0] - 1)]
-    found[~here] = 0
-    dist.all_reduce(found)
-    return found
+    rows_per_rank = -(-total // dist.get_world_size())  # torch shards by the rounded-up quotient
+    local_rows = rows - dist.get_rank() * rows_per_rank
+    is_local = (local_rows >= 0) & (local_rows < local.shape[0])
+    gathered = local[local_rows.clamp(0, local.shape[0] - 1)]
+    gathered[~is_local] = 0
+    dist.all_reduce(gathered)
+    return gathered

@@ -42,13 +42,13 @@ def zerotuning_attention(
         dropout: must be 0 in training.
         sliding_window: number of keys that a query sees; None for all.
         is_causal: must not be False; None: the layer's own setting.
-        kwargs: of the model; those that change attention are refused.
+        kwargs: further arguments of the layer; those that change attention are refused.
 
     Returns:
         output (B, Tq, H, Dv), and None in place of the attention weights.
 
     Raises:
-        ZeroTuningError: the layer was not patched, or asks for attention that cannot be scaled.
+        ZeroTuningError: the layer was not patched, or its attention cannot be scaled.
     """
     probing = probe.running()
     if probing is not None:
@@ -78,18 +78,18 @@ def zerotuning_attention(
 def _scales_during_probe(module: nn.Module, query: Tensor) -> Tensor:
     if probe.running() is None:
         raise ZeroTuningError(
-            f"{_describe(module)} was not reached when the model was patched (or shares its config with one that is): "
-            "unpatch and patch it again"
+            f"{_describe(module)} was not found when its model was patched, or another patched model shares its "
+            "config: unpatch the model and patch the model again"
         )
     return torch.zeros(query.shape[1], device=query.device)
 
 
 def _chosen_span(layer: LayerScales, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """The keys that `scaled_keys` chose, (B, 2)."""
+    """Return the keys that `scaled_keys` chose, (B, 2)."""
     assert layer.span is not None
     if window is not None and key.shape[2] != query.shape[2]:
         raise ZeroTuningError(
-            f"{layer.layer_name} has a sliding-window cache, whose keys move: scaled_keys is for passes without one"
+            f"{layer.layer_name} has a sliding-window cache, whose keys move: use scaled_keys without such a cache"
         )
     return repeat_for_batch(layer.span, query.shape[0], "scaled_keys names the keys")
 
@@ -104,10 +104,11 @@ def _attend(
 ) -> Tensor:
     """Causal attention, (B, Tq, H, Dv).
 
-    `geometry` has the fields of ops.Geometry; a plain tuple is made in a tenth of its time, in every layer of a step.
+    `geometry` holds the fields of ops.Geometry in a plain tuple. Making an ops.Geometry takes ten times as long, in
+    every layer of a decode step.
     """
-    rows = query.shape[2]
-    is_decode_step = key.shape[2] > rows and rows <= DECODE_QUERIES
+    queries = query.shape[2]
+    is_decode_step = key.shape[2] > queries and queries <= DECODE_QUERIES
     if is_decode_step and not (
         torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, log_scale))
     ):
@@ -126,7 +127,7 @@ def _attend_under_mask(
     span: Tensor | None,
     scale: float | None,
 ) -> Tensor:
-    """Attention under a mask that is more than causal, (B, H, Tq, Dv)."""
+    """Attention under a packed, dense or caller's mask, (B, H, Tq, Dv)."""
     if torch.compiler.is_compiling() and _may_hold_packed_sequences(mask, query, key):
         return traced_masks.attend(query, key, value, log_scale, encoded, span, scale)
     if isinstance(mask, PackedMask):
@@ -136,7 +137,7 @@ def _attend_under_mask(
 
 
 def _may_hold_packed_sequences(mask: PackedMask | DenseMask | CallerMask, query: Tensor, key: Tensor) -> bool:
-    """Whether running a graph may show sequences in the mask, on whose lengths the graph's shapes must not depend."""
+    """Whether the mask may hold packed sequences when the graph runs; its shapes must not depend on their lengths."""
     return isinstance(mask, PackedMask) or (isinstance(mask, DenseMask) and query.shape[2] == key.shape[2])
 
 
@@ -157,7 +158,7 @@ def refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None
         kwargs: further arguments of the layer.
 
     Raises:
-        ZeroTuningError: names the layer and what it asks for.
+        ZeroTuningError: the attention is of another kind; the message names the layer and this kind.
     """
     for name in _UNSUPPORTED.keys() & kwargs.keys():
         if kwargs[name] is not None:
@@ -166,7 +167,9 @@ def refuse_unsupported(module: nn.Module, dropout: float, is_causal: bool | None
             )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if not causal:
-        raise ZeroTuningError(f"{_describe(module)} is not causal: it has no initial token to scale")
+        raise ZeroTuningError(
+            f"{_describe(module)} is not causal: without a causal mask there is no initial token to scale"
+        )
     if dropout and module.training:
         raise ZeroTuningError(
             f"{_describe(module)} has attention dropout {dropout}: set attention_dropout to 0 to train"

@@ -24,7 +24,7 @@ CONFIG_FILE = "zerotuning_config.json"
 
 
 class HeadScales:
-    """γ of every head: the factor of its attention to the initial token (arXiv 2505.11739); 1 leaves a head as it is.
+    """γ of every head: the factor of its attention to the initial token (arXiv 2505.11739); 1 changes nothing.
 
     Args:
         gamma: (layers, heads), positive and finite; a tensor, an array or nested sequences.
@@ -128,7 +128,7 @@ class HeadScales:
         repository = str(name)
         if os.sep in repository and not is_repository_name(repository):
             raise ZeroTuningError(f"no folder {folder}")
-        return cls._read(*(_downloaded(repository, file) for file in (SCALES_FILE, CONFIG_FILE)))
+        return cls._read(*(_download(repository, file) for file in (SCALES_FILE, CONFIG_FILE)))
 
     @classmethod
     def _read(cls, scales: Path, config: Path) -> HeadScales:
@@ -140,19 +140,19 @@ class HeadScales:
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ZeroTuningError(f"{scales.parent}: head scales cannot be read: {error}") from error
         if "gamma" not in tensors or not isinstance(metadata, dict):
-            raise ZeroTuningError(f"{scales} must hold the tensor gamma, {config} an object")
+            raise ZeroTuningError(f"{scales} must hold the tensor gamma, and {config} a JSON object")
         return cls(tensors["gamma"], {k: v for k, v in metadata.items() if k not in ("layers", "heads")})
 
 
-def _downloaded(repository: str, file: str) -> Path:
-    """A file of a repository on the hub, in the hub's cache."""
+def _download(repository: str, file: str) -> Path:
+    """Download a file of a repository on the hub into the hub's cache and return its path there."""
     from huggingface_hub import hf_hub_download
 
-    what = f"no folder {repository}, and the hub gave no head scales of that name"
+    failure = f"no folder {repository}, and the hub delivered no head scales of that name"
     reason = repository_connection_error(repository, file)
     if reason is not None:
-        raise fetch_error(what, reason, "name a local folder")
+        raise fetch_error(failure, reason, "name a local folder")
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise fetch_error(what, first_line(error), "name a local folder") from error
+        raise fetch_error(failure, first_line(error), "name a local folder") from error

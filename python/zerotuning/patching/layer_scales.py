@@ -17,14 +17,14 @@ CHILD = "zerotuning"
 class LayerScales(nn.Module):
     """log γ of one layer's heads, of one or several named settings; float32 in a model of any dtype.
 
-    Under tensor parallelism a process computes a share of the heads. The module holds the scales of all heads, and
-    `current` returns those of the share.
+    Under tensor parallelism each rank computes some of the heads. The module holds the scales of all heads, and
+    `current` returns those of this rank's heads.
 
     Args:
         layer_name: the layer's name in the model, for error messages.
         heads: number of query heads of the whole layer.
         device: where the layer computes.
-        shard: which heads this process computes; None: all.
+        shard: the heads that this rank computes; None: all.
 
     Attributes:
         log_scale: float32 [settings, heads].
@@ -48,7 +48,9 @@ class LayerScales(nn.Module):
         self.register_buffer("sample_settings", None, persistent=False)
         self.parameter: Tensor | None = None
         self.span: Tensor | None = None
-        self._first_setting_cache: tuple[Tensor, Tensor] | None = None  # log_scale, and its row 0 for this process
+        self._first_setting_cache: tuple[Tensor, Tensor] | None = (
+            None  # log_scale, and row 0 of it for this rank's heads
+        )
 
     def _apply(self, fn: Any, recurse: bool = True) -> LayerScales:
         exact = self.log_scale
@@ -58,7 +60,7 @@ class LayerScales(nn.Module):
         return self
 
     def current(self, batch: int) -> Tensor:
-        """Return log γ of this process's heads for a batch.
+        """Return log γ of this rank's heads for a batch.
 
         Args:
             batch: number of samples of the batch, beams of a beam search included.
@@ -70,29 +72,29 @@ class LayerScales(nn.Module):
             ZeroTuningError: the batch is no multiple of the number of samples that were named.
         """
         if not self.enabled:
-            return self._of_process(torch.zeros_like(self.log_scale[0]))
+            return self._of_this_rank(torch.zeros_like(self.log_scale[0]))
         if self.parameter is not None:
-            alone = self.parameter.dim() == 1
-            chosen = self.parameter if alone else repeat_for_batch(self.parameter, batch, "candidates names the scales")
-            return self._of_process(chosen)
-        settings = self._buffers[
-            "sample_settings"
-        ]  # faster than the attribute, which nn.Module looks up in __getattr__
+            log_scale = self.parameter
+            if log_scale.dim() == 2:
+                log_scale = repeat_for_batch(log_scale, batch, "candidates names the scales")
+            return self._of_this_rank(log_scale)
+        # Faster than self.sample_settings, which nn.Module looks up in __getattr__.
+        settings = self._buffers["sample_settings"]
         if settings is None:
             return self._first_setting()
-        return self._of_process(self.log_scale[repeat_for_batch(settings, batch, "select_scales names the scales")])
+        return self._of_this_rank(self.log_scale[repeat_for_batch(settings, batch, "select_scales names the scales")])
 
-    def _of_process(self, log_scale: Tensor) -> Tensor:
-        return log_scale if self.shard is None else self.shard.of(log_scale)
+    def _of_this_rank(self, log_scale: Tensor) -> Tensor:
+        return log_scale if self.shard is None else self.shard.select(log_scale)
 
     def _first_setting(self) -> Tensor:
         settings: Any = self._buffers["log_scale"]
         if torch.compiler.is_compiling():
-            return self._of_process(settings[0])
+            return self._of_this_rank(settings[0])
         cached = self._first_setting_cache
         if cached is None or cached[0] is not settings:
-            with torch.inference_mode(False):  # a view that training may use as well
-                cached = self._first_setting_cache = settings, self._of_process(settings[0])
+            with torch.inference_mode(False):  # training may use the view as well
+                cached = self._first_setting_cache = settings, self._of_this_rank(settings[0])
         return cached[1]
 
 
@@ -101,7 +103,7 @@ def repeat_for_batch(of_samples: Tensor, batch: int, subject: str) -> Tensor:
 
     Args:
         of_samples: [samples, …].
-        batch: number of rows wanted.
+        batch: number of rows to return.
         subject: how the error message begins.
 
     Returns:

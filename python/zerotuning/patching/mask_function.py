@@ -13,7 +13,7 @@ from zerotuning.attention import dense_masks, packed_sequences, traced_masks
 from zerotuning.attention.mask_encoding import DenseMask, KeyMask
 from zerotuning.patching import packed_mask, probe
 
-#: The decode operator computes cached generation steps of up to so many queries.
+#: The decode operator computes cached generation steps of up to this many queries.
 DECODE_QUERIES = 16
 
 
@@ -85,7 +85,7 @@ def _key_mask(
 ) -> Tensor | None:
     """The encoded KeyMask of a causal mask; None if the queries are the last keys and all keys are real."""
     queries_are_last_keys = isinstance(q_offset, int) and kv_offset == 0 and q_offset + queries == keys
-    is_decode_step = queries < keys and queries <= DECODE_QUERIES  # an export settles the lengths here
+    is_decode_step = queries < keys and queries <= DECODE_QUERIES  # torch.export fixes the lengths at this comparison
     if queries_are_last_keys and (attention_mask is None or _is_all_real(attention_mask, is_decode_step)):
         return None
     if queries_are_last_keys and not is_decode_step:
@@ -102,7 +102,7 @@ def _key_mask(
 
 
 def _is_all_real(attention_mask: Tensor, is_decode_step: bool) -> bool:
-    """Whether there is no padding; False in a traced or captured graph, and where a GPU step would wait."""
+    """Whether no key is padding; False in traced and captured graphs and in decode steps on a GPU, which must not wait."""
     if torch.compiler.is_compiling():
         return False
     if attention_mask.is_cuda and (is_decode_step or torch.cuda.is_current_stream_capturing()):
@@ -120,7 +120,7 @@ def _first_real(attention_mask: Tensor | None, batch: int, device: torch.device 
 def _real_keys(
     attention_mask: Tensor | None, batch: int, length: int, offset: int, device: torch.device | str
 ) -> Tensor:
-    """Keys [offset, offset + length) of the mask, bool (B, length); keys beyond its end are not written yet."""
+    """Keys [offset, offset + length) of the mask, bool (B, length); False beyond the mask's end."""
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=device)
     missing = offset + length - attention_mask.shape[-1]

@@ -1,7 +1,8 @@
 """Reading a PackedMask out of transformers' mask function, in place of evaluating the function for every query and key.
 
 transformers composes mask functions from closures. All closures of one factory share a code object that no other
-function has: it identifies the factory of a closure. The closure's captured variables are the factory's arguments.
+function has. This code object identifies the factory of a closure. The closure's captured variables are the factory's
+arguments.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 from transformers import masking_utils
 
 from zerotuning.attention.mask_encoding import PackedMask
-from zerotuning.attention.packed_sequences import keep_layout
+from zerotuning.attention.packed_sequences import store_layout
 
 
 def _code_of_closures(factory_name: str, *arguments: Any) -> CodeType | None:
-    """The code object of the closures that a factory of transformers makes; None if this version has no such one."""
+    """Return the code object of a factory's closures; None if this version of transformers has no such factory."""
     try:
         return getattr(masking_utils, factory_name)(*arguments).__code__  # type: ignore[no-any-return]
     except (AttributeError, TypeError):
@@ -78,7 +79,7 @@ def _add_conditions(function: Any, conditions: _Conditions, at_positions: bool =
 
 
 def _packing_conditions(function: Any) -> _Conditions | None:
-    """The conditions of a mask function that is causal, packed and perhaps windowed; None for every other."""
+    """The conditions of a mask function that is causal, packed and perhaps windowed; None for every other function."""
     conditions = _Conditions()
     try:
         is_read = _add_conditions(function, conditions)
@@ -93,7 +94,7 @@ def _packing_conditions(function: Any) -> _Conditions | None:
 def _factories_are_as_expected() -> bool:
     """Whether transformers' factories, which another version may change, make the masks that this module reads.
 
-    Tried once a process, on a row of seven tokens in two sequences with a window of three.
+    The check runs once in a process, on a row of seven tokens in two sequences with a window of three.
     """
     if None in (_INTERSECTION, _SLIDING_WINDOW, _SAME_SEQUENCE):
         return False
@@ -104,15 +105,15 @@ def _factories_are_as_expected() -> bool:
         within = masking_utils.remap_positions_for_packed_sequence(within, position)
     function = masking_utils.and_masks(within, masking_utils.packed_sequence_mask_function(sequence))
     row, column = torch.arange(7, device="cpu")[:, None], torch.arange(7, device="cpu")[None]
-    want = (column <= row) & (column > row - 3) & (sequence[0, row] == sequence[0, column])
+    expected = (column <= row) & (column > row - 3) & (sequence[0, row] == sequence[0, column])
     batch = torch.zeros_like(row)
-    return torch.equal(function(batch, batch, row, column), want)
+    return torch.equal(function(batch, batch, row, column), expected)
 
 
 def read_packed_mask(
     mask_function: Any, attention_mask: Tensor | None, batch: int, length: int, device: torch.device | str
 ) -> Tensor | None:
-    """Read and encode the mask of packed sequences, and keep its layout for the layers; waits once for a GPU.
+    """Read and encode the mask of packed sequences, and store its layout for the layers; waits once for a GPU.
 
     Args:
         mask_function: as transformers hands it to the functions of `AttentionMaskInterface`.
@@ -123,7 +124,7 @@ def read_packed_mask(
 
     Returns:
         The encoded PackedMask. None for masks that are not exactly causal, packed and perhaps windowed, and while a
-        graph is traced or captured, since the lengths of the sequences are not known then.
+        graph is traced or captured, since the lengths of the sequences are unknown then.
     """
     if torch.compiler.is_compiling():
         return None
@@ -142,9 +143,9 @@ def read_packed_mask(
         return None
     window = torch.full_like(begin, min(conditions.windows, default=0))
     mask = PackedMask(torch.stack((begin, (real != 0).long(), window), dim=-1))
-    # The copy does not wait: memory that is not pinned has been read when the call returns.
+    # The copy does not wait for the GPU. CUDA has read memory that is not pinned when the call returns.
     encoded = mask.encode().to(device, non_blocking=True)
-    keep_layout(encoded, mask)
+    store_layout(encoded, mask)
     return encoded
 
 
@@ -155,7 +156,8 @@ def _has_row_shape(tensor: Tensor, batch: int, length: int) -> bool:
 def _sequence_starts(sequence: Tensor, positions: list[Tensor]) -> Tensor | None:
     """Where each token's sequence begins in its row, (B, T), from the sequence numbers (B, T).
 
-    None for sequences that are torn, and for positions that do not count up in a sequence: their mask is another one.
+    None if a sequence's tokens are not adjacent, or if its positions do not count up by one: such a mask is not that of
+    packed sequences.
     """
     step = sequence.diff(dim=1)
     if bool((step < 0).any()) or any(bool((p.diff(dim=1)[step == 0] != 1).any()) for p in positions):

@@ -29,9 +29,9 @@ class PatchState:
     """What `patch` adds to a model: the scales of its layers, and what `unpatch` restores."""
 
     layers: list[LayerScales | None]  # by layer index; None where `partial` left a layer out
-    modules: list[nn.Module]  # that have LayerScales as a child
+    modules: list[nn.Module]  # attention layers that have LayerScales as a child
     heads: int
-    implementations: list[tuple[Any, Any]]  # of each configuration before
+    implementations: list[tuple[Any, Any]]  # before patching, of each configuration
     settings: list[str] = field(default_factory=lambda: [""])
     metadata: dict[str, Any] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ def patch(model: nn.Module, *, partial: bool = False) -> nn.Module:
 
     Raises:
         ZeroTuningError: a layer cannot be reached or has an attention that cannot be scaled; the message names the
-            layer, and the model is as it was.
+            layer, and the model is left unpatched.
     """
     if is_patched(model):
         if text_config(model)._attn_implementation != IMPLEMENTATION:  # other code has switched it since
@@ -91,7 +91,7 @@ def _refuse_unsupported_model(model: Any) -> None:
     if patched is not None:
         raise ZeroTuningError(
             f"{patched} was patched through another model, of which {type(model).__name__} is a part or the whole: unpatch "
-            "that one first"
+            "the other model first"
         )
     if not hasattr(model, "set_attn_implementation"):
         raise ZeroTuningError(f"model must be a transformers model, got {type(model).__name__}")
@@ -111,7 +111,7 @@ def _common_heads(model: Any, layers: Sequence[LayerScales | None]) -> int:
     heads = {layer.heads for layer in layers if layer is not None}
     if len(heads) > 1:
         raise ZeroTuningError(
-            f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs one number"
+            f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs the same number in all layers"
         )
     return heads.pop()
 
@@ -209,9 +209,9 @@ def check_model_type(model: Any, scales: HeadScales, subject: str) -> None:
     Raises:
         ZeroTuningError: the metadata name another type of model.
     """
-    made_for, have = scales.metadata.get("model_type"), getattr(model.config, "model_type", "")
-    if made_for and made_for != have:
-        raise ZeroTuningError(f"{subject} made for a {made_for} model, this is a {have} model")
+    expected, model_type = scales.metadata.get("model_type"), getattr(model.config, "model_type", "")
+    if expected and expected != model_type:
+        raise ZeroTuningError(f"{subject} made for a {expected} model, this is a {model_type} model")
 
 
 def head_scales(model: nn.Module) -> HeadScales:
@@ -230,7 +230,7 @@ def head_scales(model: nn.Module) -> HeadScales:
 
 @contextmanager
 def _set_on_layers(model: nn.Module, name: str, values: Sequence[Any]) -> Iterator[nn.Module]:
-    """Set an attribute of each layer's scales, and restore what each had."""
+    """Set an attribute of each layer's scales within the context; restore the previous values at its end."""
     layers = _state(model).scaled_layers
     before = [getattr(layer, name) for layer in layers]
     try:
@@ -302,7 +302,7 @@ def head_parameters(model: nn.Module) -> Iterator[list[Tensor]]:
     """Replace the applied scales by leaves that autograd differentiates, for a search.
 
     The context yields log γ of each layer, float32 (H). Values written into a leaf (under no_grad) change the model.
-    The leaf of a layer that `partial` left out is read by nothing.
+    No layer reads the leaf of a layer that `partial` left out.
     """
     state = _state(model)
     parameters = []
@@ -327,8 +327,8 @@ def candidates(model: nn.Module, log_scale: Tensor) -> Iterator[nn.Module]:
 
     Args:
         model: a patched model.
-        log_scale: float32 (C, layers, H). Passes read it where it is: a recorded CUDA graph follows values written
-            later.
+        log_scale: float32 (C, layers, H). Forward passes read this tensor in place: a recorded CUDA graph uses
+            values that are written into it later.
 
     Raises:
         ZeroTuningError: in a forward pass, a batch that has no C equal parts.

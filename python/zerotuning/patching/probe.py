@@ -34,7 +34,7 @@ class AttentionLayer(NamedTuple):
 
 @dataclass
 class Probe:
-    """What a forward pass over two tokens shows of a model."""
+    """The calls that a model makes in a forward pass over two tokens."""
 
     module_names: dict[int, str]  # by id of the module
     thread: int = field(default_factory=threading.get_ident)
@@ -74,7 +74,7 @@ def find_attention_layers(model: Any, partial: bool) -> list[AttentionLayer | No
     """
     with _lock:
         probe = _run(model)
-    number = model.config.get_text_config(decoder=True).num_hidden_layers
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
     indices: list[Any] = [getattr(call.module, "layer_idx", None) for call in probe.calls]
     if None in indices:
         indices = list(range(len(indices)))
@@ -82,15 +82,16 @@ def find_attention_layers(model: Any, partial: bool) -> list[AttentionLayer | No
         raise ZeroTuningError(
             f"{type(model).__name__} runs one attention layer several times, which zerotuning does not support"
         )
-    missing = [index for index in range(number) if index not in indices]
+    missing = [index for index in range(num_layers) if index not in indices]
     if not probe.calls or (missing and not partial):
-        raise ZeroTuningError(_describe_missing(model, missing, number))
-    unnamed_windows = probe.mask_windows - probe.layer_windows
-    if unnamed_windows:
+        raise ZeroTuningError(_describe_missing(model, missing, num_layers))
+    unused_windows = probe.mask_windows - probe.layer_windows
+    if unused_windows:
         raise ZeroTuningError(
-            f"{type(model).__name__} masks a sliding window of {min(unnamed_windows)} keys that no layer names"
+            f"{type(model).__name__} masks a sliding window of {min(unused_windows)} keys, "
+            "which no layer passes to its attention function"
         )
-    layers: list[AttentionLayer | None] = [None] * number
+    layers: list[AttentionLayer | None] = [None] * num_layers
     for index, call in zip(indices, probe.calls, strict=True):
         check_device(call.device)
         layers[index] = AttentionLayer(probe.module_names[id(call.module)], *call)

@@ -47,7 +47,7 @@ def load_scaled_model(
 
 
 def read_scales(scales: HeadScales | str | os.PathLike[str]) -> HeadScales:
-    """Return head scales, read from where they were saved if a name is given.
+    """Return head scales; given a name, read them from their folder or from the hub.
 
     Args:
         scales: HeadScales, their folder, or owner/repository on the hub.
@@ -64,7 +64,7 @@ def read_scales(scales: HeadScales | str | os.PathLike[str]) -> HeadScales:
         raise ZeroTuningError(f"scales folder {folder} does not exist")
     if (folder / STATE_FILE).exists() and not (folder / SCALES_FILE).exists():
         raise ZeroTuningError(
-            f"scales {folder}: the calibration there is unfinished; its command, run again, resumes it"
+            f"scales {folder}: the calibration there is unfinished; run its command again to resume the calibration"
         )
     return HeadScales.from_pretrained(scales)
 

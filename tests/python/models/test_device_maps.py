@@ -106,7 +106,7 @@ def test_a_wrong_device_map_is_named_with_the_accepted_ones(folder: Path, wrong:
 def test_a_map_that_leaves_parts_out_is_an_error_that_names_the_model(folder: Path) -> None:
     assert (
         one_line_error(zt.load_model, folder, device_map={})
-        == "device_map must give every part of the model a device, got an empty one"
+        == "device_map must give every part of the model a device, got an empty mapping"
     )
     partial = {"model.embed_tokens": "cpu", "model.norm": "disk"}
     assert f"cannot load model {folder}: ValueError: " in one_line_error(zt.load_model, folder, device_map=partial)
@@ -120,7 +120,7 @@ def test_parts_of_a_gguf_model_do_not_go_to_the_disk(tmp_path: Path) -> None:
 
 def test_a_missing_gpu_and_a_missing_package_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "asks for a GPU, but torch sees none" in one_line_error(zt.load_model, folder, device_map={"": 0})
+    assert "names a GPU, but torch finds none" in one_line_error(zt.load_model, folder, device_map={"": 0})
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
     wanted = 'device_map needs the package accelerate: pip install "zerotuning[device-map]"'

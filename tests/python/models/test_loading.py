@@ -110,7 +110,7 @@ def test_a_checkpoint_that_lacks_a_weight_is_an_error_that_names_it(folder: Path
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = one_line_error(load_model, folder)
-    assert "1 weights are not in it, model.layers.1.mlp.up_proj.weight among them" in message
+    assert "the checkpoint lacks 1 weights, model.layers.1.mlp.up_proj.weight among them" in message
 
 
 @pytest.mark.parametrize("offline", [True, False], ids=["told to stay offline", "without a network"])
