@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Setting", "StudyResult", "run_study"]
 
-_HOME = {"Setting": "setting", "StudyResult": "runner", "run_study": "runner"}
+_MODULES = {"Setting": "setting", "StudyResult": "runner", "run_study": "runner"}
 
 
-def __getattr__(
-    name: str,
-) -> Any:  # loaded on first use: the command line imports this package only for the studies' names
-    if name not in _HOME:
+# Loaded on first use: the command line imports this package only for the names of the studies.
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"zerotuning.study.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"zerotuning.study.{_MODULES[name]}"), name)

@@ -1,7 +1,7 @@
 """The methods that `zerotuning study baselines` compares: prompts, label bias, attention steering, head scales.
 
-A method chooses whatever it has to choose (a temperature, heads, a span, a number of shots) by the loss on the same
-validation examples, with "change nothing" among the choices.
+Each method chooses its settings (a temperature, heads, a span, a number of shots) by the loss on the same validation
+examples. "Change nothing" is among the choices.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ class Effort:
         head_shares: Shares of the heads that ACT and PASTA steer, best-ranked heads first.
         steps: Gradient steps of our search.
         step_examples: Examples of one such step.
-        paper_layers: The paper's method profiles the heads of every n-th layer,
-        paper_heads: and at most so many heads of each: all heads of all layers take an hour on two cores.
+        paper_layers: Step between the layers whose heads the paper's method profiles. All heads of all layers take an
+            hour on two cores.
+        paper_heads: The largest number of heads that the paper's method profiles in one of these layers.
     """
 
     temperatures: tuple[float, ...]
@@ -74,13 +75,13 @@ EFFORTS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method gave.
+    """The result of a method.
 
     Attributes:
         scores: Of the test examples' labels: [n, C].
-        numbers: How many numbers or yes/no choices were tuned.
+        numbers: How many numbers or yes/no choices the method tuned.
         tuning_seconds: Time of tuning.
-        chosen: What was chosen, by name.
+        chosen: The chosen settings, by name.
     """
 
     scores: Tensor
@@ -99,12 +100,12 @@ class Draw:
 
     @cached_property
     def validation(self) -> list[Record]:
-        """The examples that methods choose by."""
+        """The examples on which methods choose their settings."""
         return self.setting.drawn(self.name, self.seed)
 
     @cached_property
     def tests(self) -> list[Record]:
-        """The examples that all methods are judged by."""
+        """The examples on which all methods are measured."""
         return self.setting.tests(self.name, self.seed)
 
     @cached_property
@@ -151,14 +152,14 @@ def _untuned(draw: Draw) -> Outcome:
 
 
 def _few_shot(draw: Draw) -> Outcome:
-    """Solved examples before the prompt; how many, the validation examples decide that are no shots in any choice."""
+    """Put solved examples before the prompt, as many as give the least loss on examples that are never shots."""
     started = time.perf_counter()
     with_most = draw.task.with_shots(draw_shots(draw.task, draw.validation, max(draw.effort.shots), draw.seed))
-    decisive = without_shots(with_most, draw.validation)
+    compared = without_shots(with_most, draw.validation)
     losses = {}
     for count in (0, *draw.effort.shots):
         shots = draw_shots(draw.task, draw.validation, count, draw.seed)
-        scorer = draw.setting.scorer(draw.task.with_shots(shots), decisive)
+        scorer = draw.setting.scorer(draw.task.with_shots(shots), compared)
         losses[count] = float(objectives.task_loss(_scores_with_shots(draw, scorer), scorer.labels))
     best = min(losses, key=lambda count: losses[count])
     seconds = time.perf_counter() - started
@@ -168,7 +169,7 @@ def _few_shot(draw: Draw) -> Outcome:
 
 
 def _scores_with_shots(draw: Draw, scorer: LabelScorer) -> Tensor:
-    """Scores at γ = 1; the model reads the shots once."""
+    """Score at γ = 1, with the shots in a prefix cache where possible."""
     if scorer.task.shots and supports_prefix_cache(scorer):
         return scores_behind_prefix(scorer)
     return draw.setting.scores(scorer)
@@ -187,19 +188,19 @@ def _temperature(draw: Draw) -> Outcome:
     started = time.perf_counter()
     losses = {1.0: draw.loss(draw.untuned[0])}
     for temperature in draw.effort.temperatures:
-        make = _same(Temperature(temperature))
+        make = _for_every_batch(Temperature(temperature))
         losses[temperature] = draw.loss(draw.steered_scores(draw.scorers[0], make))
     best = min(losses, key=lambda temperature: losses[temperature])
     seconds = time.perf_counter() - started
-    scores = draw.steered_scores(draw.scorers[1], _same(Temperature(best)))
+    scores = draw.steered_scores(draw.scorers[1], _for_every_batch(Temperature(best)))
     return Outcome(scores, 1, seconds, {"temperature": best})
 
 
 def _act(draw: Draw) -> Outcome:
     """ACT with the paper's alpha and beta, in heads of the layers that its code allows: all but the first two and the last."""
     layers, _ = draw.setting.shape()
-    make = _same(CalibratedSinks())
-    return _in_best_heads(draw, {"": (make, make)}, set(range(2, layers - 1)))
+    make = _for_every_batch(CalibratedSinks())
+    return _steer_best_heads(draw, {"": (make, make)}, set(range(2, layers - 1)))
 
 
 def _pasta(draw: Draw) -> Outcome:
@@ -209,7 +210,7 @@ def _pasta(draw: Draw) -> Outcome:
         if has_position(draw.task, position):
             validation, tests = (_spans(draw, position, scorer) for scorer in draw.scorers)
             variants[position] = (partial(_marked, validation, None), partial(_marked, tests, None))
-    return _in_best_heads(draw, variants)
+    return _steer_best_heads(draw, variants)
 
 
 def _auto_pasta(draw: Draw) -> Outcome:
@@ -220,9 +221,9 @@ def _auto_pasta(draw: Draw) -> Outcome:
     for records, scorer in zip((draw.validation, draw.tests), draw.scorers, strict=True):
         clauses = key_clauses(model, tokenizer, draw.task, records, draw.setting.batch_size)
         makers.append(partial(_marked, clauses, _spans(draw, "content", scorer)))
-    quoting = time.perf_counter() - started
-    outcome = _in_best_heads(draw, {"quoted clause": (makers[0], makers[1])})
-    return Outcome(outcome.scores, outcome.numbers, quoting + outcome.tuning_seconds, outcome.chosen)
+    quoting_seconds = time.perf_counter() - started
+    outcome = _steer_best_heads(draw, {"quoted clause": (makers[0], makers[1])})
+    return Outcome(outcome.scores, outcome.numbers, quoting_seconds + outcome.tuning_seconds, outcome.chosen)
 
 
 def _spans(draw: Draw, position: str, scorer: LabelScorer) -> Spans:
@@ -235,11 +236,11 @@ def _marked(spans: Spans, within: Spans | None, batch: Batch) -> Intervention:
     return MarkedSpan(batch_spans(batch, spans), within=None if within is None else batch_spans(batch, within))
 
 
-def _same(intervention: Intervention) -> InterventionMaker:
+def _for_every_batch(intervention: Intervention) -> InterventionMaker:
     return lambda batch: intervention
 
 
-def _in_best_heads(
+def _steer_best_heads(
     draw: Draw, variants: Mapping[str, tuple[InterventionMaker, InterventionMaker]], layers: set[int] | None = None
 ) -> Outcome:
     """Steer the best-ranked heads: the variant and the number of heads with the least loss on the validation examples.
@@ -273,7 +274,7 @@ def _in_best_heads(
 
 
 def _strengths(slopes: np.ndarray, shares: Sequence[float]) -> Iterator[Tensor]:
-    """For each share of all heads: 1 in so many of the heads with the most negative slopes, else 0; no set twice."""
+    """Yield a strength for each share of all heads: 1 in that many heads of most negative slope, else 0; none twice."""
     order = np.argsort(slopes, axis=None, kind="stable")
     helpful = int((slopes < 0).sum())
     for count in sorted({min(helpful, max(1, round(share * slopes.size))) for share in shares} - {0}):
@@ -285,9 +286,9 @@ def _strengths(slopes: np.ndarray, shares: Sequence[float]) -> Iterator[Tensor]:
 def _paper(draw: Draw) -> Outcome:
     """The paper's method among the heads that `Effort.paper_layers` and `paper_heads` leave."""
     layers, heads = draw.setting.shape()
-    chosen = range(0, layers, draw.effort.paper_layers)
-    some = [(layer, head) for layer in chosen for head in range(min(heads, draw.effort.paper_heads))]
-    return _calibrated(draw, method="paper", heads=some)
+    profiled_layers = range(0, layers, draw.effort.paper_layers)
+    profiled = [(layer, head) for layer in profiled_layers for head in range(min(heads, draw.effort.paper_heads))]
+    return _calibrated(draw, method="paper", heads=profiled)
 
 
 def _gradient(draw: Draw) -> Outcome:

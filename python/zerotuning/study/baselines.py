@@ -88,7 +88,7 @@ def _line(rows: Sequence[Row], task: str, method: str) -> str:
 
 
 def _choice(row: Row) -> str:
-    """What a row's method chose, in a few words."""
+    """Describe the settings that a row's method chose, in a few words."""
     chosen = row["chosen"]
     if "bias" in chosen:
         return ""

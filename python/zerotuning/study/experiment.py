@@ -21,7 +21,7 @@ class Cell:
     Attributes:
         key: Identifies the cell within the study: task, seed, γ, …; JSON values.
         measure: Measures the figures: JSON values by name.
-        recall: Receives the row, measured now or in an earlier run, before later cells are measured.
+        recall: Called with the row, measured now or in an earlier run, before later cells are measured.
     """
 
     key: Mapping[str, Any]
@@ -35,7 +35,7 @@ class Numbers:
 
     Attributes:
         tasks: Names of tasks.
-        num_draws: How many draws of the examples: seeds 0, 1, …
+        num_draws: How many random draws of the examples, with the seeds 0, 1, …
         examples: Validation examples of a draw, by which choices are made.
         limit: Test examples of a task.
     """
@@ -51,8 +51,8 @@ class Experiment:
     """A study.
 
     Attributes:
-        name: On the command line, of the study's files and of its notebook.
-        question: What the study asks, in one sentence.
+        name: The study's name on the command line, in file names and of its notebook.
+        question: The study's question, in one sentence.
         numbers: For each of SIZES, the defaults of how much is measured.
         cells: Setting -> what is measured, in order.
         figures: Rows -> matplotlib figures by a short name ("" for the main one).

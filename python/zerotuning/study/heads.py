@@ -1,4 +1,4 @@
-"""`zerotuning study heads`: which heads gain by a larger γ and which by a smaller one, how stable that is, and how much.
+"""`zerotuning study heads`: which heads gain by a larger γ and which by a smaller one, how stable the sign is, and the gain.
 
 The paper (section 3) calls a head up-effective if raising its γ helps, and down-effective if lowering it helps. Here the sign of
 the loss's slope in the head's log γ decides: a negative slope is up. The paper's second finding is that heads differ, so that a
@@ -128,7 +128,7 @@ def _group(setting: Setting, name: str, seed: int, group: str, slopes_by_seed: d
     }
 
 
-# What is made of the rows.
+# Tables and figures of the rows.
 
 
 def agreement(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     tasks = tasks_of(rows)
     maps, panels = new_panels(columns=len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
-        map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads want a larger γ", "dL / d log γ (nats)")
+        map_of_heads(axes, _mean_map(rows, task), f"{task}: blue heads gain by a larger γ", "dL / d log γ (nats)")
     return {"map": maps, "": _stability_and_groups(rows)}
 
 
@@ -199,12 +199,12 @@ def _shares(rows: Sequence[Row]) -> str:
 
 
 def _checked(rows: Sequence[Row], task: str) -> str:
-    """How the slopes of seed 0 agree with those measured by two evaluations."""
+    """Compare the slopes of seed 0 with slopes from two evaluations."""
     checks = select(rows, measure="check", task=task)
     slopes = _maps(rows, task)[0]
     by_gradient = np.array([slopes[row["key"]["layer"]][row["key"]["head"]] for row in checks])
     correlation, _ = agreement(by_gradient, np.array([row["slope"] for row in checks]))
-    same = sum(np.sign(one) == np.sign(row["slope"]) for one, row in zip(by_gradient, checks, strict=True))
+    same = sum(np.sign(slope) == np.sign(row["slope"]) for slope, row in zip(by_gradient, checks, strict=True))
     return f"{same} of {len(checks)}, {correlation:.2f}"
 
 
@@ -233,13 +233,13 @@ def _groups(rows: Sequence[Row]) -> str:
         for what, factor, digits in _GAINS:
             shown.append("" if group == "all" else with_interval(_leads(rows, group, what, factor), digits))
         lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n\n" + _verdict(rows)
+    return "\n".join(lines) + "\n\n" + _conclusion(rows)
 
 
 _GAINS = (("accuracy_gain", 100.0, 1), ("loss_gain", 1.0, 3))
 
 
-def _verdict(rows: Sequence[Row]) -> str:
+def _conclusion(rows: Sequence[Row]) -> str:
     words = []
     for what, unit in (("accuracy_gain", "accuracy"), ("loss_gain", "loss")):
         for group in GROUPS[1:]:
@@ -274,7 +274,7 @@ def _leads(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> l
 
 STUDY = Experiment(
     name="heads",
-    question="Which heads want a larger γ and which a smaller, how stable is that, and what is it worth?",
+    question="Which heads gain by a larger γ and which by a smaller, how stable is the sign, and how large is the gain?",
     numbers={
         "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
         "full": Numbers(("sst2", "mr", "trec"), num_draws=3, examples=24, limit=40),

@@ -39,10 +39,10 @@ def key_clauses(
         no word with it.
     """
     texts = [_input(task, record) for record in records]
-    asked = [before + content + QUESTION for before, content in texts]
+    questions = [before + content + QUESTION for before, content in texts]
     quotations: list[str] = []
-    for start in range(0, len(asked), batch_size):
-        prompts = tokenizer(asked[start : start + batch_size])["input_ids"]
+    for start in range(0, len(questions), batch_size):
+        prompts = tokenizer(questions[start : start + batch_size])["input_ids"]
         quotations += generate_texts(model, tokenizer, prompts, NEW_TOKENS, do_sample=False)
     spans = []
     for record, (before, content), quotation in zip(records, texts, quotations, strict=True):

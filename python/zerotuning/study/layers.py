@@ -64,21 +64,25 @@ def _slopes(setting: Setting, name: str, seed: int) -> dict[str, Any]:
 
 def _third(setting: Setting, name: str, seed: int, third: int | None, gamma: float) -> dict[str, Any]:
     layers = setting.shape()[0]
-    return _at(setting, name, seed, [third_of(layer, layers) == third for layer in range(layers)], gamma)
+    return _with_gamma_in_layers(
+        setting, name, seed, [third_of(layer, layers) == third for layer in range(layers)], gamma
+    )
 
 
 def _layer(setting: Setting, name: str, seed: int, layer: int, gamma: float) -> dict[str, Any]:
-    return _at(setting, name, seed, [other == layer for other in range(setting.shape()[0])], gamma)
+    return _with_gamma_in_layers(setting, name, seed, [other == layer for other in range(setting.shape()[0])], gamma)
 
 
-def _at(setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: float) -> dict[str, Any]:
+def _with_gamma_in_layers(
+    setting: Setting, name: str, seed: int, chosen: Sequence[bool], gamma: float
+) -> dict[str, Any]:
     """Figures with γ in all heads of the chosen layers."""
     scorer = _scorer(setting, name, seed)
     log_scale = np.where(chosen, math.log(gamma), 0.0)[:, None]
     return figures_of(setting.scores(scorer, log_scale), scorer.labels)
 
 
-# What is made of the rows.
+# Tables and figures of the rows.
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -89,12 +93,12 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
     label_axes(panels[0], "slope of the loss at γ = 1", "layer", "dL / d log γ (nats)")
     layers = sorted({row["key"]["layer"] for row in select(rows, measure="layer")})
     for place, gamma in enumerate(LAYER_GAMMAS):
-        changes = [_all(_loss_changes(rows, layer, gamma)) for layer in layers]
+        changes = [_flatten(_loss_changes(rows, layer, gamma)) for layer in layers]
         _band(panels[1], place, layers, changes, f"γ = {gamma:g}")
     label_axes(panels[1], "all heads of one layer", "layer", "change of loss (nats)")
     gammas = sorted({row["key"]["gamma"] for row in select(rows, measure="third")})
     for place, third in enumerate(THIRDS):
-        values = [_all(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
+        values = [_flatten(_third_changes(rows, third, gamma, "accuracy", 100.0)) for gamma in gammas]
         _band(panels[2], place, gammas, values, third)
     gamma_axis(panels[2], gammas)
     label_axes(panels[2], "all heads of a third of the layers", "γ", "change of accuracy (points)")
@@ -106,7 +110,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _band(axes: Any, place: int, across: Sequence[float], values: Any, name: str) -> None:
-    means, halves = zip(*(mean_and_half_width(list(one)) for one in values), strict=True)
+    means, halves = zip(*(mean_and_half_width(list(sample)) for sample in values), strict=True)
     line_with_band(axes, place, list(across), means, halves, name)
 
 
@@ -120,12 +124,15 @@ def table(rows: Sequence[Row]) -> str:
         shown = [third, with_interval(_slope_sizes(rows, place), 4), with_interval(_effects(rows, place), 4)]
         shown += [with_interval(_third_changes(rows, third, gamma, "accuracy", 100.0), 1) for gamma in gammas]
         lines.append(f"| {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n\n" + _verdict(rows)
+    return "\n".join(lines) + "\n\n" + _conclusion(rows)
 
 
-def _verdict(rows: Sequence[Row]) -> str:
-    early = [[_early(row["slopes"]) for row in of_task] for of_task in by_task(select(rows, measure="slopes"))]
-    measured = [[_early(sizes) for sizes in of_task] for of_task in _layer_sizes(rows)]
+def _conclusion(rows: Sequence[Row]) -> str:
+    early = [
+        [_rank_correlation_with_place(row["slopes"]) for row in of_task]
+        for of_task in by_task(select(rows, measure="slopes"))
+    ]
+    measured = [[_rank_correlation_with_place(sizes) for sizes in of_task] for of_task in _layer_sizes(rows)]
     same = [
         [float(np.mean(np.sign(row["slopes"]) == np.sign(sum(row["slopes"])))) for row in of_task]
         for of_task in by_task(select(rows, measure="slopes"))
@@ -141,7 +148,7 @@ def _verdict(rows: Sequence[Row]) -> str:
     return " ".join(sentences)
 
 
-def _early(effects: Sequence[float]) -> float:
+def _rank_correlation_with_place(effects: Sequence[float]) -> float:
     return rank_correlation(range(len(effects)), np.abs(effects).tolist())
 
 
@@ -152,7 +159,7 @@ def _agreement(correlations: Sequence[Sequence[float]]) -> str:
     return "agrees with the paper" if high < 0 else "disagrees with the paper" if low > 0 else "not decided"
 
 
-def _all(groups: Sequence[Sequence[float]]) -> list[float]:
+def _flatten(groups: Sequence[Sequence[float]]) -> list[float]:
     return [value for group in groups for value in group]
 
 
@@ -174,11 +181,11 @@ def _loss_changes(rows: Sequence[Row], layer: int, gamma: float) -> list[list[fl
 def _slope_sizes(rows: Sequence[Row], third: int) -> list[list[float]]:
     """Mean |slope| of the third's layers, one list for each task; no list for a third without layers."""
     means: list[list[float]] = []
-    if not _places(len(select(rows, measure="slopes")[0]["slopes"]), third):
+    if not _layers_of_third(len(select(rows, measure="slopes")[0]["slopes"]), third):
         return means
     for of_task in by_task(select(rows, measure="slopes")):
         sizes = [np.abs(row["slopes"]) for row in of_task]
-        means.append([float(one[_places(len(one), third)].mean()) for one in sizes])
+        means.append([float(of_row[_layers_of_third(len(of_row), third)].mean()) for of_row in sizes])
     return means
 
 
@@ -207,7 +214,7 @@ def _layer_sizes(rows: Sequence[Row]) -> list[list[list[float]]]:
     ]
 
 
-def _places(layers: int, third: int) -> list[int]:
+def _layers_of_third(layers: int, third: int) -> list[int]:
     return [layer for layer in range(layers) if third_of(layer, layers) == third]
 
 

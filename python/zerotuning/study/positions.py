@@ -126,7 +126,7 @@ def step_down(slopes: np.ndarray) -> np.ndarray:
     return np.clip(-STEP * slopes / size, -MOST, MOST) if size else np.zeros_like(slopes)
 
 
-# What is made of the rows.
+# Tables and figures of the rows.
 
 #: Figure of a row, title of its panel, name of its axis, factor to the axis's unit.
 _FIGURES = (
@@ -165,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
         if prefix:
             lines[-2] += " norm of the slopes, nats |"
         lines += [_line(rows, position, prefix) for position in _positions(rows)]
-        parts.append("\n".join(lines) + "\n\n" + _verdict(rows, prefix))
+        parts.append("\n".join(lines) + "\n\n" + _conclusion(rows, prefix))
     return "\n\n".join(parts)
 
 
@@ -185,22 +185,22 @@ def _line(rows: Sequence[Row], position: str, prefix: str) -> str:
     return f"| {' | '.join(shown)} |"
 
 
-def _verdict(rows: Sequence[Row], prefix: str) -> str:
-    """In words, where the interval of the initial token's lead in accuracy, and in loss, excludes zero."""
+def _conclusion(rows: Sequence[Row], prefix: str) -> str:
+    """State in words where the interval of the initial token's lead in accuracy, and in loss, excludes zero."""
     if all(len(values) == 1 for values in _gains(rows, "initial", "loss_gain")):
         return "One draw of the examples a task: no interval, no finding."
     sentences = []
     for what, unit in (("accuracy_gain", "accuracy"), ("loss_gain", "loss")):
         ahead: list[str] = []
         behind: list[str] = []
-        open_: list[str] = []
+        undecided: list[str] = []
         for position in _positions(rows):
             leads = _leads(rows, position, f"{prefix}{what}")
             if position == "initial" or not leads:
                 continue
             _, low, high = mean_and_interval(leads)
-            (ahead if low > 0 else behind if high < 0 else open_).append(position)
-        named = (("ahead of", ahead), ("behind", behind), ("not told apart from", open_))
+            (ahead if low > 0 else behind if high < 0 else undecided).append(position)
+        named = (("ahead of", ahead), ("behind", behind), ("not told apart from", undecided))
         clauses = [f"{how} {', '.join(positions)}" for how, positions in named if positions]
         if clauses:
             sentences.append(f"By {unit} the initial token is {'; '.join(clauses)}.")
@@ -218,16 +218,16 @@ def _gains(rows: Sequence[Row], position: str, name: str, factor: float = 1.0) -
 
 def _leads(rows: Sequence[Row], position: str, what: str, factor: float = 1.0) -> list[list[float]]:
     """Initial token minus position on the same examples, one list a task."""
-    initial = {_pair(row): row[what] for row in select(rows, position="initial")}
+    initial = {_task_and_seed(row): row[what] for row in select(rows, position="initial")}
     paired = [
-        {**row, "lead": initial[_pair(row)] - row[what]}
+        {**row, "lead": initial[_task_and_seed(row)] - row[what]}
         for row in select(rows, position=position)
-        if _pair(row) in initial
+        if _task_and_seed(row) in initial
     ]
     return figures_by_task(paired, "lead", factor)
 
 
-def _pair(row: Row) -> tuple[str, int]:
+def _task_and_seed(row: Row) -> tuple[str, int]:
     return row["key"]["task"], row["key"]["seed"]
 
 

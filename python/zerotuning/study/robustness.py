@@ -1,4 +1,4 @@
-"""`zerotuning study robustness`: what scales tuned in one setting gain in others (the paper's section on robustness).
+"""`zerotuning study robustness`: how much scales tuned in one setting gain in others (the paper's section on robustness).
 
 Scales are tuned by gradient on the task's own prompt, without shots or distractors, on the model as loaded. Each part varies
 one thing and measures the same test examples untuned (every γ is 1) and with those scales. The parts `shots` and `examples`
@@ -59,7 +59,7 @@ class Draw:
         setting: The study's model and examples.
         name: The task.
         seed: Draws the test examples.
-        scales: Where the tuned scales come from.
+        scales: The tuned scales.
     """
 
     def __init__(self, setting: Setting, name: str, seed: int, scales: TunedScales) -> None:

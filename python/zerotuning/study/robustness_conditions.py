@@ -41,7 +41,7 @@ class Grid:
 
     Attributes:
         shots: Numbers of solved examples before the prompt.
-        own_shots: Those of them at which scales are also tuned anew.
+        own_shots: The numbers of `shots` at which scales are also tuned anew.
         context: Lengths of prompt and distractors together, in tokens; 0: the prompt alone.
         roundings: Names in ROUNDINGS.
         decodings: Names in DECODINGS.

@@ -17,7 +17,7 @@ class RowsFile:
 
     Args:
         path: A .json file; None: nothing is written.
-        header: What all rows depend on: study, model, dtype, …
+        header: The facts on which all rows depend: study, model, dtype, …
         overwrite: Start with no rows, whatever the file holds.
 
     Attributes:
@@ -47,7 +47,7 @@ class RowsFile:
             ZeroTuningError: The file's rows were measured with other weights.
         """
         if self.weights not in (None, digest):
-            raise self._of_another("weights", self.weights, digest)
+            raise self._mismatch("weights", self.weights, digest)
         self.weights = digest
 
     def add(self, row: Row) -> None:
@@ -67,13 +67,13 @@ class RowsFile:
             raise ZeroTuningError(f"{path} holds no study; choose another folder or overwrite it") from error
         for name in ("study", "model", "dtype"):
             if content.get(name) != self.header[name]:
-                raise self._of_another(name, content.get(name), self.header[name])
+                raise self._mismatch(name, content.get(name), self.header[name])
         self.weights = content.get("weights")
         return rows
 
-    def _of_another(self, name: str, in_file: Any, value: Any) -> ZeroTuningError:
+    def _mismatch(self, name: str, in_file: Any, value: Any) -> ZeroTuningError:
         return ZeroTuningError(
-            f"{self.path} holds rows of {name} {in_file!r}, this is {value!r}: choose another folder or overwrite it"
+            f"{self.path} holds rows of {name} {in_file!r}, expected {value!r}: choose another folder or overwrite it"
         )
 
 

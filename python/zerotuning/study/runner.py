@@ -28,7 +28,7 @@ from zerotuning.study.setting import Setting
 
 @dataclass(frozen=True)
 class StudyResult:
-    """What `run_study` returns.
+    """The result of `run_study`.
 
     Attributes:
         rows: As in the study's file: {"key": …, figures …, "seconds": …}.
@@ -44,7 +44,7 @@ class StudyResult:
 
 
 def study(name: str) -> Experiment:
-    """The study of that name.
+    """Return the study of that name.
 
     Raises:
         ZeroTuningError: There is no such study; the error lists the names.

@@ -29,14 +29,14 @@ Spans = Sequence[tuple[int, int]]
 
 @dataclass
 class Setting:
-    """What the rows of a study depend on, and the model they are measured with, which is loaded when first used.
+    """The options on which a study's rows depend, and the model, which is loaded on first use.
 
     Attributes:
         model: As `load_model` accepts it.
         dtype: As `load_model` accepts it.
         device: As `load_model` accepts it.
         size: "small" (a minute or less, for tests) or "full".
-        tasks: See `Numbers`; None: the study's own for the size. So are num_draws, examples and limit.
+        tasks: See `Numbers`; None: the study's default for the size, also for num_draws, examples and limit.
         num_draws: See `Numbers`.
         examples: See `Numbers`.
         limit: See `Numbers`.

@@ -179,9 +179,9 @@ def _inside(spans: Tensor, keys: int) -> Tensor:
 
 def _softmax(logits: Tensor, visible: Tensor) -> Tensor:
     """Softmax over visible keys; 0 in the rows of queries that see no key."""
-    sees_nothing = ~visible.any(dim=-1, keepdim=True)
+    sees_no_key = ~visible.any(dim=-1, keepdim=True)
     hidden = logits.masked_fill(~visible, -torch.inf)
-    return torch.softmax(hidden.masked_fill(sees_nothing, 0.0), dim=-1).masked_fill(sees_nothing, 0.0)
+    return torch.softmax(hidden.masked_fill(sees_no_key, 0.0), dim=-1).masked_fill(sees_no_key, 0.0)
 
 
 # Switching a model over.
@@ -256,10 +256,10 @@ def steered_attention(
 def _mixed(maps: AttentionMaps, steering: _Steering) -> Tensor:
     if steering.strength is None:
         return steering.intervention(maps)
-    share = steering.strength[maps.layer]
-    if not share.requires_grad and not bool(share.any()):
+    strength = steering.strength[maps.layer]
+    if not strength.requires_grad and not bool(strength.any()):
         return maps.weights
-    return torch.lerp(maps.weights, steering.intervention(maps), share.to(maps.weights)[:, None, None])
+    return torch.lerp(maps.weights, steering.intervention(maps), strength.to(maps.weights)[:, None, None])
 
 
 def steered_mask(

@@ -19,7 +19,7 @@ from zerotuning.tasks.task import Task
 
 @dataclass(frozen=True)
 class _TunedOn:
-    """What scales were tuned on: a task's examples drawn by a seed, how many, and how many shots before each prompt."""
+    """The examples on which scales are tuned: task, seed of the draw, their number, and the shots before each prompt."""
 
     task: str
     seed: int

@@ -92,7 +92,7 @@ def test_rows_of_another_model_and_files_of_another_kind_are_refused_and_kept(se
     run_study("gamma", setting, tmp_path)
     before = (tmp_path / "gamma.json").read_bytes()
     other = Setting(size="small", model="another", examples=4, limit=3, _loaded=setting.loaded())
-    with pytest.raises(ZeroTuningError, match="holds rows of model 'demo', this is 'another'"):
+    with pytest.raises(ZeroTuningError, match="holds rows of model 'demo', expected 'another'"):
         run_study("gamma", other, tmp_path)
     assert (tmp_path / "gamma.json").read_bytes() == before
     run_study("gamma", other, tmp_path, overwrite=True)
@@ -112,7 +112,7 @@ def test_rows_of_other_weights_under_the_same_name_are_refused(setting: Setting,
     path.write_text(json.dumps(held), "utf-8")
     with torch.no_grad():
         setting.loaded()[0].lm_head.weight.neg_()
-    with pytest.raises(ZeroTuningError, match=f"holds rows of weights '{held['weights']}', this is '.*': choose"):
+    with pytest.raises(ZeroTuningError, match=f"holds rows of weights '{held['weights']}', expected '.*': choose"):
         run_study("gamma", setting, tmp_path)
     assert json.loads(path.read_text("utf-8")) == held
     other = held.pop("weights")
