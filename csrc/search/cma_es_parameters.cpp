@@ -18,10 +18,10 @@ double effective_count(const std::vector<double>& weights, size_t begin, size_t 
   return squares > 0 ? sum * sum / squares : 0;
 }
 
-void scale_sum_to(std::vector<double>& weights, size_t begin, size_t end, double total) {
+void scale_sum_to(std::vector<double>& weights, size_t begin, size_t end, double target_sum) {
   double sum = 0;
   for (size_t i = begin; i < end; ++i) sum += std::fabs(weights[i]);
-  for (size_t i = begin; sum > 0 && i < end; ++i) weights[i] *= total / sum;
+  for (size_t i = begin; sum > 0 && i < end; ++i) weights[i] *= target_sum / sum;
 }
 
 void set_learning_rates(CmaEsParameters& parameters, double n, bool diagonal) {
@@ -37,8 +37,8 @@ void set_learning_rates(CmaEsParameters& parameters, double n, bool diagonal) {
   parameters.expected_normal_length = std::sqrt(n) * (1 - 1 / (4 * n) + 1 / (21 * n * n));
 }
 
-// The negative weights add up to the least of three bounds (equations 50 to 52); the last keeps C
-// positive definite.
+// The negative weights add up to the least of three bounds (equations 50 to 52). The last bound
+// keeps C positive definite.
 double negative_sum(const CmaEsParameters& parameters, double n) {
   const double c1 = parameters.rank_one_rate;
   const double c_mu = parameters.rank_mu_rate;

@@ -1,4 +1,4 @@
-// What the ask/tell searches share: the checks of tell(), saving and restoring.
+// The part that the ask/tell searches share: the checks of tell(), saving and restoring.
 #include "search/optimizer.h"
 
 #include <cmath>
@@ -16,8 +16,8 @@ Optimizer::Optimizer(int64_t dimension) : dimension_(dimension) {
 
 void Optimizer::tell(std::vector<double> losses) {
   if (losses.size() != asked_.size()) {
-    throw std::invalid_argument("losses must be " + std::to_string(asked_.size()) +
-                                ", one for each point asked for, got " +
+    throw std::invalid_argument("losses must have " + std::to_string(asked_.size()) +
+                                " numbers, one for each point of the last ask(), got " +
                                 std::to_string(losses.size()));
   }
   if (finished()) return;

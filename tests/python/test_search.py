@@ -181,7 +181,7 @@ def test_a_wrong_number_of_losses_is_a_value_error_and_leaves_the_state_unchange
     optimizer = make(method)
     before, right = optimizer.state(), losses(optimizer)
     for wrong in ([], [*right, 1.0]):
-        message = f"losses must be {len(right)}, one for each point asked for, got {len(wrong)}"
+        message = f"losses must have {len(right)} numbers, one for each point of the last ask(), got {len(wrong)}"
         with pytest.raises(ValueError, match=message):
             optimizer.tell(wrong)
         assert optimizer.state() == before

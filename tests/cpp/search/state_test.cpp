@@ -27,7 +27,7 @@ std::string error_of(const std::function<void()>& action) {
   return "no error";
 }
 
-// Replaces the first `from`, which must be there.
+// Replaces the first occurrence of `from`, which must exist.
 std::string replaced(std::string text, const std::string& from, const std::string& to) {
   EXPECT_NE(text.find(from), std::string::npos) << from;
   return text.replace(text.find(from), from.size(), to);
@@ -130,16 +130,16 @@ TEST_P(EveryMethod, refuses_another_number_of_losses_and_stays_as_it_was) {
   const auto optimizer = make();
   optimizer->tell(losses(*optimizer));
   const std::string before = optimizer->state();
-  const std::vector<Vector> asked = optimizer->ask();
+  const std::vector<Vector> points = optimizer->ask();
   const std::vector<double> right = losses(*optimizer);
   std::vector<double> more = right;
   more.push_back(1);
   EXPECT_NE(error_of([&] { optimizer->tell(more); }), "no error");
-  EXPECT_EQ(
-      error_of([&] { optimizer->tell({}); }),
-      "losses must be " + std::to_string(right.size()) + ", one for each point asked for, got 0");
+  EXPECT_EQ(error_of([&] { optimizer->tell({}); }),
+            "losses must have " + std::to_string(right.size()) +
+                " numbers, one for each point of the last ask(), got 0");
   EXPECT_EQ(optimizer->state(), before);
-  EXPECT_EQ(optimizer->ask(), asked);
+  EXPECT_EQ(optimizer->ask(), points);
   optimizer->tell(right);
   EXPECT_NE(optimizer->state(), before);
 }
