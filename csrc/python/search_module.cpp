@@ -1,4 +1,4 @@
-// zerotuning._search: the searches of csrc/search for Python. Nothing is computed here.
+// zerotuning._search: the Python bindings of the searches of csrc/search.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

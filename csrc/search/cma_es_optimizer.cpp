@@ -210,7 +210,7 @@ bool CmaEsOptimizer::update_paths(const std::vector<double>& mean_step) {
 
 // C <- (1 + c_1 delta - c_1 - c_mu sum w) C + c_1 p_c p_c^T + c_mu sum_k w_k' y_k y_k^T, where a
 // negative weight is w' = w n / |C^{-1/2} y|^2. delta = c_c (2 - c_c) replaces the variance that
-// p_c lacks where h_sigma = 0; else delta = 0.
+// p_c lacks if h_sigma = 0; else delta = 0.
 void CmaEsOptimizer::update_covariance(const std::vector<std::vector<double>>& steps,
                                        bool sigma_path_is_short) {
   const double c_1 = parameters_.rank_one_rate;
@@ -239,8 +239,8 @@ void CmaEsOptimizer::update_sigma(bool flat) {
   state_.sigma = std::min(state_.sigma, widest);
 }
 
-// A decomposition costs n^3 operations: one is made when C can have changed by a tenth (appendix
-// B.2).
+// A decomposition costs n^3 operations. C is decomposed when it can have changed by a tenth
+// (appendix B.2).
 void CmaEsOptimizer::refresh_covariance() {
   const double rate = parameters_.rank_one_rate + parameters_.rank_mu_rate;
   const double wait = diagonal_ ? 1 : 1 / (10 * static_cast<double>(dimension()) * rate);

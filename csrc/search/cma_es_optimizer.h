@@ -47,14 +47,14 @@ class CmaEsOptimizer final : public Optimizer {
 
   std::string method() const override { return "cma-es"; }
   std::string progress() const override;
-  // The mean of the distribution and the best candidate seen; none before the first generation.
+  // The mean of the distribution and the best candidate so far; none before the first generation.
   std::vector<Point> finalists() const override;
-  // Evaluations done, and the most there can be: whole generations within options.evaluations.
+  // Evaluations done, and the maximum number of them: whole generations within options.evaluations.
   int64_t steps_done() const override;
   int64_t steps_total() const override;
 
-  // Why the search ended: "evaluations", "tolfun", "tolx" or "condition" (the covariance's
-  // condition number exceeds 1e14); empty before.
+  // The reason for the end of the search: "evaluations", "tolfun", "tolx" or "condition" (the
+  // covariance's condition number exceeds 1e14); empty before.
   std::string stop_reason() const;
   int64_t population() const { return parameters_.population; }
   bool diagonal() const { return diagonal_; }
@@ -63,7 +63,7 @@ class CmaEsOptimizer final : public Optimizer {
   std::vector<double> mean() const { return bounded(state_.mean); }
 
  private:
-  // The distribution is one of y, without bounds; x = interval_.map(y) is evaluated.
+  // The distribution is over y, without bounds; x = interval_.map(y) is evaluated.
   struct State {
     State(int64_t dimension, bool diagonal, uint64_t seed);
     int64_t generation = 0;
@@ -72,7 +72,7 @@ class CmaEsOptimizer final : public Optimizer {
     std::vector<double> mean, sigma_path, covariance_path;
     Covariance covariance;
     RandomNumbers random;
-    std::vector<double> candidates;  // y: [population, dimension] of the generation asked for
+    std::vector<double> candidates;  // y: [population, dimension] of the present generation
     std::vector<double> history;     // least loss of the recent generations, oldest first
     double recent_range = 0;         // greatest minus least loss of the last generation
     std::vector<double> best_seen;   // x

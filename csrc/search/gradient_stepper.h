@@ -20,7 +20,7 @@ enum class Schedule {
 struct GradientOptions {
   // Number of steps K, >= 1.
   int64_t steps = 30;
-  // > 0, in units of log gamma: an early step moves every head by about as much.
+  // > 0, in units of log gamma: an early step moves every head by about this amount.
   double learning_rate = 0.1;
   // Decay of the mean gradient and of the mean squared gradient, in [0, 1).
   double beta1 = 0.9;
@@ -48,8 +48,8 @@ struct GradientOptions {
 //
 //   while (!stepper.finished()) stepper.step(gradient(stepper.point()));
 //
-// The stepper sees gradients alone, no losses: the caller decides which of its points is accepted
-// and when to stop. One object serves one thread at a time. All errors are std::invalid_argument
+// The stepper receives gradients, no losses: the caller decides which point is accepted and when to
+// stop. One object serves one thread at a time. All errors are std::invalid_argument
 // and leave the object as it was.
 class GradientStepper {
  public:
@@ -64,14 +64,14 @@ class GradientStepper {
   // rate_k of the next step.
   double learning_rate() const;
 
-  // gradient: df/dx at point(), [dimension], finite. Refuses a step beyond the last.
+  // gradient: df/dx at point(), [dimension], finite. Throws after the last step.
   void step(const std::vector<double>& gradient);
   int64_t steps_done() const { return state_.steps_done; }
   int64_t steps_total() const { return options_.steps; }
   bool finished() const { return state_.steps_done == options_.steps; }
 
   // The whole state as JSON (state_json.h). A stepper of the same dimension and options that
-  // restores it continues as the saved one would have, bit for bit.
+  // restores this state continues as the saved stepper would have, bit for bit.
   std::string state() const;
   void restore(const std::string& state);
 

@@ -39,25 +39,26 @@ class Optimizer {
   virtual std::string method() const = 0;
   int64_t dimension() const { return dimension_; }
 
-  // The points to evaluate now; the same ones until tell() is called, none when finished.
+  // The points to evaluate now: the same points until tell() is called, none when finished.
   std::vector<Point> ask() const { return asked_; }
-  // The losses of the points of the last ask(), in its order. An infinite loss or NaN stands for an
-  // evaluation that failed and is worse than every finite loss. Refuses another number of losses.
+  // Updates the search with the losses of the points of the last ask(), in the order of the points.
+  // An infinite loss or NaN stands for a failed evaluation, which is worse than every finite loss.
+  // Throws if the number of losses differs.
   void tell(std::vector<double> losses);
   bool finished() const { return asked_.empty(); }
 
-  // The points that the search proposes so far, to be compared on held-out examples; none while
-  // nothing was found.
+  // The points that the search proposes so far, to be compared on held-out examples; none before
+  // the first proposal.
   virtual std::vector<Point> finalists() const = 0;
 
   // How far the search is, for people, e.g. "sweep 3/12".
   virtual std::string progress() const = 0;
-  // Number of losses received, and the most there can be: a search may finish earlier.
+  // Number of losses received, and its maximum: a search may finish earlier.
   virtual int64_t steps_done() const = 0;
   virtual int64_t steps_total() const = 0;
 
   // The whole state as JSON (state_json.h). An optimizer of the same method, dimension and options
-  // that restores it continues as the saved one would have, bit for bit.
+  // that restores this state continues as the saved optimizer would have, bit for bit.
   std::string state() const;
   void restore(const std::string& state);
 
@@ -67,16 +68,17 @@ class Optimizer {
 
   size_t size() const { return static_cast<size_t>(dimension_); }
   Point zeros() const { return Point(size(), 0.0); }
-  // To be called at the end of a constructor.
+  // Must be called at the end of a constructor.
   void plan_next() { asked_ = plan(); }
 
   // The next points, computed from the state alone.
   virtual std::vector<Point> plan() const = 0;
-  // Takes in the losses of the points asked for: finite, or +infinity.
+  // Updates the search with the losses of the points of the last ask(): finite, or +infinity.
   virtual void update(const std::vector<double>& losses) = 0;
   virtual void write_options(StateWriter& writer) const = 0;
   virtual void write(StateWriter& writer) const = 0;
-  // Reads all fields left, then changes the object: not at all if a field is wrong.
+  // Reads the remaining fields, then changes the object. If a field is wrong, the object stays as
+  // it was.
   virtual void read(StateReader& reader) = 0;
 
  private:

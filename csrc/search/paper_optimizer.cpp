@@ -1,4 +1,4 @@
-// Profile, dominant group, sweep.
+// The three stages of the paper's search: profile, dominant group, sweep.
 #include "search/paper_optimizer.h"
 
 #include <algorithm>
@@ -57,7 +57,7 @@ std::vector<Point> PaperOptimizer::finalists() const {
 
 int64_t PaperOptimizer::steps_total() const { return static_cast<int64_t>(sweep_end()); }
 
-// The end of the evaluations whose points do not depend on losses still to come.
+// The end of the evaluations whose points depend only on losses that were received.
 size_t PaperOptimizer::planned_end() const {
   if (losses_.size() < profile_end()) return profile_end();
   return direction_ == Direction::none ? losses_.size() : sweep_end();

@@ -16,10 +16,10 @@ struct PaperOptions {
   bool two_sided = false;
   // The scales tried on the group, > 0.
   std::vector<double> sweep{0.1, 0.15, 0.2, 0.3, 0.45, 0.65, 0.8, 1.25, 1.5, 2.0, 2.75, 4.0};
-  // Share of the group, by size of effect, that is tuned, in (0, 1].
+  // Share of the group that is tuned, in (0, 1]: the heads with the largest effects.
   double top_fraction = 1.0;
-  // Most points in one ask(), >= 1: a run that is killed loses the evaluations of one ask() at
-  // most.
+  // Maximum number of points in one ask(), >= 1: a run that is killed loses at most the evaluations
+  // of one ask().
   int64_t chunk = 16;
 };
 
@@ -48,11 +48,11 @@ class PaperOptimizer final : public Optimizer {
   // effect_h of each head [dimension]; NaN where it is not measured yet, infinite where one of its
   // evaluations failed.
   std::vector<double> profile() const;
-  // Which group is tuned; none before the profile is complete, or when no head has an effect.
+  // The group that is tuned; none before the profile is complete, or when no head has an effect.
   Direction direction() const { return direction_; }
   // The heads that are tuned, as ascending indices into x; empty where direction() is none.
   const std::vector<int64_t>& group() const { return group_; }
-  // Losses of options.sweep, in its order; NaN where one is not measured.
+  // Losses of options.sweep, in its order; NaN where a loss is not measured yet.
   std::vector<double> sweep_losses() const;
 
  private:
@@ -62,8 +62,8 @@ class PaperOptimizer final : public Optimizer {
   void write(StateWriter& writer) const override;
   void read(StateReader& reader) override;
 
-  // All evaluations have one fixed order: x = 0, the heads, the sweep. The losses received are a
-  // prefix of it and the whole state; the other members below follow from them.
+  // All evaluations have one fixed order: x = 0, the heads, the sweep. losses_ holds the losses of
+  // a prefix of this order and is the whole state; the other members below follow from losses_.
   size_t trials_per_head() const { return options_.two_sided ? 2 : 1; }
   size_t profile_end() const { return 1 + size() * trials_per_head(); }
   size_t sweep_end() const { return profile_end() + options_.sweep.size(); }
@@ -79,7 +79,7 @@ class PaperOptimizer final : public Optimizer {
   std::vector<double> losses_;
   Direction direction_ = Direction::none;
   std::vector<int64_t> group_;
-  Point winner_;  // the sweep's best point; empty if none beats x = 0
+  Point winner_;  // the sweep's best point; empty if no point beats x = 0
 };
 
 }  // namespace zerotuning::search

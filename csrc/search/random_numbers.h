@@ -7,9 +7,9 @@
 namespace zerotuning::search {
 
 // xoshiro256** 1.0 (Blackman and Vigna, "Scrambled linear pseudorandom number generators", 2021),
-// with its 256 bits filled from a 64-bit seed by splitmix64, as its authors advise. The numbers of
-// std::normal_distribution would differ between standard libraries, and its state cannot be saved
-// portably.
+// with 256 bits of state filled from a 64-bit seed by splitmix64, as the authors advise. The
+// numbers of std::normal_distribution would differ between standard libraries, and its state cannot
+// be saved portably.
 class RandomNumbers {
  public:
   explicit RandomNumbers(uint64_t seed);
@@ -17,8 +17,8 @@ class RandomNumbers {
   uint64_t next_bits();
   // Uniform in [0, 1), a multiple of 2^-53.
   double uniform();
-  // Standard normal: the cosine half of the Box-Muller transform. Its sine half would have to be
-  // kept for the next call.
+  // Standard normal: the cosine half of the Box-Muller transform. The sine half would have to be
+  // stored for the next call.
   double normal();
 
   const std::array<uint64_t, 4>& state() const { return state_; }

@@ -1,4 +1,4 @@
-// Writing and reading a search's state.
+// Writes and reads the state of a search.
 #include "search/state_json.h"
 
 #include <charconv>
@@ -28,7 +28,7 @@ std::string double_text(double value) {
   std::array<char, 32> buffer{};
   const auto result = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value);
   std::string text(buffer.data(), result.ptr);
-  // Other readers would take a number without point and exponent for an integer, which has no -0.
+  // Other JSON readers parse a number without point and exponent as an integer, which has no -0.
   if (text.find_first_of(".e") == std::string::npos) text += ".0";
   return text;
 }
@@ -115,8 +115,8 @@ class Scanner {
     return list;
   }
 
-  // A string with its quotes (no escapes: no field has any), or a word of a number's characters and
-  // letters, such as -1.5e+300 or true.
+  // A string with its quotes (no field contains escapes), or a word of letters and the characters
+  // of numbers, such as -1.5e+300 or true.
   std::string scalar() {
     const size_t begin = peek() == '\0' ? text_.size() : at_;
     if (next_is('"')) {
@@ -143,8 +143,8 @@ class Scanner {
 
 bool same_scalar(const std::string& a, const std::string& b) {
   if (a == b) return true;
-  // 1e5 and 100000.0 are one number. Integers are compared by their digits: seeds have more than 53
-  // bits.
+  // 1e5 and 100000.0 are the same number. Integers are compared by their digits: seeds have more
+  // than 53 bits.
   const auto is_double = [](const std::string& text) {
     return text[0] != '"' && text.find_first_of(".eE") != std::string::npos;
   };

@@ -6,9 +6,10 @@
 //     "point": [0.1, -1.0]
 //   }
 //
-// Doubles are written with as few digits as give the same bits again; those that JSON lacks are the
-// strings "NaN", "Infinity" and "-Infinity". The order of the fields has no meaning. StateWriter
-// and StateReader have the same member functions, so that one list of fields serves both ways.
+// Doubles are written with as few digits as give the same bits again. Doubles that JSON lacks are
+// the strings "NaN", "Infinity" and "-Infinity". The order of the fields has no meaning.
+// StateWriter and StateReader have the same member functions, so that one list of fields serves
+// both ways.
 #pragma once
 
 #include <array>
@@ -27,7 +28,7 @@ struct StateValue {
   std::vector<std::string> scalars;
 };
 
-// The bounds that some functions take are the reader's: the writer ignores them.
+// Some functions have bounds as arguments for StateReader's sake. StateWriter ignores the bounds.
 class StateWriter {
  public:
   using Fields = std::vector<std::pair<std::string, StateValue>>;
@@ -64,7 +65,7 @@ class StateReader {
   // Checks that the text is such a JSON object of this format.
   explicit StateReader(const std::string& json);
 
-  // Reads every field of `expected`; one of another value is an error that gives both values.
+  // Reads every field of `expected`. If a field has another value, the error gives both values.
   void same(const StateWriter& expected);
   void integer(const char* name, int64_t& value, int64_t least, int64_t most);
   void bits(const char* name, std::array<uint64_t, 4>& value);
@@ -85,7 +86,7 @@ class StateReader {
   std::string take_scalar(const char* name);
   std::vector<std::string> take_list(const char* name, int64_t least_count, int64_t most_count);
 
-  std::map<std::string, StateValue> fields_;  // those that are not read yet
+  std::map<std::string, StateValue> fields_;  // fields that are not read yet
 };
 
 }  // namespace zerotuning::search
