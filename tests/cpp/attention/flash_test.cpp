@@ -1,5 +1,5 @@
 // attention/flash_cpu.h on this processor against the formula in double.
-// Everything that the kernels write is poisoned with NaN first.
+// Before each call, NaN fills every array that the kernels write.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -22,8 +22,8 @@ struct Sizes {
   int64_t batch, heads, key_heads, queries, keys, head_size, value_head_size, window;
 };
 
-// Random inputs of a call with holes in the mask, a span and a start of its own for each sample;
-// heads lie inside rows, as a model has them.
+// Random inputs of a call, with holes in the mask, and with a span and a query_start for each
+// sample. Heads lie inside rows, as in a model.
 template <typename T>
 struct Call {
   Sizes s;
@@ -98,11 +98,11 @@ struct Call {
            (!arguments.key_mask || mask[b * s.keys + j]);
   }
 
-  // Sum of squares of the error and of the expected output of one row; checks its logsumexp.
+  // Adds a row's squares of the error and of the expected output, and checks the row's logsumexp.
   void check_row(int64_t b, int64_t h, int64_t i, double* squared_error, double* squares) const {
     const int64_t kh = h / (s.heads / s.key_heads);
     std::vector<double> expected(static_cast<size_t>(s.value_head_size), 0.0);
-    double total = 0;
+    double row_sum = 0;
     for (int64_t j = 0; j < s.keys; ++j) {
       if (!visible(b, i, j)) continue;
       double logit = 0;
@@ -113,7 +113,7 @@ struct Call {
       const bool scaled = j >= span[2 * b] && j < span[2 * b + 1];
       const double gamma = scaled ? std::exp(double(log_scale[b * s.heads + h])) : 1;
       const double weight = gamma * std::exp(scale() * logit);
-      total += weight;
+      row_sum += weight;
       for (int64_t d = 0; d < s.value_head_size; ++d) {
         expected[d] +=
             weight *
@@ -121,16 +121,17 @@ struct Call {
       }
     }
     const float lse = logsumexp[(b * s.heads + h) * s.queries + i];
-    if (total == 0) {
+    if (row_sum == 0) {
       EXPECT_EQ(lse, -std::numeric_limits<float>::infinity());
     } else {
-      EXPECT_NEAR(lse, std::log(total), 1e-5 * (1 + std::abs(std::log(total))));
+      EXPECT_NEAR(lse, std::log(row_sum), 1e-5 * (1 + std::abs(std::log(row_sum))));
     }
     for (int64_t d = 0; d < s.value_head_size; ++d) {
-      const double want = total == 0 ? 0 : expected[d] / total;
-      const double got = widen(output[((b * s.queries + i) * s.heads + h) * s.value_head_size + d]);
-      *squared_error += (got - want) * (got - want);
-      *squares += want * want;
+      const double exact = row_sum == 0 ? 0 : expected[d] / row_sum;
+      const double actual =
+          widen(output[((b * s.queries + i) * s.heads + h) * s.value_head_size + d]);
+      *squared_error += (actual - exact) * (actual - exact);
+      *squares += exact * exact;
     }
   }
 

@@ -13,10 +13,10 @@
 namespace zerotuning::attention {
 namespace {
 
-// How often query row r is shown key j by the pieces.
+// The number of pieces in which query row r attends to key j.
 std::vector<std::vector<int>> coverage(const std::vector<Piece>& pieces, int64_t queries,
                                        int64_t keys) {
-  std::vector<std::vector<int>> seen(queries, std::vector<int>(keys, 0));
+  std::vector<std::vector<int>> pieces_of_key(queries, std::vector<int>(keys, 0));
   for (const Piece& piece : pieces) {
     const int64_t rows = piece.query_end - piece.query_begin,
                   columns = piece.key_end - piece.key_begin;
@@ -25,22 +25,23 @@ std::vector<std::vector<int>> coverage(const std::vector<Piece>& pieces, int64_t
         if (piece.causal && j > r) continue;
         const int64_t row = piece.reversed ? piece.query_end - 1 - r : piece.query_begin + r;
         const int64_t key = piece.reversed ? piece.key_end - 1 - j : piece.key_begin + j;
-        ++seen[row][key];
+        ++pieces_of_key[row][key];
       }
     }
   }
-  return seen;
+  return pieces_of_key;
 }
 
 TEST(Pieces, show_each_query_each_key_of_its_window_exactly_once) {
   for (int64_t queries = 1; queries <= 12; ++queries) {
     for (int64_t start = 0; start <= 9; ++start) {
       for (int64_t window = 0; window <= 14; ++window) {
-        const auto seen = coverage(decompose(queries, start, window), queries, start + queries);
+        const auto pieces_of_key =
+            coverage(decompose(queries, start, window), queries, start + queries);
         for (int64_t i = 0; i < queries; ++i) {
           for (int64_t j = 0; j < start + queries; ++j) {
             const bool visible = j <= start + i && (window == 0 || j > start + i - window);
-            ASSERT_EQ(seen[i][j], visible ? 1 : 0)
+            ASSERT_EQ(pieces_of_key[i][j], visible ? 1 : 0)
                 << "queries " << queries << " start " << start << " window " << window << " at "
                 << i << ", " << j;
           }
@@ -158,27 +159,27 @@ TYPED_TEST(CpuKernel, merge_weighs_two_parts_by_their_logsumexp_and_skips_a_part
 TYPED_TEST(CpuKernel, add_sums_rows_in_reverse_order_too) {
   std::mt19937 random(2);
   const int64_t rows = 4, columns = 19;
-  Numbers<TypeParam> total(rows * columns, random), part(rows * columns, random);
-  const Numbers<TypeParam> before = total;
+  Numbers<TypeParam> sums(rows * columns, random), part(rows * columns, random);
+  const Numbers<TypeParam> before = sums;
   const AddArguments arguments{
       .dtype = dtype_of<TypeParam>,
       .batch = 1,
       .heads = 1,
       .rows = rows,
       .columns = columns,
-      .sum = {total.values.data(), 0, 0, columns},
+      .sum = {sums.values.data(), 0, 0, columns},
       .part = {part.values.data() + (rows - 1) * columns, 0, 0, -columns},
   };
   cpu_kernels().add(arguments, 0, rows);
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) {
       const double expected = before[r * columns + c] + part[(rows - 1 - r) * columns + c];
-      EXPECT_NEAR(total[r * columns + c], expected, rounding<TypeParam> * (1 + std::abs(expected)));
+      EXPECT_NEAR(sums[r * columns + c], expected, rounding<TypeParam> * (1 + std::abs(expected)));
     }
   }
 }
 
-// dlog_scale = Σ_i a_ij (do_i·v_j - do_i·o_i) over the queries that see key j, in double.
+// dlog_scale = Σ_i a_ij (do_i·v_j - do_i·o_i) over the queries that attend to key j, in double.
 TYPED_TEST(CpuKernel, log_scale_gradient_equals_its_formula_with_windows_masks_and_spans) {
   // Long: the arguments of one call, and the formula with the same names.
   using Real = typename Accumulator<TypeParam>::type;

@@ -1,4 +1,4 @@
-// The choice of a CUDA kernel, for cards that need not be here.
+// The choice of a CUDA kernel, for any card: the tests need no GPU.
 #include "ops/cuda_routes.h"
 
 #include <gtest/gtest.h>
@@ -124,7 +124,7 @@ TEST(BackwardRoute, is_plain_where_flash_attention_cannot_differentiate) {
   EXPECT_EQ(backward_route(square(8192, 128, 64), ampere), Route::plain);  // 2^31 sums
 }
 
-// The rule of the gradients is one description, which a fake kernel evaluates on symbolic sizes.
+// The gradients' route depends on data that a fake kernel evaluates on symbolic sizes (Lengths).
 TEST(TorchGradientLengths, contain_the_calls_that_are_routed_to_torchs_kernels) {
   for (const Card& card : {ampere, ada, hopper, blackwell, consumer_blackwell}) {
     for (const int64_t size : {64, 128, 192, 200, 256}) {

@@ -1,4 +1,4 @@
-// CMA-ES on functions whose optimum is known, with limits on the evaluations that it needs.
+// CMA-ES on functions whose optimum is known, with limits on the number of evaluations.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -21,7 +21,7 @@ CmaEsOptions exact(int64_t evaluations) {
   return options;
 }
 
-// Fit evaluations until a candidate's loss is below `target`; the whole budget if none is.
+// The evaluations until a candidate's loss is below `target`; the whole budget if no loss is.
 int64_t evaluations_to_reach(double target, const Loss& loss, Vector start, uint64_t seed) {
   CmaEsOptions options = exact(100000);
   options.sigma = 0.5;

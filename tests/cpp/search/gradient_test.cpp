@@ -123,7 +123,7 @@ TEST(GradientStepper, starts_from_a_given_point) {
 TEST(GradientStepper, averages_the_points_after_its_steps_with_their_bias_corrected) {
   GradientOptions options = plain(6, 0.3);
   options.average_decay = 0.8;
-  options.start = {0.25};  // which is no part of the average
+  options.start = {0.25};  // the average excludes the start
   GradientStepper stepper(1, options);
   double weights = 0, sum = 0;
   while (!stepper.finished()) {

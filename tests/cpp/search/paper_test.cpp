@@ -1,4 +1,4 @@
-// The paper's search on separable losses, where its answer is known in closed form.
+// The paper's search on separable losses, whose optimum is known in closed form.
 #include <gtest/gtest.h>
 
 #include <algorithm>
