@@ -1,14 +1,15 @@
-# The cards to build for: machine code for those that this nvcc knows, and PTX for all from sm_100 on.
+# Sets RESULT to the architectures to compile for: machine code for the cards that this nvcc supports, and PTX of the newest
+# common architecture for later cards.
 function(zerotuning_cuda_architectures result)
-  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE known)
+  execute_process(COMMAND ${CMAKE_CUDA_COMPILER} --list-gpu-arch OUTPUT_VARIABLE supported)
   set(list 80-real 90a-real)
   set(virtual 90)
   foreach(architecture 100 120)
-    if(known MATCHES "compute_${architecture}")
+    if(supported MATCHES "compute_${architecture}")
       list(APPEND list ${architecture}-real)
     endif()
   endforeach()
-  if(known MATCHES "compute_100")
+  if(supported MATCHES "compute_100")
     set(virtual 100)
   endif()
   set(${result} "${list};${virtual}-virtual" PARENT_SCOPE)

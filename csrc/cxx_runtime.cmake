@@ -2,11 +2,12 @@
 #
 # A compiler that links libstdc++ statically (conda toolchains, cluster modules, wrappers with -static-libstdc++) gives each
 # library a copy of the runtime. An exception that one copy throws and another catches then loses its type or ends the process.
-# Naming the shared libraries in front of the compiler's own ones resolves every symbol of the runtime there. Measured with GCC
+# With the shared libraries named in front of the compiler's own libraries, every symbol of the runtime resolves to the shared
+# libraries. Measured with GCC
 # 12 and -static-libstdc++ -static-libgcc: the libraries need libstdc++.so.6 and libgcc_s.so.1 and have the size of an ordinary
 # build; hidden symbols and --exclude-libs keep the second copy. csrc/toolchain_check tests the result before anything is built.
 
-# Sets RESULT to the path of the shared library SONAME as torch's LIBRARY loads it, empty where there is none.
+# Sets RESULT to the path of the shared library SONAME that torch's LIBRARY loads, or to an empty string if there is none.
 function(zerotuning_runtime_library result library soname)
   execute_process(COMMAND ldd ${library} OUTPUT_VARIABLE needed ERROR_QUIET)
   if(needed MATCHES "${soname} => (/[^\n]*) \\(0x")
@@ -16,7 +17,7 @@ function(zerotuning_runtime_library result library soname)
   endif()
 endfunction()
 
-# Makes the libraries of this project use torch's C++ runtime; an error that names the compiler where that is impossible.
+# Makes the libraries of this project use torch's C++ runtime. Where this is impossible, the error names the compiler.
 macro(zerotuning_share_cxx_runtime torch_library)
   zerotuning_runtime_library(cxx_runtime ${torch_library} "libstdc\\+\\+\\.so\\.6")
   zerotuning_runtime_library(gcc_runtime ${torch_library} "libgcc_s\\.so\\.1")

@@ -4,8 +4,8 @@
 // fault.
 //
 // The program itself needs no C++ runtime and loads every library locally, as Python does. With a
-// C++ runtime in the global scope, the symbols of a second copy would resolve to the first one, and
-// the check would find nothing.
+// C++ runtime in the global scope, the symbols of a second copy would resolve to the global copy,
+// and the check would find nothing.
 #include <dlfcn.h>
 #include <stdio.h>
 
