@@ -1,4 +1,4 @@
-"""Commands for a tiny model in the current folder, and helpers that run them and read their results."""
+"""Commands for a tiny model in the current folder, and functions that run them and read their results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ name: films
 prompt: "Review: {text}\\nSentiment:"
 labels: [" negative", " positive"]
 """
-# All have the same label: what helps one example helps the others, so that a calibration improves the model.
+# All examples have one label: a change that helps one example helps the others, so that calibration lowers the loss.
 RECORDS = [
     {"text": f"the film is {first} and {second}", "label": 1}
     for first in ("good", "bad", "a good story", "far too long")
@@ -72,7 +72,7 @@ def gamma_of(folder: str) -> torch.Tensor:
 
 
 def interrupt_after(monkeypatch: Any, answers: int) -> Callable[[], None]:
-    """Press Ctrl-C in the n-th step of the search. The returned function ends this."""
+    """Raise KeyboardInterrupt in the n-th step of the search. The returned function removes this interruption."""
     search = importlib.import_module("zerotuning.calibration.gradient_search").GradientSearch
     advance = search.advance
     left = [answers]

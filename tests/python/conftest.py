@@ -61,6 +61,6 @@ def tiny_model(tiny_tokenizer: Any) -> Any:
 def demo_model() -> tuple[Any, Any]:
     """(model, tokenizer) of the embedded model on the CPU, in the type that load_model chooses there.
 
-    One for the whole session: a test that changes it puts it back.
+    All tests of a session share this model: a test that changes the model restores it.
     """
     return load_model("demo", device="cpu")

@@ -15,7 +15,7 @@ from zerotuning import ops  # noqa: F401 - registers the operators, also in proc
 #: Measured figures that the choice of a route is compared with.
 MEASURED = Path(__file__).parents[2] / "docs/results"
 PLAIN, HOPPER, CUDNN, FLASH = 1, 2, 3, 4
-RINGS, BULK = 1, 2  # of decoding
+RINGS, BULK = 1, 2  # routes of decode attention
 CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 needs_hopper = pytest.mark.skipif(CAPABILITY != (9, 0), reason="needs a Hopper GPU")
 needs_cudnn = pytest.mark.skipif(not (9, 0) <= CAPABILITY < (12, 0), reason="needs a GPU with cuDNN's kernels")
@@ -25,7 +25,7 @@ HEAD_SIZES = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)]
 
 
 def by_route(inputs: list[Tensor], grad_output: Tensor, forward: int, backward: int, **geometry: Any) -> list[Tensor]:
-    """Output and gradients by chosen routes."""
+    """Return the output and the gradients by the given routes."""
     options = (geometry.get("key_mask"), geometry.get("span"), geometry.get("query_start"), geometry.get("window", 0))
     scale = inputs[0].shape[-1] ** -0.5
     poison()
@@ -47,7 +47,7 @@ def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> lis
 def compare(
     inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, scales_limit: float = 5e-3, **geometry: Any
 ) -> None:
-    """Errors relative to the result and to `floor` times the terms that cancel in it where a key has all the weight."""
+    """Bound errors relative to the result plus `floor` times the terms that cancel in it where one key has all the weight."""
     batch, heads, rows, _ = inputs[0].shape
     grad_output = torch.randn(batch, rows, heads, inputs[2].shape[-1]).to(inputs[0].dtype).transpose(1, 2)
     got, wanted = (

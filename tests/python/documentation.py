@@ -109,7 +109,7 @@ def _check_command(words: list[str], session: Session) -> None:
 
 
 def _check_zerotuning(arguments: list[str], session: Session) -> None:
-    """Parse the arguments; run commands that take no time."""
+    """Parse the arguments; run `inspect`, --help, --version and --routes, which are fast."""
     is_result = arguments[0] == "inspect" and (session.folder / arguments[1]).is_dir()
     if is_result or {"--help", "--version", "--routes"}.intersection(arguments):
         assert main(arguments) == 0
@@ -133,7 +133,7 @@ def _check_paths(arguments: list[str]) -> None:
             assert (ROOT / place).exists() or place.startswith("build"), f"there is no {place}"
 
 
-#: Commands other than zerotuning, which are not run: what is checked of their arguments.
+#: The check of the arguments of each command other than zerotuning; these commands are not run.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "pip install": _check_pip,
     "bash": _check_paths,

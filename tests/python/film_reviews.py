@@ -10,7 +10,7 @@ from zerotuning.tasks.task import Task
 FILMS = Task("films", "Review: {text}\nSentiment:", (" negative", " positive"))
 FIRST = ("good", "bad", "a good story", "far too long")
 SECOND = ("told", "long", "well told", "far too well told", "a story")
-# All have the same label: what helps one example helps the others, so that a search improves the model.
+# All examples have one label: a change that helps one example helps the others, so that a search lowers the loss.
 RECORDS = [{"text": f"the film is {one} and {two}", "label": 1} for one in FIRST for two in SECOND]
 
 

@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def memory_for(model: Any, sequences: int) -> Iterator[None]:
-    """Make the model run out of memory in passes of more sequences."""
+    """Make passes of more than `sequences` sequences raise an out-of-memory error."""
 
     def refuse(_: Any, args: Any, options: dict[str, Any]) -> None:
         if len(options["input_ids"]) > sequences:

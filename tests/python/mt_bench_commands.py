@@ -25,13 +25,13 @@ def turns(path: str | Path) -> list[list[str]]:
 
 
 def chat(*texts: str) -> str:
-    """A dialogue as the template has it, written out."""
+    """Return a dialogue in the format of the model's chat template."""
     roles = ("user", "assistant")
     return "".join(f"<{roles[index % 2]}>{text}<end>" for index, text in enumerate(texts)) + "<assistant>"
 
 
 def continued(model: Any, tokenizer: Any, prompt: str) -> str:
-    """What transformers' own attention generates after an unpadded prompt."""
+    """Return the text that transformers' own attention generates after an unpadded prompt."""
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
     output = model.generate(ids, max_new_tokens=TOKENS, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
     return tokenizer.decode(output, skip_special_tokens=True).strip()

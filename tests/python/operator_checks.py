@@ -16,7 +16,7 @@ GRADIENT_ERROR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-
 
 
 def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Tensor]:
-    """The output by each way the CPU has: torch's kernel always, our own where the processor and the call allow it."""
+    """Yield the output of each CPU route: torch's kernel always, our kernel where the processor and the call allow it."""
     if inputs[0].is_cuda:
         return
     scale = geometry.get("scale") or inputs[0].shape[-1] ** -0.5
@@ -31,7 +31,7 @@ def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Te
 
 
 def check(inputs: list[Tensor], saturated: bool = False, **geometry: object) -> None:
-    """Compares output, log-sum-exp and every gradient with the formula; saturated: relative to the terms that cancel."""
+    """Compare output, log-sum-exp and gradients with the formula; if `saturated`, relative to the terms that cancel."""
     dtype = inputs[0].dtype
     reference = [t.detach().double().requires_grad_() for t in inputs]
     inputs = [t.detach().requires_grad_() for t in inputs]

@@ -21,14 +21,14 @@ PACKINGS = {
 
 
 def numbers_and_positions(lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """[B, T] the number of each token's sequence in its row, and its place in the sequence."""
+    """Return (B, T) tensors: the number of each token's sequence in its row, and the token's position in the sequence."""
     numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in lengths]
     positions = [[place for length in row for place in range(length)] for row in lengths]
     return torch.tensor(numbers), torch.tensor(positions)
 
 
 def packed_mask_function(numbers: Tensor, positions: Tensor, window: int = 0, base: Any = causal_mask_function) -> Any:
-    """As create_causal_mask and create_sliding_window_causal_mask of the installed transformers compose it."""
+    """Compose the mask function as create_causal_mask and create_sliding_window_causal_mask of transformers do."""
     if window:
         base = masking_utils.sliding_window_causal_mask_function(window)
     if hasattr(masking_utils, "remap_positions_for_packed_sequence"):

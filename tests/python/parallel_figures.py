@@ -1,6 +1,7 @@
-"""What tests of models on several devices or processes compare: figures of one model, however it lies.
+"""Figures of a model, which tests compare between one device and several devices or processes.
 
-Run by torchrun with the folders of checkpoints it loads each as a tensor-parallel model and leaves its figures there.
+Under torchrun, with checkpoint folders as arguments, this file is a script: each process loads every checkpoint as a
+tensor-parallel model and writes the figures into the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ RECORDS = [
 
 
 def save_random_model(folder: Path, kind: str, tokenizer: Any, **changes: Any) -> Path:
-    """A checkpoint with its tokenizer."""
+    """Save a random model and its tokenizer in one folder."""
     random_model(kind, **SMALL | {"vocab_size": len(tokenizer)} | changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -58,7 +59,7 @@ def random_scales(layers: int, heads: int, seed: int) -> zt.HeadScales:
 
 
 def figures(model: Any) -> dict[str, Tensor]:
-    """Logits, gradients and texts under random scales, on the CPU; the batch has padding. `model` comes out unpatched."""
+    """Return logits, gradients and texts under random scales, on the CPU, of a padded batch; unpatch the model at the end."""
     zt.patch(model)
     layers, heads = patched_shape(model)
     named = {"a": random_scales(layers, heads, 1), "b": random_scales(layers, heads, 2)}
@@ -83,7 +84,7 @@ def figures(model: Any) -> dict[str, Tensor]:
 
 
 def _gradient(model: Any, ids: Tensor, mask: Tensor, scales: zt.HeadScales) -> Tensor:
-    """Of the last token's negative log-probability in log γ of every head: [layers, heads]."""
+    """Return the gradient of the last token's negative log-probability in log γ of every head: (layers, heads)."""
     with head_parameters(model) as parameters:
         with torch.no_grad():
             for parameter, row in zip(parameters, scales.log_scale, strict=True):
@@ -95,7 +96,7 @@ def _gradient(model: Any, ids: Tensor, mask: Tensor, scales: zt.HeadScales) -> T
 
 
 def evaluations(model: Any, tokenizer: Any) -> dict[str, list[float | None]]:
-    """Accuracy, loss and entropy with labels of one token, of several, and as the model writes them."""
+    """Return accuracy, loss and entropy for labels of one token, labels of several tokens, and generated answers."""
     found = {}
     for name, task in TASKS.items():
         of = zt.evaluate(model, tokenizer, task, RECORDS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def torchrun(place: Path, *arguments: str | Path, gpus: bool = False) -> subprocess.CompletedProcess[str]:
-    """Two processes of a script, or of a module after -m."""
+    """Run two processes of a script, or of a module after -m."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     hidden = {} if gpus else {"CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(

@@ -16,7 +16,7 @@ from zerotuning.study import Setting
 from zerotuning.tasks.task import Task
 
 LAYERS, HEADS = 2, 4
-#: Of log γ in differences: losses are exact to 1e-7 only, since the model's norms compute in float32 whatever its dtype.
+#: Step of log γ in finite differences: losses are exact to 1e-7 only, since Llama's norms compute in float32.
 STEP = 0.02
 
 
@@ -42,7 +42,7 @@ AttentionInterface.register("study_formula", eager_formula)
 def formula_figures(
     setting: Setting, task: Task, records: Sequence[Any], log_scale: Any, spans: Sequence[tuple[int, int]]
 ) -> tuple[float, float]:
-    """(accuracy, loss), by the formula; labels scored by the log-probability of all their tokens."""
+    """Return (accuracy, loss) by the formula; the score of a label is the log-probability of all its tokens."""
     model, tokenizer = setting.loaded()
     plain = unpatch(copy.deepcopy(model)).double()
     plain.set_attn_implementation("study_formula")

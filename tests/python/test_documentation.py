@@ -36,10 +36,10 @@ def page_parameters() -> list[Any]:
 
 
 def smaller(function: Any, **most: int) -> Any:
-    """The same function with at most so many steps, examples and so on: a page shows sensible numbers, a test small ones."""
+    """Limit numbers of steps, examples and so on: pages show realistic numbers, tests run with small ones."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        limits = {**most, "steps": 20} if kwargs.get("method") == "cma-es" else most  # no less than its population
+        limits = {**most, "steps": 20} if kwargs.get("method") == "cma-es" else most  # at least CMA-ES's population
         kwargs.update({name: min(kwargs[name], limit) for name, limit in limits.items() if name in kwargs})
         return function(*args, **kwargs)
 

@@ -55,7 +55,9 @@ def test_values_that_json_cannot_represent_are_refused_before_writing(value: Any
 
 
 def test_a_folder_is_locked_while_a_result_is_made_and_entered_again_by_the_same_process(tmp_path: Path) -> None:
-    descriptor = os.open(tmp_path, os.O_RDONLY)  # locks are of descriptors: as good as another process's
+    descriptor = os.open(
+        tmp_path, os.O_RDONLY
+    )  # A lock belongs to a file descriptor: a second descriptor acts like another process.
     with result_folder(tmp_path, overwrite=False, resumable=True):
         with result_folder(tmp_path / "." / "", overwrite=False, resumable=True):
             pass

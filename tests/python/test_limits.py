@@ -54,7 +54,7 @@ def without_comments_and_text(code: str) -> str:
     return re.sub(pattern, lambda match: re.sub(r"[^\n]", " ", match[0]), code, flags=re.DOTALL)
 
 
-#: What stands before the opening brace of a function's body: (…), qualifiers, a result type or initialisers.
+#: The text before the opening brace of a function's body: (…), qualifiers, a result type or initialisers.
 HEAD = re.compile(
     r"(?P<name>~?\w+|operator\s*\S+)\s*\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)\s*"
     r"(?:const|noexcept|override|final|mutable|->[^{;]*|:(?!:)[^;]*|\s)*$"
@@ -63,7 +63,7 @@ STATEMENTS = {"if", "for", "while", "switch", "catch", "return", "sizeof", "alig
 
 
 def cpp_functions(text: str) -> Iterator[Function]:
-    """The functions of a C++ file, by its braces: what begins outside of any function's body and has a parameter list."""
+    """Find the functions of a C++ file by its braces: blocks outside any function's body whose head has parameters."""
     code = without_comments_and_text(text)
     lines = text.splitlines()
     outside: list[bool] = []  # for each open brace: whether functions may begin in it
@@ -87,7 +87,7 @@ def cpp_functions(text: str) -> Iterator[Function]:
 
 
 def closing(code: str, place: int) -> int:
-    """The place of the brace that closes the one at `place`."""
+    """Return the position of the brace that closes the brace at `place`."""
     depth = 0
     for match in re.finditer(r"[{}]", code[place:]):
         depth += 1 if match[0] == "{" else -1

@@ -20,7 +20,7 @@ SST5_WORDS = (" very negative", " negative", " neutral", " positive", " very pos
 
 
 def built_in(name: str) -> Task:
-    """A built-in task; "sst5 in words" with labels that take two tokens of the embedded model's."""
+    """A built-in task; "sst5 in words" has labels of two tokens for the demo model's tokenizer."""
     return replace(Task.load("sst5"), labels=SST5_WORDS) if name == "sst5 in words" else Task.load(name)
 
 
@@ -32,7 +32,7 @@ def harness_log_probabilities(model: Any, tokenizer: Any, texts: list[tuple[str,
 
 @torch.no_grad()
 def assert_agreement(model: Any, tokenizer: Any, task: Task, count: int) -> int:
-    """Checks the task's first examples; returns the most tokens that a label of theirs has."""
+    """Check the task's first examples; return the largest number of tokens of a label."""
     records = task.examples("test", count)
     scorer = LabelScorer(model, tokenizer, task, records)
     found = scorer.gather([scorer.log_probabilities(batch) for batch in scorer.batches])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 SUFFIXES = {".py", ".pyi", ".h", ".cpp", ".cu", ".cuh", ".md", ".ipynb", ".toml", ".yml", ".txt", ".cmake"}
 FOLDERS = ["csrc", "python/zerotuning", "tests", "docs", "notebooks"]
 FILES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CMakeLists.txt", "setup.py", "pyproject.toml", "mkdocs.yml"]
-#: Files that tell users what an old name has become.
+#: Files that list the new name of each old name.
 RENAMES = ["docs/python.md", "CHANGELOG.md"]
 #: Old name (a regular expression) -> the files, or folders, in which it may stand.
 OLD_NAMES: dict[str, list[str]] = {
@@ -30,7 +30,7 @@ OLD_NAMES: dict[str, list[str]] = {
     r"\baten::dense\b": [],
     r"\bdesign\.md\b": [],
 }  # fmt: skip
-#: The same, within csrc alone: elsewhere they are words.
+#: Old names within csrc; outside csrc they are ordinary words.
 OLD_CPP_NAMES: dict[str, list[str]] = {
     r"\b(\w*Sight|sight_of|in_sight)\b": [],
     r"\b(look|weigh|settle|settled|take_queries)\(": [],

@@ -1,4 +1,4 @@
-"""The searches of csrc/search as Python sees them: numpy in and out, errors as ValueError, states as JSON values."""
+"""The Python interface of the searches in csrc/search: numpy in and out, errors as ValueError, states as JSON values."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def rosenbrock(point: np.ndarray) -> float:
 def spent_by_pycma(function: Any, start: np.ndarray, seed: int) -> float:
     """Evaluations that the reference implementation of CMA-ES needs for a loss of 1e-9.
 
-    Infinite where it ends in Rosenbrock's other valley, at 3.99.
+    Infinite if pycma ends in the other minimum of Rosenbrock's function, whose loss is 3.99.
     """
     cma = pytest.importorskip("cma")
     search = cma.CMAEvolutionStrategy(start, 0.5, {"seed": seed + 1, "verbose": -9, "ftarget": 1e-9})

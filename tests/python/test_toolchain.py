@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[2]
 STATIC = "-static-libstdc++ -static-libgcc"
-#: A copy of the whole runtime in front of the shared one, which no link option takes out again.
+#: Link a copy of the whole static runtime before the shared runtime: no later link option removes this copy.
 WHOLE = '-Wl,--whole-archive "$(g++ -print-file-name=libstdc++.a)" -Wl,--no-whole-archive ' + STATIC
 
 pytestmark = pytest.mark.skipif(

@@ -16,7 +16,7 @@ LENGTHS = [1, 2, 3, 7, 8, 9, 16, 40, 1000]
 
 
 def real_keys(keys: int) -> Tensor:
-    """(4, keys): no padding, padding on the left, a hole, nothing real."""
+    """Return a (4, keys) mask: no padding, left padding, a hole, padding alone."""
     real = torch.arange(keys) >= torch.tensor([0, keys // 2, 0, keys])[:, None]
     real[2, keys // 3 :: 5] = False
     return real

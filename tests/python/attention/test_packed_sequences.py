@@ -19,7 +19,7 @@ LENGTH = 24
 def visible_and_initial(
     lengths: Sequence[Sequence[int]], window: int = 0, real: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Bool [B, 1, T, T], token by token: which keys a query sees, and which of them is its sequence's initial token."""
+    """Return two bool masks (B, 1, T, T): each query's visible keys, and the initial token of the query's sequence."""
     numbers, _ = numbers_and_positions(lengths)
     real = torch.ones_like(numbers) if real is None else real
     batch, length = numbers.shape

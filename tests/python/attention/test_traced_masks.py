@@ -32,7 +32,7 @@ def layout_of(encoded: Tensor, length: int) -> Any:
 def attend_in_graph(
     query: Tensor, key: Tensor, value: Tensor, log_scale: Tensor, mask: Tensor, span: Tensor | None
 ) -> Tensor:
-    """What a compiled graph runs."""
+    """Call the operator that a compiled graph calls."""
     return traced_masks.attend(query, key, value, log_scale, mask, span)
 
 
@@ -64,11 +64,11 @@ def test_no_sequences_are_found_in_a_mask_that_differs_in_one_place() -> None:
 def masks() -> dict[str, Tensor]:
     torch.manual_seed(1)
     own = (torch.rand(2, 1, 12, 12) > 0.4).to(torch.int8)
-    own[:, :, 3] = 0  # a query that sees nothing
+    own[:, :, 3] = 0  # all keys are hidden from this query
     own[..., 2] *= 2
     windows = {f"{name}, window 4": encoded_dense_mask(lengths, 4) for name, lengths in LENGTHS.items()}
     whole = {name: encoded_dense_mask(lengths) for name, lengths in LENGTHS.items()}
-    window_1 = encoded_dense_mask(LENGTHS["packed"], 1)  # does not show which sequence a token belongs to
+    window_1 = encoded_dense_mask(LENGTHS["packed"], 1)  # such a mask has no trace of the sequences
     packed = encoded_packed_mask(LENGTHS["packed"])
     return {**whole, **windows, "window 1": window_1, "packed mask": packed, "own": own.view(2, 1, 144, 1)}
 
@@ -142,7 +142,7 @@ def test_a_compiled_model_without_a_mask_reads_its_mask_once_a_run(kind, monkeyp
     read: list[Tensor] = []
     find = traced_masks._layout_of_dense_mask
     monkeypatch.setattr(traced_masks, "_layout_of_dense_mask", lambda *mask: read.append(mask[0]) or find(*mask))
-    monkeypatch.delattr(dense_masks, "attention_by_formula")  # is not needed
+    monkeypatch.delattr(dense_masks, "attention_by_formula")  # so that a call of the slow formula fails
     monkeypatch.delattr(dense_masks, "gradients_by_formula")
 
     def loss(ids: Tensor, positions: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def test_a_compiled_model_without_a_mask_reads_its_mask_once_a_run(kind, monkeyp
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
             gradients = (torch.autograd.grad(value, parameters) for value in (got, want))
             torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
-    assert len(read) == 3 * (2 if kind == "gemma3_text" else 1)  # its windowed layers have a mask of their own
+    assert len(read) == 3 * (2 if kind == "gemma3_text" else 1)  # Gemma's windowed layers have a second mask
 
 
 def test_scaled_keys_apply_in_a_compiled_model_without_a_mask() -> None:

@@ -1,4 +1,4 @@
-"""Steps of `generate` by turns. No time is asserted."""
+"""Two calls of `generate` whose steps alternate. No time is asserted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`zerotuning bench search`: its statistics, its methods on a tiny model, and going on where it was."""
+"""`zerotuning bench search`: its statistics, its methods on a tiny model, and its resumption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from zerotuning.tasks.task import Task
 
 @pytest.fixture
 def tiny_bench(tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
-    """The tiny model, and a task of two labels that its text tells apart."""
+    """The tiny model, and a task whose text determines which of two labels is right."""
     task = tmp_path / "reviews.yaml"
     task.write_text('name: reviews\nprompt: "Review: {text} Sentiment:"\nlabels: [" positive", " negative"]\n')
     words = ("good", "bad")
@@ -126,11 +126,10 @@ def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, mo
         return ShotChoice(candidates[-2 if len(candidates) > 1 else 0], [0.0] * len(candidates), [], [])
 
     monkeypatch.setattr(bench_search, "choose_shots", choose)
-    monkeypatch.setattr(
-        bench_search, "MIN_COMPARISON_EXAMPLES", 12
-    )  # which 16 - 2 * 2 are; three draws would show too many
+    # Two draws of two shots leave 16 - 2 * 2 = 12 examples for the comparison; three draws would leave too few.
+    monkeypatch.setattr(bench_search, "MIN_COMPARISON_EXAMPLES", 12)
     rows = [row for row in tiny_bench.rows() if row["what"] == "search"]
-    # The untuned model has nothing to choose by; label-bias and gradient share the choice for their 16 examples.
+    # No examples choose the shots of the untuned model; label-bias and gradient share one choice by their 16 examples.
     assert asked == [(16, [0]), (16, [0, 1, None]), (8, [0])]
     assert [(row["method"], row["examples"], row["num_shot_candidates"], row["shot_seed"]) for row in rows] == [
         ("untuned", 0, 1, None), ("untuned", 2, 1, 0), ("label-bias", 16, 2, 1), ("gradient", 8, 1, 0),
@@ -139,7 +138,8 @@ def test_the_shots_of_a_row_are_the_best_of_several_draws_or_none(tiny_bench, mo
     known = [dict(row) for row in rows]
     assert [row for row in tiny_bench.rows(known) if row["what"] == "search"] == known
     tiny_bench.num_shot_candidates, tiny_bench.methods, tiny_bench.examples = 1, ("gradient",), (16,)
-    assert [row["num_shot_candidates"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1]  # made anew
+    # The saved rows have another number of shot candidates.
+    assert [row["num_shot_candidates"] for row in tiny_bench.rows(known) if row["what"] == "search"] == [1]
     with pytest.raises(ZeroTuningError, match="num_shot_candidates must be at least 1, got 0"):
         SearchBench(num_shot_candidates=0)
 

@@ -82,7 +82,7 @@ def by_themselves(
 
 @contextmanager
 def passes(model: Any) -> Iterator[list[torch.Size]]:
-    """The shapes of the token tables that the model reads."""
+    """Record the shape of input_ids in each of the model's forward passes."""
     shapes: list[torch.Size] = []
     hook = model.register_forward_pre_hook(
         lambda _, args, options: shapes.append(options["input_ids"].shape), with_kwargs=True
@@ -220,7 +220,7 @@ def test_gradients_flow_through_shots_that_are_computed_once_per_batch(
     tiny_model: Any, tiny_tokenizer: Any, task: Task, name: str
 ) -> None:
     point = points_of("cma-es", 1)[0]
-    # Attention is even here, and one token of hundreds matters little: gradients are some 1e-8.
+    # Attention is nearly uniform here, and one token of hundreds has little weight: gradients are about 1e-8.
     several = [with_many_shots(tiny_model.double(), task)]
     with measuring(tiny_model, tiny_tokenizer, several, method="gradient", objective=name) as (objective, _):
         (one,) = objective.tasks

@@ -1,4 +1,4 @@
-"""Calibration of a tiny random model: what is found, which heads change, tasks, metrics, what is refused."""
+"""Calibration of a tiny random model: its results, the heads that change, tasks, metrics, refused options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.examples import as_records
 from zerotuning.tasks.task import Task
 
-# What is found.
+# Results.
 
 
 @pytest.mark.parametrize("combine", ["average", "refit"])
@@ -32,13 +32,13 @@ def test_a_calibration_with_folds_lowers_the_loss(tiny: Any, combine: str) -> No
 
 
 def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
-    """The reference writes each fold's search out: Adam as in csrc/search on its own examples, the loss of the others."""
+    """The reference is each fold's search written out: Adam as in csrc/search, and the loss of the held-out examples."""
     found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, l2_penalties=[0.0])
     total = 0.0
     zt.patch(tiny[0])
     for fold in make_folds(as_records(RECORDS), 2, seed=0):
         fit, held_out = ([RECORDS[i] for i in order_of(20)[part]] for part in (fold.fit, fold.held_out))
-        # Adam's first step has length learning_rate (cosine: all of it) against the gradient's sign.
+        # The cosine schedule begins at 1, so that Adam's first step is learning_rate against the gradient's sign.
         gamma = torch.from_numpy(np.exp(-0.2 * np.sign(numeric_gradient(tiny, fit))))
         zt.apply_scales(tiny[0], zt.HeadScales(gamma.reshape(2, 4)))
         total += zt.evaluate(*tiny, FILMS, held_out).loss * len(held_out)
@@ -240,7 +240,7 @@ def test_a_metric_that_returns_no_finite_number_is_refused(tiny: Any, number: An
         calibrate(tiny, method="cma-es", metric=lambda *_: number, steps=10, folds=None, max_new_tokens=1)
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_killed_at_five_random_moments_it_ends_with_the_same_bytes(place: Path) 
     for _ in range(5):
         process = start(place, *command("killed", *options))
         before = state.read_bytes() if state.exists() else None
-        # From its first new state on, up to a random moment; a search that is done by then has nothing left to kill.
+        # Kill the process at a random moment after its first new state; a search that has ended by then is not killed.
         while process.poll() is None and (not state.exists() or state.read_bytes() == before):
             time.sleep(0.005)
         time.sleep(moments.uniform(0, 0.25))
@@ -231,7 +231,7 @@ def test_digests_differ_for_other_weights_and_tokens_and_repeat_for_equal_ones(
         again.lm_head.weight.neg_()
     assert weights_digest(again) != weights_digest(tiny_model)
     many = nn.Linear(1, 1)
-    many.weight = nn.Parameter(torch.zeros(1).expand(2**25 + 3))  # places beyond float32's whole numbers
+    many.weight = nn.Parameter(torch.zeros(1).expand(2**25 + 3))  # indices that float32 cannot represent
     last = torch.arange(2**25 + 3) == 2**25 + 2
     before = weights_digest(many)
     many.weight = nn.Parameter(last.to(torch.float32))
@@ -252,7 +252,7 @@ def test_digests_differ_for_other_weights_and_tokens_and_repeat_for_equal_ones(
     ],
 )
 def test_two_processes_find_the_scales_of_one(place: Path, objective: str, method: str, more: tuple[str, ...]) -> None:
-    if more:  # enough to compare draws by
+    if more:  # enough examples to compare draws of shots
         write_records(place, [{**record, "text": f"{record['text']} {i}"} for i in range(3) for record in RECORDS])
     options = ("--steps", "30" if method == "cma-es" else "12", "--objective", objective, "--method", method, *more)
     finish(start(place, *command("one", *options)))
@@ -300,5 +300,5 @@ def test_bad_input_ends_all_processes(place: Path) -> None:
     together = torchrun(place, "-m", "zerotuning", *command("two", "--layers", "9"))
     assert together.returncode != 0
     assert "layers: the model's layers are 0 to 1, got 9" in together.stderr
-    # torchrun may end the first process, which met the same error, before it has removed the folder it made.
+    # torchrun may kill the first process, which raises the same error, before this process removes its folder.
     assert not any((place / "two").glob("*"))

@@ -124,19 +124,19 @@ def test_losses_are_saved_and_each_search_runs_once(
         choose()
     assert searched == [0, 1, None]
     found = choose()
-    assert searched == [None]  # the one that was interrupted
+    assert searched == [None]  # the interrupted search
     assert choose().losses == found.losses
     assert searched == []
     kept = tmp_path / "shot_trials.json"
     assert sorted(json.loads(kept.read_text("utf-8")).values()) == sorted(found.losses)
     with pytest.raises(KeyboardInterrupt):
-        choose(seed=1)  # another comparison
+        choose(seed=1)  # another seed is another comparison
     with pytest.raises(KeyboardInterrupt):
         choose(overwrite=True)
     with torch.no_grad():
         tiny_model.lm_head.weight.mul_(1.1)
     with pytest.raises(KeyboardInterrupt):
-        choose()  # of other weights
+        choose()  # other weights are another comparison
     for damage in ("[", "[1]", '{"a": "b"}'):
         kept.write_text(damage, encoding="utf-8")
         with pytest.raises(ZeroTuningError, match=r"shot_trials\.json cannot be read .*; overwrite to start anew$"):

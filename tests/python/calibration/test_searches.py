@@ -1,4 +1,4 @@
-"""The searches' choices, on losses whose least point is known."""
+"""The points that the two searches choose, on losses whose minimum is known."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_start_that_no_step_improves_is_chosen_itself(combine: str) -> None:
 
 def test_the_moving_average_of_the_points_is_a_candidate_too() -> None:
     class Swinging(KnownLosses):
-        """Its slope changes sign at 0.5: the points swing about it."""
+        """A loss whose gradient changes sign at 0.5, so that the points oscillate about 0.5."""
 
         def loss_and_gradient(self, log_scale: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
             return 0.0, np.where(log_scale >= 0.5, 1.0, -1.0)
@@ -150,7 +150,7 @@ def test_the_moving_average_of_the_points_is_a_candidate_too() -> None:
 
 
 def test_the_held_out_loss_chooses_the_penalty() -> None:
-    # The least of |x - TARGET|² + p/2 |x|² is at TARGET · 2 / (2 + p), with p = 2 at half of TARGET.
+    # The minimum of |x - TARGET|² + p/2 |x|² is at TARGET · 2 / (2 + p): half of TARGET for p = 2.
     options = CalibrationOptions(steps=200, l2_penalties=(0.0, 2.0, 8.0), folds=1)
     search = run(gradient_search(KnownLosses(options, squared_distance(TARGET), squared_distance(0.5 * TARGET))))
     late = [entry for entry in search.history if entry["step"] == 200]
@@ -176,7 +176,7 @@ def test_the_finalist_with_the_least_held_out_loss_is_chosen(method: str) -> Non
     point = chosen_point(search)
     assert search.least_loss == squared_distance(0.9 * TARGET)(point) < search.baseline_loss
     assert search.steps_done <= search.steps_total
-    # γ = 1 and one or two finalists are all that is held-out.
+    # Only γ = 1 and one or two finalists are scored on the held-out examples.
     assert len([places for _, places in known.scored if places == SPLIT.held_out]) <= 3
 
 

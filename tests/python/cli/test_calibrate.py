@@ -1,4 +1,4 @@
-"""`zerotuning calibrate`: what it finds and prints, its options, interruption and resumption."""
+"""`zerotuning calibrate`: its result and its output, its options, interruption and resumption."""
 
 from __future__ import annotations
 

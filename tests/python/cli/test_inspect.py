@@ -1,4 +1,4 @@
-"""`zerotuning inspect`: what it prints, and head scales that it refuses, as `evaluate` does."""
+"""`zerotuning inspect`: its output, and the head scales that `inspect` and `evaluate` refuse."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from formula import poison
 
 @pytest.fixture(autouse=True)
 def on_cuda() -> Iterator[None]:
-    """Put new tensors on the GPU, and NaN into the memory that they get."""
+    """Make new tensors on the GPU, in memory that is filled with NaN."""
     torch.set_default_device("cuda")
     poison()
     yield

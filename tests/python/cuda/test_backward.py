@@ -37,7 +37,7 @@ def test_gradients_of_padded_and_chosen_sinks_equal_the_formula(sink, gamma, rou
     compare(turned, 0, route, floor=0.0, span=torch.tensor([[70, 71]]), window=100)
 
 
-@pytest.mark.parametrize("length", [200, 4224])  # the second is torch's kernel's on Hopper
+@pytest.mark.parametrize("length", [200, 4224])  # on Hopper torch's kernel runs at the second length
 @pytest.mark.parametrize("compiled", [False, True])
 def test_attention_of_a_strong_sink_has_exact_gradients(compiled, length) -> None:
     inputs = [t.requires_grad_() for t in inputs_with_scaled_sink(0.99, 3.0, length)]
@@ -50,7 +50,7 @@ def test_attention_of_a_strong_sink_has_exact_gradients(compiled, length) -> Non
 
 @either_torch_kernel
 @pytest.mark.parametrize("layout", ["rows", "heads"])
-@pytest.mark.parametrize("rows", [2, 64, 4224])  # the last is long enough for the automatic choice
+@pytest.mark.parametrize("rows", [2, 64, 4224])  # at the last length the automatic choice is torch's kernel
 def test_gradients_of_torchs_kernel_equal_the_formula_in_either_layout(rows, layout, torch_kernel) -> None:
     torch.manual_seed(rows)
     inputs = random_inputs((1, 4, 2, rows, rows, 64, 64), torch.bfloat16)

@@ -91,7 +91,7 @@ def test_decoding_without_split_keys_and_with_holes_in_the_padding_equals_the_fo
     mask = torch.arange(keys) >= torch.arange(samples)[:, None] * 20
     mask &= (torch.rand(samples, keys) > 0.3) | (torch.arange(samples) % 2 == 0)[:, None]
     mask[:, -300:-200] = True
-    # As in a decode step of `generate`: a view behind other words of a row.
+    # As in a decode step of `generate`, the mask is a view that begins inside a longer row.
     behind = torch.zeros(samples, 16 + -(-keys // 8) * 8, dtype=torch.uint8)
     behind[:, 16 : 16 + keys] = mask
     first = mask.int().argmax(dim=1)

@@ -82,7 +82,7 @@ def test_head_gradients_equal_those_in_float64(checkpointing) -> None:
 
 
 def packed_batch() -> tuple[Tensor, Tensor]:
-    """input_ids and position_ids of three rows of 200 tokens: sequences of several lengths, of one token, and one alone."""
+    """input_ids and position_ids of three rows of 200 tokens: sequences of several lengths, of one token, and a whole row."""
     lengths = [[1, 120, 3, 1, 75], [200], [50] * 4]
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     return torch.randint(0, 500, (3, 200)), positions
@@ -121,7 +121,7 @@ def test_a_compiled_model_without_a_mask_follows_the_sequences_of_each_run(mode,
     ids, packed = packed_batch()
     whole = torch.arange(200).expand(3, -1)
     for name in ("attention_by_formula", "gradients_by_formula"):
-        monkeypatch.delattr(dense_masks, name)  # are not needed
+        monkeypatch.delattr(dense_masks, name)  # so that a call of the slow formula fails
 
     def loss(positions: Tensor) -> Tensor:
         logits = model(ids, position_ids=positions, use_cache=False).logits

@@ -70,9 +70,10 @@ def losses_and_gradients(
 ) -> tuple[list[float], list[Tensor], list[str]]:
     """Losses, head gradients and notes of 21 examples, in batches of two lengths, at three points.
 
-    recorded        passes are replayed
-    instruction     the prompts' beginning
-    share_prefix    the instruction is read once a batch with gradients, and once a point without
+    Args:
+        recorded: whether passes are replayed from CUDA graphs.
+        instruction: the text at the beginning of every prompt.
+        share_prefix: whether the instruction is computed once per batch with gradients, and once per point without.
     """
     task = Task("reviews", prompt=instruction + "Review: {text} Sentiment:", labels=[" positive", " negative"])
     records = [{"text": "good " * (1 + n % 3 * 6), "label": n % 2} for n in range(21)]
@@ -153,7 +154,7 @@ def test_recorded_batched_candidates_score_as_each_candidate_alone(gpu_model: An
         ]
         recordings = Recordings(model, parameters, memory.note)
         scorer = scorer.using(RecordedForward(PlainForward(model), recordings))
-        for _ in range(2):  # recorded, replayed
+        for _ in range(2):  # the first pass is recorded, the second is a replay
             found = candidates.scores(scorer, scorer.batches, points)
             assert [index for index, _, _ in found] == list(range(11)) * len(scorer.batches)
             for (_, _, scores), (one,) in zip(found, expected, strict=True):
@@ -217,7 +218,7 @@ def test_a_model_that_cannot_be_recorded_is_calibrated_without_graphs(gpu_model:
     losses, gradients, notes = losses_and_gradients(model, tiny_tokenizer, True)
     assert len(notes) == 1
     assert "not recorded" in notes[0]
-    torch.rand(3)  # works as before: the random number generator does not wait for the recording that broke off
+    torch.rand(3)  # the random number generator still works after a recording that failed
     plain = losses_and_gradients(model, tiny_tokenizer, False)
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(plain[0]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(torch.stack(gradients), torch.stack(plain[1]), rtol=1e-3, atol=1e-5)

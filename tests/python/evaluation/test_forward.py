@@ -18,7 +18,7 @@ RECORDS = [{"text": text, "label": 0} for text in ("good", "a bad story", "far t
 
 
 class ImmediateRecordings(Recordings):
-    """Runs the pass that a CUDA graph would record each time, instead of recording it."""
+    """Stands in for CUDA graphs: launches each pass instead of recording it."""
 
     def __init__(self) -> None:
         self.keys: list[Any] = []

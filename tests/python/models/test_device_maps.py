@@ -1,4 +1,4 @@
-"""Models whose layers lie on several devices, or wait on CPU and disk, against the same model on one device."""
+"""Models whose layers lie on several devices, or are offloaded to CPU and disk, against the same model on one device."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ ON_TWO_GPUS |= {"model.norm": 1, "lm_head": 1}
 
 @pytest.fixture
 def folder_for_gpus(tmp_path: Path, tiny_tokenizer: Any) -> Path:
-    """A model with a head size that every kernel has."""
+    """A saved model whose head size every kernel supports."""
     sizes = {"hidden_size": 256, "head_dim": 64}
     return parallel_figures.save_random_model(tmp_path / "model", "llama", tiny_tokenizer, **sizes)
 

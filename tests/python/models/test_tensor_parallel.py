@@ -29,7 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
     "phi3": {},
 }
-WHOLE = {"phi3"}  # transformers gathers its queries: every process computes all heads
+WHOLE = {"phi3"}  # transformers gathers Phi-3's queries: every process computes all heads
 TASK = f"name: films\nprompt: {json.dumps(parallel_figures.PROMPT)}\nlabels: {json.dumps(parallel_figures.LABELS)}\n"
 two_gpus = pytest.mark.skipif(
     torch.cuda.device_count() < 2 or not ops.runs_on("cuda"), reason="needs two GPUs and a CUDA build"
@@ -56,7 +56,7 @@ def check_against_one_process(folder: Path, device: str, tolerance: float) -> No
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Any) -> Path:
-    """A folder of models, in each what two processes found."""
+    """A folder of models; each model's folder has the figures of two processes."""
     place = tmp_path_factory.mktemp("models")
     together = torchrun(place, parallel_figures.__file__, *save_models(place, tiny_tokenizer))
     assert together.returncode == 0, together.stderr
@@ -94,7 +94,7 @@ def command(name: str, output: str, *more: str) -> list[str]:
 
 
 def check_calibration(place: Path, device: str, tolerance: float, *more: str) -> None:
-    """Two processes' `calibrate` with the options `more`, whose GPUs are hidden from them for a CPU, against one's."""
+    """Compare `calibrate` in two processes, with the options `more`, with one process; GPUs are hidden for a CPU."""
     gpus, options = device != "cpu", ("--steps", "10")
     together = torchrun(place, "-m", "zerotuning", *command("calibrate", "two", *options, *more), gpus=gpus)
     assert together.returncode == 0, together.stderr

@@ -18,7 +18,7 @@ from zerotuning.mt_bench.questions import load_questions
 
 
 class StandIn(ThreadingHTTPServer):
-    """Speaks /v1/chat/completions on 127.0.0.1: notes each request and answers as `reply` says."""
+    """Serves /v1/chat/completions on 127.0.0.1: records each request and responds with the result of `reply`."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -30,7 +30,7 @@ def test_malformed_answers_files_are_refused_with_one_line(
     place: Path, capsys: Any, part: str, record: Any, said: str
 ) -> None:
     Path("answers.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
-    # Read before the client is looked for.
+    # The command reads the file before it imports the openai package.
     command = judge("http://127.0.0.1:9/v1") if part == "judge" else proxy()
     assert said in refusal(capsys, command)
 

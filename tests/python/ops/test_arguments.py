@@ -131,6 +131,6 @@ def test_the_backward_operator_checks_its_arguments(device) -> None:
         grad_output, *kept = wrong
         with pytest.raises((ValueError, RuntimeError), match=re.escape(message)):
             backward(grad_output, *inputs, *kept, *rest)
-    if device == "cuda":  # on the CPU nothing keeps output_minus_initial_value
+    if device == "cuda":  # on the CPU the operator does not save output_minus_initial_value
         with pytest.raises((ValueError, RuntimeError), match="output_minus_initial_value must be"):
             backward(output, *inputs, output, logsumexp, *rest, output[:1])

@@ -102,6 +102,9 @@ def test_which_gradients_need_output_minus_initial_value_on_cards_that_are_not_h
     assert [wanted(ada, 300, size) for size in (128, 192, 200, 224, 256)] == [True, True, False, False, True]
     assert wanted(ampere, 300, 200)
     assert not wanted(ampere, 300, 128, masked=True)
-    assert [wanted(ampere, 8192, 128, batch=batch) for batch in (63, 64)] == [True, False]  # 2^31 sums
+    assert [wanted(ampere, 8192, 128, batch=batch) for batch in (63, 64)] == [
+        True,
+        False,
+    ]  # at batch 64 query has 2^31 elements
     assert not wanted(ampere, 16, 64, batch=65536)
     assert not wanted((7, 5), 300, 64)

@@ -26,7 +26,7 @@ def test_one_query_against_a_cache_equals_the_formula(dtype, size, heads, device
         for geometry in ({}, {"key_mask": mask, "window": 150}, {"query_start": start, "span": span}):
             expected = formula(*(t.double() for t in inputs), **geometry)[0]
             got = ops.decode_attention(*inputs, **geometry)
-            # A mean of 700 values is small; the rounding of the values is larger beside it.
+            # A mean of 700 values is small: relative to the mean, the rounding of the values is larger.
             assert error(got, expected) <= 2 * OUTPUT_ERROR[dtype], (keys, geometry)
             if "key_mask" in geometry:
                 assert not got[2].any()

@@ -1,4 +1,4 @@
-"""HeadScales: what it accepts, and that its files come back the same or name what is wrong."""
+"""HeadScales: accepted values, saved files that are read back unchanged, and errors for damaged files."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_decode_mask_is_the_same_with_positions_on_the_host_and_on_the_device(
 ) -> None:
     several = (torch.arange(keys + beyond) >= torch.tensor([0, 3, keys - 1, keys])[:, None]).to(device, dtype)
     several[1, 4] = 0
-    several[3, keys:] = 0  # of which nothing is real
+    several[3, keys:] = 0  # a sample of padding alone
     for mask in (several, several[1:2]):
         samples = len(mask)
         found, wanted = (

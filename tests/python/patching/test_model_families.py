@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 TASK = 'name: films\nprompt: "Review: {text}\\nSentiment:"\nlabels: [" negative", " positive"]\n'
-# One label for all: what helps one example then helps the others, so that a calibration finds something.
+# All examples have one label: a change that helps one example helps the others, so that calibration lowers the loss.
 RECORDS = [
     {"text": f"the film is {first} and {second}", "label": 1}
     for first in ("good", "bad", "far too long")

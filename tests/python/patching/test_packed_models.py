@@ -1,4 +1,4 @@
-"""Patched models on rows of packed sequences: each sequence gets what the model gives it alone."""
+"""Patched models on rows of packed sequences: each sequence has the logits that it has in a row alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patching, unpatching and applying scales: what is refused, and that a model goes back to what it was."""
+"""Patching, unpatching and applying scales: what is refused, and the restored state of an unpatched model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_gamma_1_equals_sdpa_and_unpatching_restores_sdpa_exactly(kind) -> None:
 
 
 class Wrapper(nn.Module):
-    """Shows what is in it as its own, as PEFT's wrappers do."""
+    """Forwards attribute access to the wrapped model, as PEFT's wrappers do."""
 
     def __init__(self, base: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The study of baselines on a tiny random model: what it measures, what it chooses, how it goes on."""
+"""The study of baselines on a tiny random model: its measurements, its choices, its resumption."""
 
 from __future__ import annotations
 

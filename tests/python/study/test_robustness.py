@@ -1,4 +1,4 @@
-"""The study of robustness on a tiny random model, and what it is made of: shared prefixes, rounded weights, distractors."""
+"""The study of robustness on a tiny random model, and its parts: shared prefixes, rounded weights, distractors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_every_part_measures_equal_examples_untuned_and_tuned_and_a_second_run_t
     parts = [row["key"]["part"] for row in first.rows]
     assert set(parts) == {"scales", *PARTS}
     tuned_on = [(row["key"]["examples"], row["key"]["shots"]) for row in first.rows if row["key"]["part"] == "scales"]
-    assert tuned_on == [(6, 0), (6, 1), (4, 0)]  # each once
+    assert tuned_on == [(6, 0), (6, 1), (4, 0)]  # each setting is tuned once
     for row in first.rows:
         if row["key"]["part"] != "scales":
             for which in ("untuned", "tuned"):
@@ -54,7 +54,7 @@ def test_every_part_measures_equal_examples_untuned_and_tuned_and_a_second_run_t
         raise AssertionError("tuned again")
 
     monkeypatch.setattr(tuned_scales, "calibrate", refuse)
-    # One cell's row is lost, its scales' is not.
+    # The row of one cell is lost; the row with the scales of this cell is not.
     file = tmp_path / "out" / "robustness.json"
     text = file.read_text()
     held = json.loads(text)

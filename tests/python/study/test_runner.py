@@ -67,7 +67,7 @@ def test_an_interrupted_study_resumes_to_the_same_bytes_and_measures_no_row_twic
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_study(name, setting, whole)
     with monkeypatch.context() as patched:
-        # gamma makes one pass a row, the others a row of several.
+        # The study gamma makes one pass per row, the other studies several passes per row.
         patched.setattr(Setting, "scores", Stopping(2 if name == "gamma" else 8))
         with pytest.raises(KeyboardInterrupt):
             run_study(name, setting, parts)
@@ -108,7 +108,7 @@ def test_rows_of_other_weights_under_the_same_name_are_refused(setting: Setting,
     run_study("gamma", setting, tmp_path)
     path = tmp_path / "gamma.json"
     held = json.loads(path.read_text("utf-8"))
-    held["rows"].pop()  # so that there is something to measure
+    held["rows"].pop()  # so that the second run has a row to measure
     path.write_text(json.dumps(held), "utf-8")
     with torch.no_grad():
         setting.loaded()[0].lm_head.weight.neg_()

@@ -16,7 +16,7 @@ from zerotuning.patching.patch import apply_scales, head_scales, patch
 from zerotuning.study.steering import CalibratedSinks, MarkedSpan, Temperature, steered
 
 LAYERS, HEADS, TOKENS = 2, 4, 9
-#: Weights of one head of one sample: rows of queries over the keys they see. -> new rows.
+#: From the attention weights of one head of one sample (for each query, a row over its visible keys) to new weights.
 Formula = Callable[[list[list[float]], list[list[float]]], list[list[float]]]
 
 
@@ -101,11 +101,11 @@ def test_each_head_may_have_a_temperature_of_its_own(model: Any, tokens: Tensor)
         expected = model(input_ids=tokens).logits
     with steered(model, Temperature(temperatures)):
         found = model(input_ids=tokens).logits
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # 0.6 is a float32 in the tensor
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # the tensor rounds 0.6 to float32
 
 
 def act(alpha: float, beta: float, counts: list[int]) -> Formula:
-    """Yu et al. 2024, key by key; notes the number of sinks of each call."""
+    """Return the formula of Yu et al. 2024, key by key; it appends the number of sinks of each call to `counts`."""
 
     def formula(weights: list[list[float]], _: Any) -> list[list[float]]:
         length = len(weights)
@@ -127,7 +127,7 @@ def act(alpha: float, beta: float, counts: list[int]) -> Formula:
 def test_calibrated_sinks_lose_weight_to_the_other_keys_in_proportion(model: Any, tokens: Tensor) -> None:
     counts: list[int] = []
     expected = by_hand(model, tokens, act(2.0, 0.4, counts), SOME)
-    assert sum(counts) >= 2  # the case is no empty one
+    assert sum(counts) >= 2  # the intervention found sinks
     with steered(model, CalibratedSinks(alpha=2.0, beta=0.4), only(SOME)):
         found = model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -173,7 +173,7 @@ def test_left_padding_changes_nothing(model: Any, tokens: Tensor, name: str) -> 
     with steered(model, INTERVENTIONS[name](4)):
         found = model(input_ids=padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp_min(0)).logits
     torch.testing.assert_close(found[:, 4:], expected, rtol=1e-9, atol=1e-9)
-    assert not torch.allclose(expected, model(input_ids=one).logits, atol=1e-3)  # it does something
+    assert not torch.allclose(expected, model(input_ids=one).logits, atol=1e-3)  # the intervention changes the logits
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_the_gradient_in_strength_is_the_effect_of_a_small_share(model: Any, tok
     strength = torch.zeros(LAYERS, HEADS, dtype=torch.float64, requires_grad=True)
     with steered(model, Temperature(2.0), strength):
         slopes = torch.autograd.grad(model(input_ids=tokens).logits[:, -1, 7].sum(), strength)[0]
-    # Llama's norms round to float32 even here: a step that stands out from that.
+    # Llama's norms compute in float32 even here: the effect of this step is larger than their rounding.
     step, moved = 1e-2, torch.zeros(LAYERS, HEADS, dtype=torch.float64)
     values = []
     for sign in (1, -1):

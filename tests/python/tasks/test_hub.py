@@ -17,7 +17,7 @@ datasets = pytest.importorskip("datasets")
 
 
 def rows_of(task_name: str, rows: list[dict[str, Any]], **features: Any) -> list[Any]:
-    """The prompts of rows whose columns a built-in task maps."""
+    """Return the prompts of rows whose columns a built-in task maps to fields."""
     task = Task.load(task_name)
     assert task.hub is not None
     dataset = datasets.Dataset.from_list(rows)
