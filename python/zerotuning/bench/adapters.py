@@ -21,7 +21,7 @@ from zerotuning.evaluation.evaluate import label_scores
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.tasks.examples import Record
 
-#: Learning rates that are tried; a held-out fifth of the examples decides, as it does for the step of the head scales.
+#: Learning rates to try. A held-out fifth of the examples decides among them, as for the step of the head scales.
 ADAPTER_RATES = {"lora": (3e-4, 1e-3, 3e-3), "ia3": (3e-3, 1e-2, 3e-2)}
 ADAPTER_EPOCHS = 8
 ADAPTER_BATCH = 16
@@ -30,14 +30,14 @@ NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 @dataclass
 class AdapterRun:
-    """What an adapter is fitted to.
+    """The model and the examples to which an adapter is fitted.
 
     Attributes:
         model: The model without the adapter.
         task_name: For errors.
         records: Examples in a random order; the first fifth is held out.
         seed: Of the adapter's initial weights and of the order of batches.
-        scorer: Makes a scorer from (records, model, batch size); None is the default batch size.
+        scorer: Makes a scorer from (records, model, batch size); a batch size of None is the default.
     """
 
     model: Any

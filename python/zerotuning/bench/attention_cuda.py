@@ -36,7 +36,8 @@ CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
-#: Ways to the same result (csrc/ops/attention_cuda.h): all keys by our kernels, or all but the initial token's by torch's.
+#: Routes to the same result (csrc/ops/attention_cuda.h): all keys by our kernels, or by torch's all keys but the initial
+#: token's.
 ROUTES = {"hopper": 2, "plain": 1, "cuDNN": 3, "flash": 4}
 #: On Hopper, the shortest sequence whose gradients torch's kernel computes.
 FIRST_TORCH_LENGTH = cuda_routes.torch_gradient_lengths(90, torch.bfloat16, HEADS[2], HEADS[2]).min_queries
@@ -113,14 +114,14 @@ def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
     return calls
 
 
-def _forward_by_route(inputs: list[Tensor], route: int, keep: bool = False) -> Any:
-    """(output, logsumexp, output_minus_initial_value); the last one only where `keep` is set, for backward."""
+def _forward_by_route(inputs: list[Tensor], route: int, for_backward: bool = False) -> Any:
+    """Return (output, logsumexp, output_minus_initial_value); the last is empty without `for_backward`."""
     scale = inputs[0].shape[-1] ** -0.5
-    return torch.ops.zerotuning._attention_by_route(*inputs, None, None, None, 0, scale, keep, route)
+    return torch.ops.zerotuning._attention_by_route(*inputs, None, None, None, 0, scale, for_backward, route)
 
 
-def _backward_by_route(inputs: list[Tensor], route: int, grad_output: Tensor, kept: Any) -> Any:
-    output, logsumexp, output_minus_initial_value = kept
+def _backward_by_route(inputs: list[Tensor], route: int, grad_output: Tensor, forward_results: Any) -> Any:
+    output, logsumexp, output_minus_initial_value = forward_results
     options = (None, None, None, 0, inputs[0].shape[-1] ** -0.5, output_minus_initial_value, route)
     return torch.ops.zerotuning._attention_backward_by_route(grad_output, *inputs, output, logsumexp, *options)
 
@@ -134,9 +135,9 @@ def route_rows() -> Iterator[Row]:
         forward, backward = dict(forward_calls(untuned, inputs)), dict(_backward_calls(untuned, inputs))
 
         def both(
-            own_forward: int, route: int, keep: bool, x: list[Tensor] = inputs, gradient: Tensor = grad_output
+            forward_route: int, route: int, for_backward: bool, x: list[Tensor] = inputs, gradient: Tensor = grad_output
         ) -> object:
-            return _backward_by_route(x, route, gradient, _forward_by_route(x, own_forward, keep))
+            return _backward_by_route(x, route, gradient, _forward_by_route(x, forward_route, for_backward))
 
         for name, route in ROUTES.items():
             if name == "plain" and batch * length**2 > LARGEST_PLAIN:
@@ -149,9 +150,10 @@ def route_rows() -> Iterator[Row]:
                     raise
                 continue
             forward[name] = call
-            # Each backward follows the fastest forward. Only routes around torch's kernels keep output_minus_initial_value.
-            own_forward = ROUTES["hopper"] if "hopper" in forward else route
-            backward[name] = partial(both, own_forward, route, name in ("cuDNN", "flash"))
+            # Each backward follows the fastest forward. Only the backward passes of torch's kernels need
+            # output_minus_initial_value.
+            forward_route = ROUTES["hopper"] if "hopper" in forward else route
+            backward[name] = partial(both, forward_route, route, name in ("cuDNN", "flash"))
         shape = f"{batch} x {length}, {'/'.join(map(str, HEADS))}"
         yield {"what": "forward, by route", "shape": shape, "dtype": "bfloat16", "peers": take_turns_by_graph(forward)}
         what = "forward + backward, by backward's route"
@@ -160,10 +162,10 @@ def route_rows() -> Iterator[Row]:
 
 
 def merge_rows() -> Iterator[Row]:
-    """Measure our two kernels around torch's kernel, each of which passes over its memory once.
+    """Measure our two kernels around torch's kernel, each of which reads and writes its tensors once.
 
-    A row has their time and their rate of reading and writing, also as a fraction of the GPU's copy rate and of the rate of a
-    copy of as many bytes.
+    A row has each kernel's time and rate of reading and writing, also as a fraction of the GPU's copy rate and of the
+    rate of a copy of as many bytes.
     """
     copy_rate = card()["copy TB/s"]
     route = ROUTES["cuDNN" if (9, 0) <= torch.cuda.get_device_capability() < (12, 0) else "flash"]
@@ -204,8 +206,8 @@ def _kernel_ms(calls: list[Callable[[], object]], names: list[str]) -> list[floa
 def accuracy_rows() -> Iterator[Row]:
     """Measure the relative error of output and gradients against the formula in float64, by length, γ and mean a_0.
 
-    torch's attention with an additive mask is measured too: with a saturated sink its gradients are what the rounding of its
-    output leaves.
+    torch's attention with an additive mask is measured too: with a saturated sink the rounding of the output dominates
+    the gradients of that peer.
     """
     for length, sink in product((1024, FIRST_TORCH_LENGTH + 127), (0.05, 0.5, 0.9, 0.99)):
         query, key, value = _inputs_with_sink(sink, length)

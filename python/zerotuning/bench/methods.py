@@ -1,4 +1,4 @@
-"""The methods that `zerotuning bench search` compares, and what each method is given."""
+"""The methods that `zerotuning bench search` compares, and their inputs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from zerotuning.tasks.task import Task
 
 #: Test scores float32 [n, C], numbers tuned, seconds of tuning.
 Outcome = tuple[Tensor, int, float]
-#: Methods that see the examples' texts but not their labels.
+#: Methods that use the examples' texts but not their labels.
 WITHOUT_LABELS = ("information",)
 
 
 @dataclass
 class MethodRun:
-    """What one method is given.
+    """The inputs of one method.
 
     Attributes:
         model: Unpatched.
         tokenizer: The model's tokenizer.
         task: The task with its shots.
         drawn: The examples that the method may use, shots included.
-        choosing: Seconds that the choice of the shots took.
+        shot_choice_seconds: The time in which the shots were chosen.
         count: How many examples; 0 for a method that uses none.
         seed: Of the draw of examples.
         batch_size: Prompts of one pass.
@@ -43,14 +43,14 @@ class MethodRun:
         gradient_row: The row of the method `gradient` on the same examples, if there is one.
         records: The examples that are no shots, in the order that `calibrate` draws them with this count and seed.
         tests: The test examples.
-        test_scorer: Their scorer.
+        test_scorer: The scorer of the test examples.
     """
 
     model: Any
     tokenizer: Any
     task: Task
     drawn: list[Record]
-    choosing: float
+    shot_choice_seconds: float
     count: int
     seed: int
     batch_size: int
@@ -94,7 +94,7 @@ def _untuned(run: MethodRun) -> Outcome:
 
 
 def _label_bias(run: MethodRun) -> Outcome:
-    """A number added to each label's log-probability, fitted to the examples; the model stays untouched."""
+    """A number added to each label's log-probability, fitted to the examples; the model is not changed."""
     started = time.perf_counter()
     scorer = run.scorer(run.records)
     bias = fit_label_bias(label_scores(scorer), scorer.labels)
@@ -120,7 +120,11 @@ def _paper(run: MethodRun) -> Outcome:
 
 def _paper_in_time(run: MethodRun) -> Outcome:
     """The paper's method stopped after the seconds that `gradient` took on the same examples."""
-    seconds = run.gradient_row["peers"]["gradient"]["s"] - run.choosing if run.gradient_row else run.calibrated()[2]
+    seconds = (
+        run.gradient_row["peers"]["gradient"]["s"] - run.shot_choice_seconds
+        if run.gradient_row
+        else run.calibrated()[2]
+    )
     return run.calibrated(method="paper", seconds=seconds)
 
 

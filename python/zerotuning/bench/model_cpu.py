@@ -25,7 +25,7 @@ SHOTS = 4
 def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
     """Measure 16 prompts of SST-2 together on the embedded model: forward untuned and patched, and every head's gradient.
 
-    Then the same behind solved examples, which the model reads with every prompt, or once for all prompts.
+    Then measure the same prompts behind solved examples, which the model reads with every prompt or once for all prompts.
 
     Args:
         seconds: Of each measurement.
@@ -51,7 +51,7 @@ def _peers(
     def scores() -> Tensor:
         return (behind_prefix(scorer) if share_prefix else scorer).scores(batch)
 
-    # Switching is outside the clock: each timed call is preceded by an untimed one that leaves the model ready.
+    # Patching is not timed: before each timed call, an untimed call has patched or unpatched the model.
     @torch.no_grad()
     def untuned() -> object:
         unpatch(model)

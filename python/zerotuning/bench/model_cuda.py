@@ -36,7 +36,7 @@ def calibration_rows() -> Iterator[Row]:
     for part in (_prefill, _objective, _behind_shots, _sensitivities, _generation):
         try:
             yield from part(model)
-        except Exception as error:  # the other parts are measured even so
+        except Exception as error:  # the other parts are measured nevertheless
             failure = {OURS: {"error": f"{type(error).__name__}: {error}"[:300]}}
             yield {"what": part.__name__.strip("_"), "shape": "", "dtype": "bfloat16", "peers": failure}
         free_memory()
@@ -71,10 +71,12 @@ def _tuned(model: Any) -> Iterator[None]:
         unpatch(model)
 
 
-Within = Callable[[], AbstractContextManager[None]]
+EnterContext = Callable[[], AbstractContextManager[None]]
 
 
-def _compared(peers: Peers, within: Mapping[str, Within] | None = None, rounds: int = 7) -> dict[str, dict[str, Any]]:
+def _compared(
+    peers: Peers, within: Mapping[str, EnterContext] | None = None, rounds: int = 7
+) -> dict[str, dict[str, Any]]:
     """`take_turns` on the GPU: peers take turns because a hot GPU is slower."""
     return {**take_turns(peers, 0.0, rounds, within, torch.cuda.synchronize)}
 
@@ -169,7 +171,7 @@ def _gradient_passes(
 def _objective(model: Any) -> Iterator[Row]:
     """Measure the task loss of 16 prompts, and its gradient, in passes of at most GRADIENT_TOKENS tokens.
 
-    First as a search computes them, by replaying recorded CUDA graphs, then by passes that Python launches.
+    They are measured by replays of recorded CUDA graphs, as in a search, and by passes that Python launches.
     """
     for tokens in (64, 128, 512):
         plain = _scorer(model, 16, tokens)

@@ -1,7 +1,7 @@
 """The rows of a benchmark: figures of peers that were measured side by side, as text and as CSV.
 
-A row has the keys "what", "shape" and "dtype", and "peers": for each peer its figures by unit. The first peer of a row is the
-one that ratios are to.
+A row has the keys "what", "shape" and "dtype", and "peers": for each peer its figures by unit. Ratios are
+relative to the first peer of a row.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def run_bench(
         output: A .json file, or a .csv file with a line for each figure.
         device: "cpu" or "cuda". Default: the GPU if there is one that the operators run on.
         plot: A picture of the ratios (of `search`: the accuracies), .png or .svg.
-        options: Of `search`: the fields of SearchBench. Its rows are written one by one, and those that a .json `output`
+        options: Of `search`: the fields of SearchBench. Its rows are written one by one, and rows that a .json `output`
             holds already are not measured again.
 
     Returns:
@@ -45,7 +45,7 @@ def run_bench(
     on_cuda = torch.cuda.is_available() and ops.runs_on("cuda")
     device = device or ("cuda" if on_cuda else "cpu")
     if device == "cuda" and not on_cuda:
-        raise ZeroTuningError("device cuda: there is no GPU that this build of zerotuning has operators for")
+        raise ZeroTuningError("device cuda: this build of zerotuning has no operators for a GPU of this machine")
     if output is not None and output.suffix.lower() not in (".json", ".csv"):
         raise ZeroTuningError(f"output must end in .json or .csv, got {output}")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):

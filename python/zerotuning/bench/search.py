@@ -98,7 +98,7 @@ class SearchBench:
             The rows in order, those of `done` among them.
         """
         by_key = {_key(row): row for row in done if row["what"] == "search"}
-        made = []
+        measured = []
         for seed in range(self.num_draws):
             for name in self.tasks:
                 for method, count, shots in self._plan(seed):
@@ -106,9 +106,9 @@ class SearchBench:
                     if row is None:
                         row = self._row(name, method, count, seed, shots, by_key)
                         by_key[_key(row)] = row
-                    made.append(row)
+                    measured.append(row)
                     yield row
-        yield from mean_rows(made)
+        yield from mean_rows(measured)
 
     def _plan(self, seed: int) -> Iterator[tuple[str, int, int]]:
         """(method, number of examples, how many of them are shots)."""
@@ -124,7 +124,7 @@ class SearchBench:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
     def _candidates_of(self, count: int, shots: int) -> int:
-        """How many sets of shots a row compares: together they use at most a quarter of its examples, and enough are left."""
+        """Return how many sets of shots a row compares: the sets use at most a quarter of the examples and leave enough."""
         candidates = min(self.num_shot_candidates, count // (4 * shots)) if shots else 1
         return candidates if candidates > 1 and count - candidates * shots >= MIN_COMPARISON_EXAMPLES else 1
 
@@ -136,9 +136,11 @@ class SearchBench:
         model, tokenizer = self._model()
         row["dtype"] = str(model.dtype).removeprefix("torch.")
         gradient_row = by_key.get((name, "gradient", count, seed, shots, candidates))
-        task, drawn, choosing = self._behind_shots(name, count, seed, shots)
+        task, drawn, shot_choice_seconds = self._behind_shots(name, count, seed, shots)
         row["shot_seed"] = task.shot_seed
-        run = MethodRun(model, tokenizer, task, drawn, choosing, count, seed, self.batch_size, self.limit, gradient_row)
+        run = MethodRun(
+            model, tokenizer, task, drawn, shot_choice_seconds, count, seed, self.batch_size, self.limit, gradient_row
+        )
         try:
             scores, numbers, seconds = METHODS[method](run)
         except ImportError as error:
@@ -155,14 +157,14 @@ class SearchBench:
             "high": high,
             "loss": float(objectives.task_loss(scores, labels)),
             "numbers": numbers,
-            "s": seconds + choosing,
+            "s": seconds + shot_choice_seconds,
         }
         return row
 
     def _behind_shots(self, name: str, count: int, seed: int, shots: int) -> tuple[Task, list[Record], float]:
         """The task with its shots, the examples that a method may use, and the seconds that the choice of shots took."""
         task = Task.load(name)
-        # A method that only has shots has those of the largest number of examples.
+        # The untuned model with shots uses the shots drawn from the largest number of examples.
         drawing = CalibrationOptions(examples=count if count > shots else max(self.examples), seed=seed)
         drawn = draw_examples(task.examples("validation"), drawing)
         if not shots:
@@ -183,9 +185,8 @@ class SearchBench:
 
 
 def _key(row: Row) -> tuple[str, str, int, int, int, int]:
-    candidates: int = row.get("num_shot_candidates") or row.get(
-        "shot_draws", 1
-    )  # the second is the name in older files
+    # Older files name the field "shot_draws".
+    candidates: int = row.get("num_shot_candidates") or row.get("shot_draws", 1)
     return row["task"], row["method"], row["examples"], row["seed"], row.get("shots", 0), candidates
 
 
@@ -202,21 +203,21 @@ def mean_rows(rows: Sequence[Row]) -> Iterator[Row]:
     for method, count in dict.fromkeys((row["method"], row["examples"]) for row in rows):
         of_method = [row["peers"][method] for row in rows if (row["method"], row["examples"]) == (method, count)]
         names = [row["task"] for row in rows if (row["method"], row["examples"]) == (method, count)]
-        if any("accuracy" not in one for one in of_method) or set(names) != set(tasks):
+        if any("accuracy" not in figures for figures in of_method) or set(names) != set(tasks):
             continue
-        by_task = [[one for one, name in zip(of_method, names, strict=True) if name == task] for task in tasks]
-        accuracies = [statistics.fmean(one["accuracy"] for one in part) for part in by_task]
+        by_task = [[each for each, name in zip(of_method, names, strict=True) if name == task] for task in tasks]
+        accuracies = [statistics.fmean(figures["accuracy"] for figures in part) for part in by_task]
         # Independent tasks: the variance of the mean is the mean variance over their number.
-        variance = sum(((one["high"] - one["low"]) / 2 / Z95) ** 2 for part in by_task for one in part[:1])
+        variance = sum(((figures["high"] - figures["low"]) / 2 / Z95) ** 2 for part in by_task for figures in part[:1])
         half = Z95 * math.sqrt(variance) / len(tasks)
         mean = statistics.fmean(accuracies)
-        figures = {"accuracy": mean, "low": mean - half, "high": mean + half}
-        figures |= {"numbers": of_method[0]["numbers"], "s": statistics.fmean(one["s"] for one in of_method)}
+        averages = {"accuracy": mean, "low": mean - half, "high": mean + half}
+        averages |= {"numbers": of_method[0]["numbers"], "s": statistics.fmean(each["s"] for each in of_method)}
         yield {
             "what": "mean",
             "shape": f"{len(tasks)} tasks, {count} examples",
             "dtype": "",
-            "peers": {method: figures},
+            "peers": {method: averages},
         }
 
 

@@ -61,7 +61,7 @@ def sensitivity_rows(
 
 def _timed(call: Any) -> tuple[np.ndarray, float]:
     started = time.perf_counter()
-    value = call()  # returns numbers on the CPU, so the GPU has finished
+    value = call()  # the result is on the CPU: the GPU has finished
     return value, time.perf_counter() - started
 
 

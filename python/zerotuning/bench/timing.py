@@ -32,14 +32,14 @@ def take_turns(
     """Measure peers by the CPU's clock, in interleaved rounds.
 
     Each timed call follows an untimed call of the same peer. Otherwise the caches and page tables that the previous peer left
-    would count for the next one: up to 1.4 times the time after a peer that allocates a [H, T, T] matrix.
+    would slow down the next peer: up to 1.4 times the time after a peer that allocates a [H, T, T] matrix.
 
     Args:
         peers: Calls by name.
         seconds: How long to measure.
         rounds: The least number of rounds, however few seconds there are.
         within: Contexts of some peers' calls; entering them is not timed.
-        wait: Returns when all work that was started is done; on a GPU `torch.cuda.synchronize`.
+        wait: Blocks until all launched work is done; on a GPU `torch.cuda.synchronize`.
 
     Returns:
         For each peer "ms", its median milliseconds, and "ratio", its median ratio to the first peer.
@@ -117,7 +117,7 @@ def take_turns_by_graph(peers: Peers, calls: int = 1, flush: bool = True) -> dic
 
 
 def _captured(call: Callable[[], object], calls: int) -> Callable[[], object]:
-    """A function that replays a CUDA graph of so many calls."""
+    """Return a function that replays a CUDA graph of this number of calls."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -112,19 +112,19 @@ class AnswerFile:
 
     def _resume(self, answers: Sequence[Answer]) -> None:
         for answer in answers:
-            made_with = answer.record.get("settings")
-            if not isinstance(made_with, dict):
+            saved_settings = answer.record.get("settings")
+            if not isinstance(saved_settings, dict):
                 raise ZeroTuningError(f"output {self.path} was not written by this command; choose another file")
             for name, value in self.settings.items():
-                if made_with.get(name) != value:
+                if saved_settings.get(name) != value:
                     raise ZeroTuningError(
-                        f"output {self.path} holds answers with another {name}: {made_with.get(name)!r}, not {value!r};"
+                        f"output {self.path} holds answers with another {name}: {saved_settings.get(name)!r}, not {value!r};"
                         " run that command again, choose another file or overwrite it"
                     )
         self.answers = {answer.question.question_id: answer.record for answer in answers}
         if not self.missing:
             raise ZeroTuningError(
-                f"output {self.path} already holds {len(answers)} answers, all that were asked for:"
+                f"output {self.path} already holds {len(answers)} answers, all that were requested:"
                 " choose another file or overwrite it"
             )
 
@@ -187,7 +187,7 @@ def answer_questions(
 
 
 def _batches(questions: Sequence[Question], size: int) -> Iterator[Sequence[Question]]:
-    """The same groups in every run, so that a resumed run samples the same tokens as an uninterrupted one."""
+    """Yield the same groups in every run: a resumed run then samples the same tokens as an uninterrupted run."""
     for start in range(0, len(questions), size):
         yield questions[start : start + size]
 
@@ -196,34 +196,35 @@ def _both_turns(
     model: Any, tokenizer: Any, questions: Sequence[Question], decoding: Decoding
 ) -> dict[int, tuple[str, ...]]:
     conversation = Conversation(tokenizer)
-    given: list[tuple[str, ...]] = [() for _ in questions]
+    answered: list[tuple[str, ...]] = [() for _ in questions]
     for turn in range(TURNS):
         prompts = []
-        for question, answers in zip(questions, given, strict=True):
+        for question, answers in zip(questions, answered, strict=True):
             text = conversation.prompt(question.turns[: turn + 1], answers)
             prompts.append(conversation.prompt_tokens(text))
-        rooms = [
-            _room(model, prompt, decoding, question, turn) for question, prompt in zip(questions, prompts, strict=True)
+        limits = [
+            _token_limit(model, prompt, decoding, question, turn)
+            for question, prompt in zip(questions, prompts, strict=True)
         ]
         tokens: dict[int, list[int]] = {}
-        for group in _same_room(rooms, decoding.max_new_tokens):
+        for group in _groups_of_one_limit(limits, decoding.max_new_tokens):
             with _seeded(model, f"{decoding.seed}, {questions[group[0]].question_id}, {turn}"):
-                ids = _generate(model, tokenizer, [prompts[i] for i in group], rooms[group[0]], decoding)
+                ids = _generate(model, tokenizer, [prompts[i] for i in group], limits[group[0]], decoding)
             tokens.update(zip(group, ids, strict=True))
-        given = [(*answers, conversation.answer(tokens[index])) for index, answers in enumerate(given)]
-    return {question.question_id: answers for question, answers in zip(questions, given, strict=True)}
+        answered = [(*answers, conversation.answer(tokens[index])) for index, answers in enumerate(answered)]
+    return {question.question_id: answers for question, answers in zip(questions, answered, strict=True)}
 
 
-def _room(model: Any, prompt: Sequence[int], decoding: Decoding, question: Question, turn: int) -> int:
-    """How many tokens may follow the prompt."""
+def _token_limit(model: Any, prompt: Sequence[int], decoding: Decoding, question: Question, turn: int) -> int:
+    """Return how many tokens may follow the prompt."""
     left = tokens_left(model, prompt, f"question {question.question_id}, turn {turn + 1}")
     return decoding.max_new_tokens if left is None else min(decoding.max_new_tokens, left)
 
 
-def _same_room(rooms: Sequence[int], full: int) -> list[list[int]]:
-    """Places in the batch that are generated together: those with room for a full answer; each of the others alone."""
-    together = [index for index, room in enumerate(rooms) if room == full]
-    return ([together] if together else []) + [[index] for index, room in enumerate(rooms) if room < full]
+def _groups_of_one_limit(limits: Sequence[int], full: int) -> list[list[int]]:
+    """Return the batch indices that are generated together: those with the full limit; each of the others alone."""
+    together = [index for index, limit in enumerate(limits) if limit == full]
+    return ([together] if together else []) + [[index] for index, limit in enumerate(limits) if limit < full]
 
 
 @contextmanager
@@ -237,12 +238,12 @@ def _seeded(model: Any, source: str) -> Iterator[None]:
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], room: int, decoding: Decoding
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding
 ) -> list[list[int]]:
     """The tokens that follow each prompt, up to the end-of-turn token, which is left out."""
-    tokens = generate_tokens(model, tokenizer, prompts, room, **decoding.arguments())
+    tokens = generate_tokens(model, tokenizer, prompts, max_new_tokens, **decoding.arguments())
     ends = _end_tokens(model, tokenizer)
-    return [_until(row, ends) for row in tokens.tolist()]
+    return [_cut_at(row, ends) for row in tokens.tolist()]
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -251,7 +252,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
     return {end for end in (*of_model, tokenizer.eos_token_id) if end is not None}
 
 
-def _until(ids: Sequence[int], ends: set[int]) -> list[int]:
+def _cut_at(ids: Sequence[int], ends: set[int]) -> list[int]:
     for place, token in enumerate(ids):
         if token in ends:
             return list(ids[:place])

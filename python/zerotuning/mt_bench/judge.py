@@ -66,13 +66,13 @@ class Judge:
         self.client: Any = self.openai.OpenAI(base_url=base_url, api_key=key or "none", timeout=timeout)
 
     def ask(self, prompt: JudgePrompt) -> str:
-        """Ask for one judgment.
+        """Request one judgment.
 
         Returns:
             The judgment's text; FAILED where the last retry ended with an error status or a timeout.
 
         Raises:
-            ZeroTuningError: No further judgment could succeed: nothing listens at the address, the key is refused, or the
+            ZeroTuningError: No further judgment could succeed: no server listens at the address, the key is refused, or the
                 endpoint has no such model.
         """
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
@@ -90,7 +90,7 @@ class Judge:
             self.openai.PermissionDeniedError,
             self.openai.NotFoundError,
         ) as error:
-            raise ZeroTuningError(f"the judge {self.model} at {self.base_url} refuses: {error}") from error
+            raise ZeroTuningError(f"the judge {self.model} at {self.base_url} refuses the request: {error}") from error
         except (
             self.openai.APIError,
             AttributeError,
@@ -137,7 +137,7 @@ class JudgmentFile:
                 self._resume(record)
             if not self.missing:
                 raise ZeroTuningError(
-                    f"output {self.path} already holds {len(self.judgments)} judgments, all that were asked for:"
+                    f"output {self.path} already holds {len(self.judgments)} judgments, all that were requested:"
                     " choose another file or overwrite it"
                 )
 
@@ -146,8 +146,8 @@ class JudgmentFile:
         if place not in self.prompts or not isinstance(record.get("judgment"), str):
             raise ZeroTuningError(f"output {record.origin} is no judgment of these answers; choose another file")
         answer, prompt = self.prompts[place]  # type: ignore[index]
-        made_of = (record.get("model"), record.get("judge"), record.get("user_prompt"))
-        if made_of != (answer.model_id, [self.judge_model, prompt.name], prompt.user):
+        saved_request = (record.get("model"), record.get("judge"), record.get("user_prompt"))
+        if saved_request != (answer.model_id, [self.judge_model, prompt.name], prompt.user):
             raise ZeroTuningError(
                 f"output {record.origin} was judged by another model or prompt, or is of other answers:"
                 " choose another file or overwrite it"
@@ -188,7 +188,7 @@ def rating(judgment: str) -> float:
 
 
 def judge_answers(judge: Judge, file: JudgmentFile, *, progress: bool = False) -> Path:
-    """Ask for every judgment that the file lacks, first turns first, and write each one at once."""
+    """Request every judgment that the file lacks, first turns first, and write each judgment at once."""
     no_bar = not (progress and sys.stderr.isatty())
     for place in tqdm(file.missing, desc="judging", unit=" answers", disable=no_bar, leave=False):
         file.add(place, judge.ask(file.prompts[place][1]))

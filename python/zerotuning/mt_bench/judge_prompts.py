@@ -39,7 +39,7 @@ class JudgePrompts:
     """The templates of a file, and the reference answers of another file.
 
     Args:
-        path: FastChat's judge_prompts.jsonl or a file in its format; None: the package's.
+        path: FastChat's judge_prompts.jsonl or a file in that format; None: the package's own file.
         references: Answers in FastChat's format, such as its reference_answer/gpt-4.jsonl; None: no answer is judged
             beside a reference.
 
@@ -83,7 +83,5 @@ class JudgePrompts:
 def _checked(record: Record) -> Record:
     for name in ("name", "system_prompt", "prompt_template"):
         if not isinstance(record.get(name), str):
-            raise ZeroTuningError(
-                f"{record.origin}: {name} must be a string: a judge prompt in FastChat's format has it"
-            )
+            raise ZeroTuningError(f"{record.origin}: {name} must be a string, as in FastChat's judge prompts")
     return record

@@ -39,7 +39,7 @@ def _mean(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def table(averages: Mapping[str, Any]) -> str:
-    """The result of `means` as lines of text: all, turns, categories."""
+    """Format the result of `means` as lines of text: all answers, turns, categories."""
     parts = {"all": averages["mean"]}
     parts |= {f"turn {turn}": mean for turn, mean in averages["turns"].items()}
     parts |= averages["categories"]

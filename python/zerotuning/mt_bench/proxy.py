@@ -7,6 +7,7 @@ scales changed the answers at all.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -64,7 +65,7 @@ def measure_proxy(model: Any, tokenizer: Any, answers: Sequence[Answer], *, prog
                 empty += 1
                 continue
             log_likelihood, entropy = _figures(model, prompt, scored)
-            if log_likelihood != log_likelihood:
+            if math.isnan(log_likelihood):
                 raise ZeroTuningError(f"{_place(answer, turn)}: the model's scores are NaN")
             figures = {"log_likelihood": log_likelihood, "entropy": entropy}
             rows.append((turn + 1, answer.question.category, figures))

@@ -51,7 +51,7 @@ def read_answers(path: str | os.PathLike[str]) -> list[Answer]:
 
 
 def parse_answers(records: Iterable[Record]) -> list[Answer]:
-    """Convert the lines of such a file to answers; the errors are those of `read_answers`."""
+    """Convert the lines of a file of answers; the errors are those of `read_answers`."""
     questions = {question.question_id: question for question in load_questions()}
     answers: dict[int, Answer] = {}
     for record in records:
@@ -75,9 +75,7 @@ def _turns(record: Record) -> tuple[str, str]:
     try:
         turns = record["choices"][0]["turns"]
     except (KeyError, IndexError, TypeError) as error:
-        raise ZeroTuningError(
-            f"{record.origin}: choices[0].turns is missing: an answer in FastChat's format has it"
-        ) from error
+        raise ZeroTuningError(f"{record.origin}: choices[0].turns is missing, which FastChat's answers have") from error
     if not isinstance(turns, list) or len(turns) != TURNS or not all(isinstance(turn, str) for turn in turns):
         raise ZeroTuningError(f"{record.origin}: choices[0].turns must be two strings")
     for turn in turns:

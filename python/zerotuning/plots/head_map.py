@@ -1,4 +1,4 @@
-"""A picture of head scales, γ by layer and head, and the same in text."""
+"""A picture of head scales, γ by layer and head, and a table of them in text."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _LABELS = 0.44  # from the map's left edge to the labels beside it
 _BARS, _GAP = 0.72, 0.10
 
 _BAR_COLOUR, _LINE_COLOUR = "#8a94a0", "#c9ced4"
-#: γ at the end of the colours -> the γ that the colour bar names, beside 1 and their inverses. The picture uses the first end
-#: that covers all but the most extreme hundredth of the heads.
+#: γ at the end of the colour scale -> the γ labelled on the colour bar, beside 1 and the inverses of these γ. The picture
+#: uses the first end that covers all but the most extreme hundredth of the heads.
 _COLOUR_ENDS = {
     1.25: (1.1, 1.25),
     1.5: (1.25, 1.5),
@@ -133,8 +133,8 @@ def _draw_map(axes: Any, log2_gamma: np.ndarray, cell: float) -> tuple[Any, floa
     )
     axes.set_xlim(-0.5, layers - 0.5)
     axes.set_ylim(heads - 0.5, -0.5)
-    axes.set_xticks(_every(layers, cell))
-    axes.set_yticks(_every(heads, cell))
+    axes.set_xticks(_tick_places(layers, cell))
+    axes.set_yticks(_tick_places(heads, cell))
     axes.set_xlabel("layer", fontsize=9.5, color=INK, labelpad=5)
     axes.set_ylabel("head", fontsize=9.5, color=INK, labelpad=5)
     _remove_frame(axes)
@@ -165,7 +165,7 @@ def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float)
     axes.set_title("γ", fontsize=11, color=INK, pad=7)
 
 
-def _every(count: int, cell: float) -> list[int]:
+def _tick_places(count: int, cell: float) -> list[int]:
     """Ticks far enough apart for their numbers: every place, or every 2nd, 4th, 8th … place."""
     step = 1
     while step * cell < 0.24:
@@ -183,7 +183,7 @@ def _shorten(text: str, characters: float) -> str:
     return text if len(text) <= characters else text[: max(1, int(characters) - 1)] + "…"
 
 
-# The same in text.
+# Head scales as text.
 
 #: |log γ| from which a head counts as tuned: 5 % up or down.
 TUNED = math.log(1.05)
