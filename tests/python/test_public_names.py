@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from types import FunctionType, ModuleType
 
 import pytest
@@ -19,6 +21,12 @@ def test_public_functions_are_functions_after_their_modules_are_imported() -> No
         assert isinstance(getattr(zerotuning, function), FunctionType), name
         assert getattr(zerotuning, function) is getattr(module, function)
     assert isinstance(zerotuning.ops, ModuleType)
+
+
+def test_a_task_is_imported_from_its_package_without_torch() -> None:
+    code = "import sys; from zerotuning.tasks import Record, Task, as_records; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert importlib.import_module("zerotuning.tasks").Task is zerotuning.Task
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
