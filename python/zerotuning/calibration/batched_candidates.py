@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.evaluation.batches import Batch
-from zerotuning.evaluation.cuda_graphs import MOST_TOKENS, recorded_tokens
+from zerotuning.evaluation.cuda_graphs import MAX_RECORDED_TOKENS, recorded_tokens
 from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.device_maps import input_device
@@ -101,7 +101,7 @@ class CandidateScorer:
         if self._device.type == "cpu":
             fitting = CPU_TOKENS // batch.input_ids.numel()
         else:
-            fitting = MOST_TOKENS // recorded_tokens(batch.input_ids)
+            fitting = MAX_RECORDED_TOKENS // recorded_tokens(batch.input_ids)
         most = max(1, min(MAX_CANDIDATES_PER_PASS, self.memory.max_candidates or MAX_CANDIDATES_PER_PASS, fitting))
         passes = -(-remaining // most)
         return -(-remaining // passes)

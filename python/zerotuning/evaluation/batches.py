@@ -13,17 +13,17 @@ from zerotuning.tasks.tokenization import TokenizedPrompt, Tokens
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples that go through the model together: n examples in S >= n left-padded sequences of T tokens.
+    """Examples that share a forward pass: n examples in S >= n left-padded sequences of T tokens.
 
     Attributes:
-        indices: int64 [n], the examples' places in the scorer's list.
+        indices: int64 [n], the examples' positions in the scorer's list.
         labels: int64 [n], gold labels, -1 where an example has none.
         input_ids: int64 [S, T].
         attention_mask: int64 [S, T], 1 for a real token.
         position_ids: int64 [S, T].
         examples: The n tokenized prompts.
-        rows: For each example its first sequence and the beginnings of labels that its sequences end with.
-        copies: How many copies of the same examples the batch holds, one below the other: a copy for each candidate of
+        rows: For each example, the row of its first sequence and the beginnings of labels that end its sequences.
+        copies: Number of copies of the examples, one below the other: a copy for each candidate of
             `patch.candidates`.
     """
 
@@ -40,7 +40,7 @@ class Batch:
         return len(self.examples)
 
     def repeated(self, copies: int) -> Batch:
-        """The batch `copies` times, one below the other."""
+        """The batch `copies` times, one copy below the other."""
         sequences = len(self.input_ids)
         return replace(
             self,
@@ -71,17 +71,17 @@ def left_padded(sequences: Sequence[Sequence[int]], padding: int) -> tuple[Tenso
     return input_ids, attention_mask
 
 
-def joined(
+def padded_batch(
     examples: Sequence[TokenizedPrompt],
     indices: Sequence[int],
     beginnings: Sequence[tuple[Tokens, ...]],
     padding: int,
 ) -> Batch:
-    """One batch, in which each example's prompt stands once before each of its token runs.
+    """One batch, in which each example's prompt is repeated before each of the example's token runs.
 
     Args:
         examples: All examples of a scorer.
-        indices: Places in `examples` of those that form the batch.
+        indices: Positions in `examples` of the batch's examples.
         beginnings: For each of `indices` the token runs that follow the prompt, one sequence for each run.
         padding: The token id of the padding.
     """
@@ -111,13 +111,13 @@ def grouped_by_length(
     batch_tokens: int | None,
     prefix_length: int,
 ) -> Iterator[list[int]]:
-    """The places of each batch's examples: sorted by length, ties in their given order.
+    """The positions of each batch's examples: sorted by length, ties in their given order.
 
     Args:
         examples: All examples of a scorer.
-        places: Places in `examples` of those to group.
+        places: Positions in `examples` of the examples to group.
         batch_size: The most sequences of a batch.
-        batch_tokens: The most tokens of a batch, padding included; None for no limit. A batch has one example at least.
+        batch_tokens: The most tokens of a batch, padding included; None for no limit. A batch has at least one example.
         prefix_length: Tokens of each prompt that do not count toward `batch_tokens`, because a pass reads them once
             for all sequences.
     """

@@ -1,6 +1,6 @@
-"""Short batches on a GPU: passes of the model, forward and backward, recorded as CUDA graphs once a shape and replayed.
+"""Short batches on a GPU: forward and backward passes, recorded as a CUDA graph for each shape and replayed.
 
-A pass over few tokens takes longer to launch than to compute, and a search makes the same passes many times.
+A pass over few tokens takes longer to launch than to compute, and a search repeats the same passes many times.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from zerotuning.evaluation.batches import Batch
 from zerotuning.evaluation.forward import Forward, Inputs, Pass, PlainForward
 from zerotuning.models.tensor_parallel import is_tensor_parallel
 
-#: Sequences x tokens beyond which the GPU is busy all the time, so that recording gains nothing and takes memory.
-MOST_TOKENS = 6144
-#: Lengths and numbers of sequences are rounded up, so that few shapes are recorded: to multiples of 8, lengths by an
-#: eighth at most.
+#: Sequences x tokens beyond which the GPU never waits for launches: recording would cost memory and gain nothing.
+MAX_RECORDED_TOKENS = 6144
+#: Lengths and numbers of sequences are rounded up to multiples of 8, so that few shapes are recorded. Long sequences
+#: are rounded to larger steps, which lengthen them by an eighth at most.
 STEP = 8
-#: What the tensors of a pass are padded with, on the left and for sequences whose logits nobody reads.
+#: The values that pad the tensors of a pass, on the left and in added sequences, whose logits are discarded.
 PADDING = {"input_ids": 0, "attention_mask": 0, "position_ids": 0}
 
 
 class RecordedForward(Forward):
-    """Replays the passes of another forward where they are recorded, and runs that forward where they cannot be."""
+    """Replays recorded passes of another forward; passes that cannot be recorded run through that forward."""
 
     def __init__(self, inner: PlainForward, recordings: Recordings) -> None:
         """Wrap a forward.
 
         Args:
-            inner: Computes the passes, which are recorded; those of long batches run from Python.
+            inner: Computes the passes. Those of short batches are recorded; those of long batches run from Python.
             recordings: The recordings of `inner`'s model, which several forwards may share.
         """
         self.model = inner.model
@@ -60,9 +60,9 @@ class RecordedForward(Forward):
 
 
 class Recordings:
-    """CUDA graphs of one model's passes, replayed at whatever log gamma its leaves hold.
+    """CUDA graphs of one model's passes. A replay reads the current values of the model's log γ.
 
-    A replay is differentiable in those leaves alone.
+    A replay is differentiable in the log γ alone.
     """
 
     def __init__(self, model: nn.Module, log_scales: Sequence[Tensor], note: Callable[[str], None]) -> None:
@@ -70,8 +70,8 @@ class Recordings:
 
         Args:
             model: A patched model in evaluation mode, all of it on one GPU (`supports_recording`).
-            log_scales: The model's leaves, from `patch.head_parameters`. The recordings become useless when that
-                context is closed.
+            log_scales: The model's log γ as leaves of autograd, from `patch.head_parameters`. The recordings are valid
+                within that context.
             note: Receives the reason when something is not recorded.
         """
         self.model = model
@@ -82,8 +82,8 @@ class Recordings:
         self._pool = torch.cuda.graph_pool_handle() if self.log_scales else None
 
     def supports(self, input_ids: Tensor, copies: int = 1, prefix_length: int = 0) -> bool:
-        """Whether a batch is short enough to be recorded, together with the prefix that its pass reads."""
-        return self._pool is not None and prefix_length + recorded_tokens(input_ids, copies) <= MOST_TOKENS
+        """Whether a batch and the prefix before it are short enough to be recorded."""
+        return self._pool is not None and prefix_length + recorded_tokens(input_ids, copies) <= MAX_RECORDED_TOKENS
 
     def replay(
         self,
@@ -92,18 +92,18 @@ class Recordings:
         key: tuple[Hashable, ...],
         copies: int = 1,
     ) -> Tensor | None:
-        """The logits of a pass, replayed; recorded first if no batch of the same shape and key came before.
+        """The logits of a replayed pass. The first pass of each shape and key is recorded.
 
         Args:
             inputs: input_ids, attention_mask and perhaps position_ids, int64 [S, T].
-            recordable: Gives the pass that is recorded, within a context that holds while it is.
-            key: What sets the pass apart from other passes over inputs of the same shape.
-            copies: The candidates of the batch (see `patch.candidates`), whose equal parts are padded alike. With more
-                than one the pass is not differentiable.
+            recordable: Returns a context manager that yields the pass to record and stays open during the recording.
+            key: Distinguishes the pass from other passes over inputs of the same shape.
+            copies: Number of candidates in the batch (see `patch.candidates`), whose parts are padded alike. With
+                several candidates the pass is not differentiable.
 
         Returns:
-            [S, positions, tokens]; None where recording failed, because a model does what cannot be recorded or because
-            earlier recordings take the memory.
+            [S, positions, tokens]; None where recording failed: the model runs an operation that cannot be
+            recorded, or earlier recordings occupy the memory.
         """
         sequences, length = _rounded(inputs["input_ids"], copies)
         padded = {name: _padded(tensor, sequences, length, PADDING[name], copies) for name, tensor in inputs.items()}
@@ -126,7 +126,7 @@ class Recordings:
         recordable: Callable[[], AbstractContextManager[Pass]],
         differentiable: bool,
     ) -> bool:
-        """Records a pass; False where that fails."""
+        """Record a pass; False where recording fails."""
         if not self._has_room(inputs["input_ids"].device):
             self._refused.add(key)
             return False
@@ -134,18 +134,18 @@ class Recordings:
         before = generator.clone_state()
         try:
             with recordable() as compute:
-                # The graph reads memory of the pass and of the output layer that stands in its place meanwhile.
-                held = (self.model.get_output_embeddings(), compute)  # type: ignore[operator]
-                self._recorded[key] = self._graph_of(inputs, compute, differentiable), held
+                # The graph reads the memory of the pass and of the output layer that is in place within this context.
+                memory_owners = (self.model.get_output_embeddings(), compute)  # type: ignore[operator]
+                self._recorded[key] = self._graph_of(inputs, compute, differentiable), memory_owners
         except RuntimeError as error:
-            # A recording that broke off leaves the GPU's random number generator waiting for its end.
+            # After a failed recording the GPU's random number generator is still in capture mode.
             generator.graphsafe_set_state(before)
             self._give_up(error)
             return False
         return True
 
     def _has_room(self, device: torch.device) -> bool:
-        """Whether a quarter of the memory is free, which stays for passes that are not recorded.
+        """Whether a quarter of the memory is free. Passes that are not recorded need that quarter.
 
         A recording keeps a pass's activations: 1.2 MiB a token of SmolLM2-135M.
         """
@@ -163,16 +163,16 @@ class Recordings:
         names = list(inputs)
 
         def run(*tensors: Tensor) -> Tensor:
-            with torch.set_grad_enabled(differentiable):  # without: no activations are kept for a backward pass
+            with torch.set_grad_enabled(differentiable):  # False: no activations are kept for a backward pass
                 return compute(dict(zip(names, tensors, strict=False)))
 
         samples = {name: tensor.clone() for name, tensor in inputs.items()}
-        # Warm-up and recording see padding whether this batch has any or not: a replay may have it.
+        # Warm-up and recording always run with padding: batches of later replays may have padding.
         samples["attention_mask"][:, 0] = 0
         with torch.enable_grad(), warnings.catch_warnings(), _without_garbage_collection():
-            # Earlier recordings keep the leaves' nodes, made on another stream; nothing accumulates through them.
+            # Earlier recordings keep the leaves' AccumulateGrad nodes of another stream, which no backward pass uses.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-            # The leaves are inputs in name only: the layers hold them, and replays read them where they are.
+            # The layers read the leaves in place; the leaves are arguments only to make a replay differentiable in them.
             return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return,return-value]
                 run, (*samples.values(), *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
             )
@@ -188,8 +188,8 @@ class Recordings:
 def supports_recording(model: nn.Module) -> bool:
     """Whether a model's passes can be recorded.
 
-    It must be on one GPU as a whole, in evaluation mode, without hooks that move its weights and without communication
-    with other GPUs.
+    The whole model must be on one GPU, in evaluation mode, without hooks that move its weights and without
+    communication with other GPUs.
     """
     tensors = [*model.parameters(), *model.buffers()]
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -200,7 +200,7 @@ def supports_recording(model: nn.Module) -> bool:
 
 @contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    """Keep graphs of earlier searches that only reference cycles keep alive: freeing one breaks a recording."""
+    """Disable garbage collection: a CUDA graph of an earlier search that is freed meanwhile breaks a recording."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -211,7 +211,7 @@ def _without_garbage_collection() -> Iterator[None]:
 
 
 def recorded_tokens(input_ids: Tensor, copies: int = 1) -> int:
-    """Tokens of the recording that replays a batch [S, T] with so many candidates' copies."""
+    """Tokens of the recording that replays a batch [S, T] of `copies` candidates."""
     sequences, length = _rounded(input_ids, copies)
     return copies * sequences * length
 

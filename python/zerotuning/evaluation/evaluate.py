@@ -32,10 +32,10 @@ class Evaluation:
 
     Attributes:
         task: The task's name.
-        examples: How many examples were scored.
-        accuracy: Fraction, in [0, 1], whose gold label is the most likely of the labels. With a continuation: which
-            greedy decoding would generate token for token. With scoring `generate`: whose greedily generated text
-            begins with the gold label.
+        examples: Number of examples that were scored.
+        accuracy: Fraction of the examples, in [0, 1], whose gold label is the most likely of the labels. With a
+            continuation: whose continuation greedy decoding would generate. With scoring `generate`: whose greedily
+            generated text begins with the gold label.
         loss: Mean cross entropy of the gold label among the labels, nats; of a continuation, per token. None with
             scoring `generate`: a generated text has no probabilities of labels.
         entropy: Mean entropy of the distribution over the labels, nats; of a continuation, of the next token. None with
@@ -84,10 +84,10 @@ def evaluate(
         task: A Task, a built-in name or the path of a YAML file.
         examples: Mappings, the path of a JSON lines file or a name of the hub (tasks/hub.py); by default a built-in
             task's test sample.
-        limit: Use only the first examples, so many of them.
-        batch_size: The most sequences that go through the model together.
-        truncate: Shorten prompts that are longer than the model's context (see LabelScorer) instead of an error.
-        progress: Draw a progress bar on stderr, if that is a terminal.
+        limit: Use only the first `limit` examples.
+        batch_size: The most sequences in one forward pass.
+        truncate: Shorten prompts that exceed the model's context (see LabelScorer). Otherwise such a prompt is an error.
+        progress: Draw a progress bar if stderr is a terminal.
 
     Raises:
         ZeroTuningError: The input is bad (see Task and LabelScorer), or the model's scores are NaN or give the gold
@@ -145,10 +145,10 @@ def _continuation_figures(scorer: LabelScorer, progress: bool) -> dict[str, Any]
 
 
 def _check_finite(scorer: LabelScorer, log_probability: Tensor) -> None:
-    """Refuses gold answers whose log_probability, [N] in the examples' order, is not finite."""
-    bad = (~log_probability.isfinite()).nonzero()
-    if len(bad) > 0:
-        place = int(bad[0])
+    """Raise an error for the first gold answer whose log_probability, [N] in the examples' order, is not finite."""
+    not_finite = (~log_probability.isfinite()).nonzero()
+    if len(not_finite) > 0:
+        place = int(not_finite[0])
         problem = "scores are NaN" if bool(log_probability[place].isnan()) else "loss is infinite"
         raise ZeroTuningError(f"{scorer.examples[place].origin}: the model's {problem}")
 

@@ -1,7 +1,7 @@
-"""From a batch of token sequences to logits: the forward object that a LabelScorer is handed.
+"""From a batch of token sequences to logits: the forward object of a LabelScorer.
 
-`PlainForward` runs the model on whole sequences. `prefix_cache.PrefixForward` reads the sequences' shared prefix once.
-`cuda_graphs.RecordedForward` wraps either of them and replays its passes as CUDA graphs.
+`PlainForward` runs the model on whole sequences. `prefix_cache.PrefixForward` computes their shared prefix once.
+`cuda_graphs.RecordedForward` wraps either of the two and replays its passes as CUDA graphs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Forward(ABC):
 
     Attributes:
         model: A transformers causal language model.
-        prefix_length: Tokens that all sequences begin with and that a pass reads once for all of them; 0 where each
+        prefix_length: Number of tokens that all sequences begin with and that a pass reads once for all; 0 where each
             sequence is read whole.
     """
 
@@ -53,11 +53,11 @@ class Forward(ABC):
 
     @abstractmethod
     def wrap(self, inner: PlainForward) -> Forward:
-        """What this object adds to the forward that it wraps, added to `inner`: `inner` itself if it wraps nothing."""
+        """`inner`, wrapped as this object wraps its own inner forward; `inner` itself for a PlainForward."""
 
 
 class PlainForward(Forward):
-    """Runs the model on whole sequences, one launch after the other."""
+    """Runs the model on whole sequences, without CUDA graphs."""
 
     #: The tokens of `prefix_length`.
     prefix: tuple[int, ...] = ()
@@ -75,37 +75,37 @@ class PlainForward(Forward):
         return inner
 
     def inputs(self, batch: Batch) -> Inputs:
-        """What a pass reads of a batch, on the model's device."""
+        """The model's input tensors for a batch, on the model's device."""
         tensors = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if "position_ids" in self._accepted:
             tensors["position_ids"] = batch.position_ids
         device = input_device(self.model)
-        return {name: tensor.to(device) for name, tensor in self._unread(tensors).items()}
+        return {name: tensor.to(device) for name, tensor in self._without_prefix(tensors).items()}
 
     def logits_of(self, inputs: Inputs, positions: int, token_ids: tuple[int, ...] | None) -> Tensor:
         """`logits` of a batch's `inputs`."""
         with needed_logits(self.model, token_ids) as select:
-            return self._run(self._behind_kept_prefix(inputs), positions, select)
+            return self._run(self._arguments_after_cached_prefix(inputs), positions, select)
 
     @contextmanager
     def recordable(self, positions: int, token_ids: tuple[int, ...] | None) -> Iterator[Pass]:
-        """A pass that a CUDA graph can record: its result depends on its inputs and the model's parameters alone.
+        """A pass that a CUDA graph can record: the logits depend on the inputs and the model's parameters alone.
 
-        The function may be called within the context only; a recording of it may be replayed afterwards.
+        The yielded function may be called within the context only; its recording may be replayed afterwards.
         """
         with needed_logits(self.model, token_ids) as select:
-            yield lambda inputs: self._run(self._behind_new_prefix(inputs), positions, select)
+            yield lambda inputs: self._run(self._arguments_after_new_prefix(inputs), positions, select)
 
-    def _unread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The part of the sequences [S, T] that each pass reads anew."""
+    def _without_prefix(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sequences [S, T] without the shared prefix."""
         return tensors
 
-    def _behind_kept_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
-        """The model's arguments for `inputs`, behind a prefix that an earlier pass of this object may have read."""
-        return self._behind_new_prefix(inputs)
+    def _arguments_after_cached_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        """The model's arguments for `inputs`, after a prefix that an earlier pass of this object may have computed."""
+        return self._arguments_after_new_prefix(inputs)
 
-    def _behind_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
-        """The model's arguments for `inputs`, behind a prefix that is read now."""
+    def _arguments_after_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        """The model's arguments for `inputs`, after a prefix that is computed now."""
         return inputs
 
     def _run(self, arguments: Mapping[str, Any], positions: int, select: Callable[[Tensor], Tensor]) -> Tensor:
@@ -121,8 +121,8 @@ class PlainForward(Forward):
 class _SelectedRows(nn.Module):
     """An output layer cut down to some tokens' rows: hidden states [..., d] to float32 logits [..., len(token_ids)].
 
-    The layer computes in float32 (or better) whatever its type: bfloat16 resolves a logit near 20 to 1/16 only, so
-    labels would tie, and so few rows cost nothing.
+    The logits are computed in float32 or float64 for every dtype of the layer: bfloat16 resolves a logit near 20 to 1/16
+    only, so labels would tie. The cost is small, because the rows are few.
     """
 
     def __init__(self, layer: nn.Linear, token_ids: tuple[int, ...]) -> None:
@@ -141,7 +141,7 @@ class _SelectedRows(nn.Module):
 def needed_logits(model: nn.Module, token_ids: tuple[int, ...] | None) -> Iterator[Callable[[Tensor], Tensor]]:
     """Within the context the model's output layer computes the logits of `token_ids` only, where the layer allows it.
 
-    The model's own scaling or soft-capping of logits still applies, since it follows the output layer. An output layer
+    The model's own scaling or soft-capping of logits still applies, since both follow the output layer. An output layer
     that is not a plain nn.Linear with its weights in memory (adapters, quantized or offloaded layers) stays as it is.
 
     Yields:

@@ -15,7 +15,7 @@ from zerotuning.tasks.examples import Record
 from zerotuning.tasks.task import Task
 from zerotuning.tasks.tokenization import SPARE_TOKENS
 
-#: Arguments of transformers' `generate` for greedy decoding, whatever the model's own generation settings are.
+#: Arguments of transformers' `generate` for greedy decoding, in place of the model's own generation settings.
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 
 
@@ -30,7 +30,7 @@ def generate_tokens(
         tokenizer: Its tokenizer, for the padding token (0 where it has none).
         prompts: n prompts as token ids.
         max_new_tokens: The most tokens after each prompt.
-        **decoding: Further arguments of transformers' `generate`, such as GREEDY. What they leave out comes from the
+        **decoding: Further arguments of transformers' `generate`, such as GREEDY. Other settings are the
             model's own generation settings.
 
     Returns:
@@ -63,7 +63,7 @@ def generate_answers(
     """The texts that the scorer's model generates after each prompt of one of its batches.
 
     Args:
-        scorer: Its model generates.
+        scorer: The scorer whose model generates.
         tokenizer: The model's tokenizer.
         batch: A batch of the scorer.
         max_new_tokens: The most tokens of an answer; `max_answer_tokens` allows every label.
@@ -74,7 +74,7 @@ def generate_answers(
 
 
 def max_answer_tokens(scorer: LabelScorer) -> int:
-    """How many tokens an answer may have so that each label of the scorer's examples can be recognized in it."""
+    """The number of generated tokens that suffices to recognize every label of the scorer's examples."""
     return max(len(tokens) for example in scorer.examples for tokens in example.labels) + SPARE_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""A bias for each label, fitted to some examples' scores: calibration that leaves the model as it is.
+"""A bias for each label, fitted to some examples' scores: calibration of the scores, without a change of the model.
 
 Zhao et al., "Calibrate Before Use" (2021).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-#: Weight of the squared biases, which keeps the bias of a label finite that never occurs.
+#: Weight of the squared biases. This term keeps the bias of a label without examples finite.
 RIDGE = 1e-3
 
 

@@ -1,8 +1,8 @@
-"""Scores of labels: log-probabilities of what may follow a prompt under a causal language model.
+"""Scores of labels: log-probabilities of texts after a prompt under a causal language model.
 
-The score of a label is the summed log-probability of its tokens after the prompt, or what the task's `scoring` asks
-for. Only the logits that are needed are computed: the last position, and there the labels' tokens only, when every
-label is a single token; otherwise the last few positions of one sequence for each distinct beginning of a label.
+The score of a label is the sum of its tokens' log-probabilities after the prompt, or another function of them (the
+task's `scoring`). Only the necessary logits are computed. If every label is a single token, these are the labels' tokens
+at the last position; otherwise the last few positions of one sequence for each distinct beginning of a label.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.errors import ZeroTuningError
-from zerotuning.evaluation.batches import Batch, grouped_by_length, joined
+from zerotuning.evaluation.batches import Batch, grouped_by_length, padded_batch
 from zerotuning.evaluation.forward import Forward, PlainForward
 from zerotuning.models.inspection import context_length
 from zerotuning.tasks.examples import as_records
@@ -34,7 +34,7 @@ class Continuations(NamedTuple):
 
     Attributes:
         log_probability: float32 [n], mean over the continuation's tokens, nats.
-        exact: bool [n], whether each of its tokens is the most likely one, so that greedy decoding writes it.
+        exact: bool [n], whether each of the continuation's tokens is the most likely token, as in greedy decoding.
         entropy: float32 [n], entropy of the next token, mean over the continuation's tokens, nats.
     """
 
@@ -52,11 +52,11 @@ class LabelScorer:
         examples: The N tokenized examples in their given order.
         num_labels: The most labels of an example: the columns C of the scores.
         labels: Gold labels, int64 [N], -1 where an example has none.
-        forward: Computes the logits. `using` gives a scorer with another one.
+        forward: Computes the logits. `using` returns a scorer with another forward.
         batches: All examples in batches, fixed by the records, `batch_size` and `batch_tokens`: sorted by length (ties
             in their given order), with at most `batch_size` sequences and, if given, at most `batch_tokens` tokens,
-            padding included, but one example at least. An example takes one sequence, or one for each distinct
-            beginning of its labels when these have several tokens.
+            padding included. Every batch has at least one example. An example has one sequence, or one for each distinct
+            beginning of its labels where labels have several tokens.
     """
 
     def __init__(
@@ -76,15 +76,15 @@ class LabelScorer:
 
         Args:
             model: A transformers causal language model, patched or not.
-            tokenizer: The model's tokenizer. It adds to a text what it always adds (a BOS token or nothing).
+            tokenizer: The model's tokenizer, which adds its usual special tokens, such as BOS, to each text.
             task: Supplies prompts and labels.
             records: Examples: mappings with the fields of the prompt, and `label` unless `require_labels` is False.
             batch_size: The most sequences of a batch.
             batch_tokens: The most tokens of a batch, padding included; None for no limit.
             require_labels: Whether an example without its label is an error.
             truncate: Shorten a prompt that is longer than the model's context. Whole shots are removed first, the
-                oldest before the others, then the beginning of the example's own prompt. What the tokenizer or the
-                chat template puts first, the prompt's end and the labels stay whole.
+                oldest before the others, then the beginning of the example's own prompt. The special
+                tokens and the chat template at the start, the prompt's end and the labels stay whole.
             forward: How logits are computed; a PlainForward of the model by default.
 
         Raises:
@@ -134,8 +134,8 @@ class LabelScorer:
         A prefix that the forward reads once for all sequences does not count toward `batch_tokens`.
 
         Args:
-            places: Places in `examples`.
-            batch_size: The most sequences of a batch; by default the scorer's.
+            places: Positions in `examples`.
+            batch_size: The most sequences of a batch; by default the scorer's own `batch_size`.
         """
         groups = grouped_by_length(
             self.examples,
@@ -144,17 +144,17 @@ class LabelScorer:
             batch_tokens=self._batch_tokens,
             prefix_length=self.forward.prefix_length,
         )
-        return [self._joined(indices, [tuple(self.examples[i].beginnings) for i in indices]) for indices in groups]
+        return [self._batch(indices, [tuple(self.examples[i].beginnings) for i in indices]) for indices in groups]
 
     def prompt_batch(self, places: Sequence[int]) -> Batch:
-        """Some of the examples as one batch of their prompts without labels, from which generation starts."""
-        return self._joined(list(places), [((),)] * len(places))
+        """Some of the examples as one batch of their prompts without labels, after which the model generates."""
+        return self._batch(list(places), [((),)] * len(places))
 
     def scores(self, batch: Batch) -> Tensor:
         """Log-probability of each label, given that the answer is one of the example's labels: float32 [n, C].
 
-        Each row is `log_probabilities`, divided by the labels' numbers of tokens with scoring `mean`, less a constant
-        of that row: its exp sums to 1 over the example's labels. Columns beyond an example's labels are -inf. For a
+        Each row is `log_probabilities`, divided by the labels' numbers of tokens with scoring `mean`, normalized:
+        the exponentials of a row sum to 1 over the example's labels. Columns beyond an example's labels are -inf. For a
         task with a continuation: the continuation's mean log-probability per token, [n, 1]. Differentiable when
         gradients are enabled.
         """
@@ -177,7 +177,7 @@ class LabelScorer:
         positions = max(len(tokens) for example in batch.examples for tokens in example.labels)
         logits = self.forward.logits(batch, positions)
         normalizer = torch.logsumexp(logits, dim=-1)
-        # For each token of each label: a sequence that holds the tokens before it, the position there, the id.
+        # For each token of each label: a sequence with the preceding tokens, the position there, the token's id.
         sequences, places, ids, targets = [], [], [], []
         for n, (example, (first, beginnings)) in enumerate(zip(batch.examples, batch.rows, strict=True)):
             for column, tokens in enumerate(example.labels):
@@ -216,8 +216,8 @@ class LabelScorer:
         values = torch.cat(list(per_batch))
         return values[torch.argsort(indices).to(values.device)]
 
-    def _joined(self, indices: Sequence[int], beginnings: Sequence[tuple[Tokens, ...]]) -> Batch:
-        return joined(self.examples, indices, beginnings, self._padding)
+    def _batch(self, indices: Sequence[int], beginnings: Sequence[tuple[Tokens, ...]]) -> Batch:
+        return padded_batch(self.examples, indices, beginnings, self._padding)
 
     def _label_lengths(self, batch: Batch) -> Tensor:
         """Tokens of each label, [n, C]; 1 beyond an example's own labels."""

@@ -69,7 +69,10 @@ def task_loss(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """Mean entropy of the predictions, the paper's unsupervised objective. Its minimum may predict one label always."""
+    """Mean entropy of the predictions, the paper's unsupervised objective.
+
+    A model that predicts the same label for every example can have the least entropy.
+    """
     return entropy_per_example(scores).mean()
 
 
@@ -77,8 +80,8 @@ def information(scores: Tensor, prior: Tensor | None = None, weight: float = 1.0
     """Minus the mutual information between example and predicted label.
 
     mean_n H(p_n) - weight · H(p̄), with p̄ = mean_n p_n: low where each prediction is confident and all labels are
-    predicted. With a class prior: mean_n H(p_n) + weight · KL(p̄ ‖ prior). A uniform prior differs from none by the
-    constant weight · log C.
+    predicted. With a class prior: mean_n H(p_n) + weight · KL(p̄ ‖ prior). A uniform prior adds the constant
+    weight · log C to the value without a prior.
 
     Args:
         scores: Log-probabilities of labels, float [N, C].
@@ -145,6 +148,6 @@ OBJECTIVES: dict[str, Objective] = {
     "information": _information_objective,
 }
 
-#: Objectives that are means over examples: their gradient is a sum over batches. Another objective depends on all
-#: scores at once, whose gradient is computed first.
+#: Objectives that are means over examples: their gradient is a sum over batches. Other objectives depend on all
+#: scores at once, so their gradient in the scores is computed first.
 MEANS_OVER_EXAMPLES = frozenset({"task-loss", "entropy"})

@@ -1,4 +1,4 @@
-"""Passes behind a cached prefix: prompts that begin alike (few-shot examples) have their beginning read once."""
+"""Passes behind a cached prefix: the beginning that all prompts share (few-shot examples) is computed once."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from zerotuning.evaluation.label_scorer import LabelScorer
 from zerotuning.models.device_maps import input_device
 from zerotuning.models.inspection import forward_arguments
 
-#: How many times longer than the rest of a prompt its shared prefix must be. SmolLM2-135M on two cores with AMX: a
-#: gradient takes as long as without a cache at half the rest, 0.7 of that time at twice, 0.35 at seven times.
+#: The shared prefix must be at least this many times as long as the rest of a prompt. Time of a gradient relative to
+#: whole prompts (SmolLM2-135M, two cores with AMX): 1.0 at a ratio of 1/2, 0.7 at 2, 0.35 at 7.
 WORTH_SHARING = 2
-#: Tokens of a batch x parameters of the model below which a GPU waits for launches, so that a pass for the prefix costs
-#: as much as one for the batch. SmolLM2-135M on an H100, recorded: 1.45 of a gradient's time at 1,300 tokens, 1.05 at
-#: 3,500; of 64 prompts 0.75 with one shot, 0.34 with four.
+#: Tokens of a batch x parameters of the model below which a GPU waits for launches, so that a pass over the prefix
+#: takes as long as one over the batch. Time of a gradient relative to whole prompts (SmolLM2-135M, H100, recorded): 1.45
+#: at 1,300 tokens, 1.05 at 3,500; with 64 prompts 0.75 with one shot, 0.34 with four.
 GPU_WORK = 3.5e11
 
 
 class PrefixForward(PlainForward):
     """Reads the prefix of all sequences in the first pass and keeps its keys and values for the passes that follow.
 
-    The cache belongs to the log scales of the first pass: an object serves as long as they stay. With gradients it
-    serves one batch, whose backward pass goes through the prefix as well.
+    The cache depends on the log scales: an object is valid until they change. With gradients an object is valid for one
+    batch, whose backward pass goes through the prefix as well.
     """
 
     def __init__(self, model: nn.Module, prefix: tuple[int, ...]) -> None:
@@ -36,7 +36,7 @@ class PrefixForward(PlainForward):
 
         Args:
             model: A transformers causal language model for which `supports_prefix_cache` holds.
-            prefix: The P >= 1 tokens that every sequence begins with. Each has one token more at least.
+            prefix: The P >= 1 tokens that every sequence begins with. Every sequence has at least one more token.
         """
         super().__init__(model)
         self.prefix = prefix
@@ -44,37 +44,37 @@ class PrefixForward(PlainForward):
         self._ids = torch.tensor([prefix], device=input_device(model))
         # transformers renamed the argument in 5.20, and warns about the older name.
         self._cache_name = "cache" if "cache" in self._accepted else "past_key_values"
-        self._keep_one = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
+        self._one_logit = {"logits_to_keep": 1} if "logits_to_keep" in self._accepted else {}
         self._cache: Cache | None = None
 
-    def _unread(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _without_prefix(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         rest = tensors["attention_mask"].cumsum(dim=-1) > self.prefix_length
         width = int(rest.sum(dim=-1).max())
         cut = {name: tensor[:, -width:] for name, tensor in tensors.items()}
         return {**cut, "attention_mask": rest[:, -width:].to(tensors["attention_mask"].dtype)}
 
-    def _behind_kept_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+    def _arguments_after_cached_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
         if self._cache is None:
             self._cache = self._read_prefix()
-        return self._behind(self._cache, inputs)
+        return self._arguments_after(self._cache, inputs)
 
-    def _behind_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
-        return self._behind(self._read_prefix(), inputs)
+    def _arguments_after_new_prefix(self, inputs: Inputs) -> Mapping[str, Any]:
+        return self._arguments_after(self._read_prefix(), inputs)
 
     def _read_prefix(self) -> Cache:
         cache = Cache(layer_class_to_replicate=_PrefixLayer)
-        self.model(input_ids=self._ids, **{self._cache_name: cache, "use_cache": True}, **self._keep_one)
+        self.model(input_ids=self._ids, **{self._cache_name: cache, "use_cache": True}, **self._one_logit)
         return cache
 
-    def _behind(self, cache: Cache, inputs: Inputs) -> dict[str, Any]:
+    def _arguments_after(self, cache: Cache, inputs: Inputs) -> dict[str, Any]:
         mask = torch.nn.functional.pad(inputs["attention_mask"], (self.prefix_length, 0), value=1)
         return {**inputs, "attention_mask": mask, self._cache_name: cache, "use_cache": True}
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keeps the keys and values of the first sequence that it is given, and puts them before those of later sequences.
+    """Keeps the keys and values of the first update, the prefix, and returns them before those of each later update.
 
-    The keys and values of later sequences are not kept.
+    The keys and values of later updates are not kept.
     """
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def _after_prefix(prefix: Tensor, rest: Tensor) -> Tensor:
 
 
 def behind_prefix(scorer: LabelScorer) -> LabelScorer:
-    """The same scorer with a forward that reads what all its prompts begin with once, in the first pass.
+    """The same scorer with a forward that reads the prompts' shared prefix once, in the first pass.
 
     The new scorer is for one setting of the model's log scales; with gradients, for one batch (see PrefixForward). A
     scorer whose prompts share no prefix is returned as it is.
@@ -111,7 +111,7 @@ def scores_behind_prefix(scorer: LabelScorer) -> Tensor:
 def is_worth_sharing(scorer: LabelScorer) -> bool:
     """Whether scores behind a cached prefix take less time than those of whole prompts.
 
-    That is so with many shots, and on a GPU if a batch or the model is large enough to keep the GPU busy.
+    A cached prefix is faster with many shots; on a GPU a batch or the model must also be large enough to fill the GPU.
     """
     if not supports_prefix_cache(scorer):
         return False
@@ -127,8 +127,8 @@ def is_worth_sharing(scorer: LabelScorer) -> bool:
 def supports_prefix_cache(scorer: LabelScorer) -> bool:
     """Whether the model gives the same scores behind a cached prefix.
 
-    It must keep keys and values and nothing else, accept positions, and have no window or chunks shorter than a prompt:
-    the padding between the prefix and the rest of a prompt would move their borders.
+    The model must cache keys and values only, accept positions, and have no window or chunks shorter than a prompt:
+    the padding between the prefix and the rest of a prompt would move the borders of a window or chunk.
     """
     model: Any = scorer.model
     accepted = forward_arguments(model)
