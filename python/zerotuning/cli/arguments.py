@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from zerotuning.calibration.options import PRIORS
 from zerotuning.errors import ZeroTuningError
-from zerotuning.tasks.prompts import MOST_SHOTS, SCORINGS
+from zerotuning.tasks.prompts import MAX_SHOTS, SCORINGS
 
 Run = Callable[[argparse.Namespace], None]
 
@@ -143,7 +143,7 @@ def add_prompts(parser: argparse.ArgumentParser, *, several_tasks: bool = False)
         metavar="N",
         type=shot_count,
         default=0,
-        help=f"number of few-shot examples, with their answers, in front of each prompt: 0 to {MOST_SHOTS} (default: 0)",
+        help=f"number of few-shot examples, with their answers, in front of each prompt: 0 to {MAX_SHOTS} (default: 0)",
     )
     add(
         "--shot-seed",
@@ -197,8 +197,8 @@ def non_negative_int(text: str) -> int:
 
 def shot_count(text: str) -> int:
     """Parse a number of few-shot examples."""
-    if not text.isdecimal() or not int(text) <= MOST_SHOTS:
-        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {MOST_SHOTS}, got {text!r}")
+    if not text.isdecimal() or not int(text) <= MAX_SHOTS:
+        raise argparse.ArgumentTypeError(f"must be an integer from 0 to {MAX_SHOTS}, got {text!r}")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The examples of a task: records with checked fields, read from JSON lines files or from the package's own samples."""
+"""The examples of a task: records with checked fields, read from JSON lines files or from the package's samples."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 from zerotuning.errors import ZeroTuningError, shown
 
 SPLITS = ("validation", "test")
-#: Letters of the choices of an example; an example has no more choices.
+#: Letters of an example's choices, and so the largest number of choices.
 LETTERS_OF_CHOICES = string.ascii_uppercase
-#: The package's data: `tasks/NAME.yaml` for each built-in task, `NAME/SPLIT.jsonl` for those with a sample.
+#: The package's data: `tasks/NAME.yaml` for each built-in task, `NAME/SPLIT.jsonl` for tasks with a sample.
 DATA = Path(__file__).parents[1] / "data"
 
 
@@ -38,7 +38,7 @@ def as_records(records: Iterable[Mapping[str, Any]]) -> list[Record]:
         records: Mappings. A Record keeps its origin; another mapping gets "example 0", "example 1" and so on.
 
     Raises:
-        ZeroTuningError: Something is not a mapping.
+        ZeroTuningError: An item is not a mapping.
     """
     if not isinstance(records, Iterable):
         raise ZeroTuningError(f"examples must be mappings, or the name of a file, got {shown(records)}")
@@ -51,7 +51,7 @@ def as_records(records: Iterable[Mapping[str, Any]]) -> list[Record]:
 
 
 def first_examples(records: list[Record], limit: int | None) -> list[Record]:
-    """The first `limit` of `records`; all of them for None or when there are fewer."""
+    """The first `limit` records; all records if `limit` is None or larger than their number."""
     if limit is None:
         return records
     if isinstance(limit, bool) or not isinstance(limit, numbers.Integral) or limit < 1:
@@ -94,7 +94,7 @@ def read_bytes(path: Path, what: str) -> bytes:
 
     Args:
         path: The file.
-        what: What an error calls the file, such as "task file".
+        what: The name of the file in error messages, such as "task file".
 
     Raises:
         ZeroTuningError: The file does not exist or cannot be read.
@@ -126,7 +126,7 @@ def builtin_examples(task_name: str, split: str = "test", limit: int | None = No
     Args:
         task_name: A task of `builtin_task_names` with a sample.
         split: "validation" or "test".
-        limit: How many examples; by default all.
+        limit: Number of examples; by default all.
 
     Raises:
         ZeroTuningError: There is no such task, split or sample.
@@ -147,7 +147,7 @@ def field_text(record: Mapping[str, Any], name: str, origin: str) -> str:
     Args:
         record: An example.
         name: The field's name.
-        origin: What an error calls the example.
+        origin: The name of the example in error messages.
 
     Raises:
         ZeroTuningError: The field is missing or has another type.
@@ -164,19 +164,19 @@ def field_text(record: Mapping[str, Any], name: str, origin: str) -> str:
 
 
 def choices_of(record: Mapping[str, Any], origin: str) -> list[str]:
-    """The field `choices` of an example that has its own: 2 to 26 strings.
+    """The field `choices` of an example: 2 to 26 strings.
 
     Raises:
-        ZeroTuningError: The field is missing or anything else.
+        ZeroTuningError: The field is missing or is not such a list.
     """
     choices = record.get("choices")
     if choices is None:
         raise ZeroTuningError(f"{origin}: field 'choices' is missing")
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ZeroTuningError(f"{origin}: field 'choices' must be a list of strings, got {shown(choices)}")
-    most = len(LETTERS_OF_CHOICES)
-    if not 2 <= len(choices) <= most:
-        raise ZeroTuningError(f"{origin}: field 'choices' must hold 2 to {most} strings, got {len(choices)}")
+    limit = len(LETTERS_OF_CHOICES)
+    if not 2 <= len(choices) <= limit:
+        raise ZeroTuningError(f"{origin}: field 'choices' must hold 2 to {limit} strings, got {len(choices)}")
     for choice in choices:
         check_text(choice, f"{origin}: field 'choices'")
     return choices
@@ -187,15 +187,15 @@ def label_of(record: Mapping[str, Any], num_labels: int, required: bool, origin:
 
     Args:
         record: An example.
-        num_labels: How many labels the example has.
+        num_labels: Number of the example's labels.
         required: Whether an example without a label is an error.
-        origin: What an error calls the example.
+        origin: The name of the example in error messages.
 
     Returns:
         The index; None for an example without a label.
 
     Raises:
-        ZeroTuningError: The label is required and missing, or no such index.
+        ZeroTuningError: The label is required and missing, or is no index in [0, num_labels).
     """
     label = record.get("label")
     if label is None:
@@ -214,7 +214,7 @@ def check_text(text: str, what: str) -> None:
 
     Args:
         text: The text.
-        what: What an error calls the text.
+        what: The name of the text in error messages.
 
     Raises:
         ZeroTuningError: The text contains half of a surrogate pair.

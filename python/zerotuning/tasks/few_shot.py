@@ -1,4 +1,4 @@
-"""Few-shot prompts: a draw of solved examples by a seed, and examples apart from those that are drawn."""
+"""Few-shot prompts: a seeded draw of solved examples, and the remaining examples without the drawn ones."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import numpy as np
 
 from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.examples import Record, as_records
-from zerotuning.tasks.prompts import MOST_SHOTS
+from zerotuning.tasks.prompts import MAX_SHOTS
 from zerotuning.tasks.task import Task
 
-#: The random stream of this draw, apart from other draws by the same seed (calibration/folds.py).
+#: Makes this draw independent of other draws with the same seed (calibration/folds.py).
 _STREAM = 2
 
 
 def draw_shots(task: Task, records: Iterable[Mapping[str, Any]], count: int, seed: int = 0) -> list[Record]:
     """Draw solved examples for `task.with_shots`.
 
-    The seed puts the records in an order. For a task with fixed labels the draw goes round by round: a round draws the
-    next record of every label, with the labels in a random order. So the numbers of two labels differ by one at most
-    unless the records of one run out, and with the same seed the first four of eight shots are the shots of a draw of
-    four. For other tasks the draw is the first `count` records.
+    The seed determines an order of the records. For a task with fixed labels, each round draws the next record of every
+    label, with the labels in a random order. So the numbers of any two labels differ by at most one until a label has no
+    more records, and with the same seed the first four of eight shots are the shots of a draw of four. For other tasks
+    the draw is the first `count` records.
 
     Args:
         task: The task.
         records: The examples to draw from.
-        count: How many, 0 to 16.
+        count: Number of examples to draw, 0 to 16.
         seed: The seed, at least 0.
 
     Raises:
         ZeroTuningError: The count or the seed is out of range, there are fewer records, or a record lacks its label.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_SHOTS:
-        raise ZeroTuningError(f"shots must be an integer from 0 to {MOST_SHOTS}, got {count!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_SHOTS:
+        raise ZeroTuningError(f"shots must be an integer from 0 to {MAX_SHOTS}, got {count!r}")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ZeroTuningError(f"shot seed must be an integer of at least 0, got {seed!r}")
     candidates = as_records(records)

@@ -1,19 +1,19 @@
 r"""Examples from the Hugging Face hub, read by the library `datasets` (the extra zerotuning[datasets]).
 
-Data are named `hub` (the data set that the task names), `hub:owner/name`, `hub:owner/name/config`, or a local folder of
-data files `hub:FOLDER`; each may end in `:split`. In a task file `hub:` locates the task's data set and maps its
-columns to the task's fields:
+The name of data is `hub` (the task's data set), `hub:owner/name`, `hub:owner/name/config`, or `hub:FOLDER` for a local
+folder of data files; each name may end in `:split`. In a task file `hub:` names the task's data set and maps its columns
+to the task's fields:
 
     hub:
       name: allenai/ai2_arc                         # owner/name
-      config: ARC-Easy                              # if the data set has several
-      splits: {validation: validation, test: test}  # the data set's names of our splits, where they differ
+      config: ARC-Easy                              # if the data set has several configurations
+      splits: {validation: validation, test: test}  # the data set's own names of the two splits
       columns: {question: question, choices: choices.text, label: answerKey}
-      choice: "[a-e] \\) (.*)"                      # the part of a choice to keep, if not all of it
-      answers: {A: 0, B: 1, C: 2, D: 3}             # where labels are not zero-based numbers
+      choice: "[a-e] \\) (.*)"                      # keep only this part of each choice
+      answers: {A: 0, B: 1, C: 2, D: 3}             # for labels that are not zero-based numbers
 
-The name of a column inside a column has a dot. `choices` may also be a list of columns, one for each choice, or one
-column of text in which `choice` finds all of them.
+A dot separates the names of nested columns. `choices` may also be a list of columns, one for each choice, or one column
+of text in which the expression `choice` matches every choice.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ HUB = "hub"
 
 @dataclass(frozen=True)
 class HubSource:
-    """A data set of the hub and how its columns become a task's fields: what stands under `hub:` in a task file.
+    """A data set of the hub and the mapping of its columns to a task's fields: the value of `hub:` in a task file.
 
     Attributes:
         name: "owner/name".
-        config: The configuration, for a data set that has several.
-        splits: The data set's names for "validation" and "test", where they differ.
-        columns: Field to column, or to a list of columns for `choices`. A column that is not mapped keeps its name.
+        config: The configuration, for a data set with several configurations.
+        splits: The data set's names for "validation" and "test", if other than these.
+        columns: Field to column, or to a list of columns for `choices`. Columns that are not mapped keep their names.
         choice: A regular expression with one group: the part of each choice to keep.
-        answers: Answer to zero-based label.
+        answers: Maps an answer to a zero-based label.
 
     Raises:
         ZeroTuningError: A value has the wrong type or form; the error names the key.
@@ -91,7 +91,7 @@ class HubSource:
         """
         if not isinstance(description, dict):
             raise ZeroTuningError(f"hub must be a mapping with name and columns, got {description!r}")
-        keys = [one.name for one in fields(HubSource)]
+        keys = [key.name for key in fields(HubSource)]
         for key in description:
             if key not in keys:
                 raise ZeroTuningError(f"hub: unknown field {key!r}; known fields are {', '.join(keys)}")
@@ -101,14 +101,14 @@ class HubSource:
 
 
 def _is_column(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(one, str) for one in value))
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
 # Names of data.
 
 
 def is_hub_name(data: Any) -> bool:
-    """Whether data are named as of the hub: `hub` or `hub:...`."""
+    """Whether a name of data has the form `hub` or `hub:...`."""
     return isinstance(data, str) and (data == HUB or data.startswith(f"{HUB}:"))
 
 
@@ -175,19 +175,19 @@ def hub_examples(task: Task, data: str, split: str) -> list[Record]:
         ZeroTuningError: `datasets` is not installed; the hub cannot be reached or has no such data set; a column is
             missing; an answer is unknown.
     """
-    wanted = _parsed(data)
-    if not wanted.place and task.hub is None:
+    hub_name = _parsed(data)
+    if not hub_name.place and task.hub is None:
         raise ZeroTuningError(f"task {task.name!r} names no data set of the hub: name one as hub:owner/name, or a file")
-    source = task.hub or HubSource(wanted.place)
-    name, config = (source.name, source.config) if not wanted.place else (wanted.name, wanted.config)
-    if wanted.place and config is None and name == source.name:
+    source = task.hub or HubSource(hub_name.place)
+    name, config = (source.name, source.config) if not hub_name.place else (hub_name.name, hub_name.config)
+    if hub_name.place and config is None and name == source.name:
         config = source.config
-    chosen = wanted.split or source.splits.get(split, split)
+    split = hub_name.split or source.splits.get(split, split)
     if importlib.util.find_spec("datasets") is None:
         raise ZeroTuningError(
             f'data {data} need the package datasets: pip install "zerotuning[datasets]", or name a JSON lines file'
         )
-    return records_of(source, _load(name, config, chosen), f"{name}[{chosen}]")
+    return records_of(source, _load(name, config, split), f"{name}[{split}]")
 
 
 def _load(name: str, config: str | None, split: str) -> Any:
@@ -198,7 +198,7 @@ def _load(name: str, config: str | None, split: str) -> Any:
     try:
         with _quiet(datasets), _offline_unless_reachable(datasets, local):
             return datasets.load_dataset(str(Path(name).resolve()) if local else name, config, split=split)
-    except Exception as error:  # of datasets, of huggingface_hub, or of a reader of files
+    except Exception as error:  # raised by datasets, by huggingface_hub or by a reader of files
         what, reason = f"cannot load data {where}[{split}]", first_line(error)
         if local:
             raise ZeroTuningError(f"{what}: {reason}") from error
@@ -209,7 +209,7 @@ def _load(name: str, config: str | None, split: str) -> Any:
 def _offline_unless_reachable(datasets: Any, local: bool) -> Iterator[None]:
     """Within the context `datasets` is offline if the hub does not answer one request.
 
-    It then reads its cache or fails at once; on its own it tries for 23 s.
+    `datasets` then reads its cache or fails at once; without this context it would retry for 23 s.
     """
     import huggingface_hub
 
@@ -246,7 +246,7 @@ def _quiet(datasets: Any) -> Iterator[None]:
 def records_of(source: HubSource, dataset: Any, origin: str) -> list[Record]:
     """The rows of a `datasets.Dataset` as records.
 
-    ClassLabel columns give zero-based numbers; -1 stands for a label that is kept secret and gives none.
+    ClassLabel columns give zero-based numbers. The number -1 marks a hidden label: the record then has no label.
 
     Args:
         source: Maps the columns.
@@ -257,10 +257,10 @@ def records_of(source: HubSource, dataset: Any, origin: str) -> list[Record]:
         ZeroTuningError: A column is missing, a choice does not match, or an answer is unknown.
     """
     for column in source.columns.values():
-        for one in column if isinstance(column, list) else [column]:
-            if one.partition(".")[0] not in dataset.column_names:
+        for name in column if isinstance(column, list) else [column]:
+            if name.partition(".")[0] not in dataset.column_names:
                 raise ZeroTuningError(
-                    f"data {origin} have no column {one!r}: there are {', '.join(dataset.column_names)}"
+                    f"data {origin} have no column {name!r}: there are {', '.join(dataset.column_names)}"
                 )
     return [Record(_fields(source, row, f"{origin}:{index}"), f"{origin}:{index}") for index, row in enumerate(dataset)]
 

@@ -10,12 +10,12 @@ from typing import Any
 from zerotuning.errors import ZeroTuningError
 from zerotuning.tasks.examples import LETTERS_OF_CHOICES, choices_of, field_text
 
-#: How a label is scored: by the log-probability of all its tokens, of its tokens on average, of its first token, or by
-#: whether the text that the model generates begins with it.
+#: How a label is scored: by the sum or the mean of its tokens' log-probabilities, by its first token's
+#: log-probability, or by whether the generated text begins with the label.
 SCORINGS = ("sum", "mean", "first-token", "generate")
-#: The most solved examples before a prompt.
-MOST_SHOTS = 16
-#: Between a solved example and what follows it.
+#: The largest number of solved examples before a prompt.
+MAX_SHOTS = 16
+#: The text between a solved example and the next example.
 SEPARATOR = "\n\n"
 
 
@@ -24,8 +24,8 @@ class Shot:
     """A solved example.
 
     Attributes:
-        prompt: Its prompt.
-        answer: The label or continuation that answers the prompt, as its task writes it.
+        prompt: The prompt of the example.
+        answer: The gold label or continuation, as the task writes it.
     """
 
     prompt: str
@@ -34,14 +34,14 @@ class Shot:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An example made ready for a model.
+    """The texts of an example for a model.
 
     Attributes:
         own: The example's own prompt.
-        labels: The texts that may follow; only one for a task with a continuation.
+        labels: The texts that may follow the prompt; a single text for a task with a continuation.
         label: The index of the gold label, None where the example has none.
-        shots: Solved examples before it.
-        chat: Whether a chat template turns it into text: `own` is the user's last turn, shots are earlier turns.
+        shots: Solved examples before the prompt.
+        chat: Whether the prompt is a chat: `own` is the user's last turn, shots are earlier turns.
     """
 
     own: str
@@ -52,7 +52,7 @@ class Prompt:
 
     @property
     def text(self) -> str:
-        """All text before the label; for a chat the user's last turn, as only a tokenizer can write the rest."""
+        """All text before the label; for a chat the user's last turn, without the tokenizer's chat template."""
         if self.chat:
             return self.own
         return "".join(shot.prompt + shot.answer + SEPARATOR for shot in self.shots) + self.own
@@ -79,7 +79,7 @@ class Template:
         pieces: (literal text, name of the field after it or None), in order.
 
     Raises:
-        ZeroTuningError: The text contains no field, or one that is not a plain `{field}`.
+        ZeroTuningError: The text contains no field, or a field that is not a plain `{field}`.
     """
 
     key: str
@@ -111,8 +111,8 @@ class Template:
 
         Args:
             record: The example.
-            origin: What an error calls the example.
-            values: Texts of fields that take precedence over the record's.
+            origin: The name of the example in error messages.
+            values: Texts of fields, in place of the record's own.
 
         Returns:
             (None, literal text) and (name of a field, its text), in order.
@@ -127,7 +127,7 @@ class Template:
         return filled
 
     def filled(self, record: Mapping[str, Any], origin: str) -> str:
-        """The template filled with the fields of an example, which an error calls `origin`."""
+        """The template filled with an example's fields; `origin` names the example in error messages."""
         return "".join(text for _, text in self.filled_pieces(record, origin))
 
 
@@ -145,11 +145,11 @@ def _check_field(key: str, name: str, format_spec: str | None, conversion: str |
 
 
 def lettered_choices(record: Mapping[str, Any], origin: str) -> str:
-    """The choices of an example as lines "A. ...", "B. ..."; an error calls the example `origin`."""
+    """The choices of an example as lines "A. ...", "B. ..."; `origin` names the example in error messages."""
     choices = choices_of(record, origin)
     return "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS_OF_CHOICES, choices, strict=False))
 
 
 def letter_labels(record: Mapping[str, Any], origin: str) -> tuple[str, ...]:
-    """The labels " A", " B", ... of an example's choices; an error calls the example `origin`."""
+    """The labels " A", " B", ... of an example's choices; `origin` names the example in errors."""
     return tuple(f" {letter}" for letter in LETTERS_OF_CHOICES[: len(choices_of(record, origin))])

@@ -9,9 +9,9 @@ braces. An example is one line of a JSON lines file with the fields of the promp
 `labels`. With `labels: letters` each example has its own `choices`: `{choices}` becomes "A. ...\nB. ..." and the labels
 are " A", " B", and so on.
 
-With `continuation: " {answer}"` in place of labels the right answer is a text of any length, made of fields.
+With `continuation: " {answer}"` in place of labels the right answer is a text of any length, with fields of the example.
 `chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS; `hub`
-locates the data set on the Hugging Face hub (hub.py).
+names the data set on the Hugging Face hub (hub.py).
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Task:
         prompt: The template of the prompt.
         labels: The labels' texts, or "letters" where each example has its own choices; empty with a continuation.
         description: One line about the task.
-        source: Where its data come from.
+        source: The origin of the task's data.
         builtin: Whether the package includes the task.
         continuation: The template of the text that should follow the prompt; empty with labels.
         shots: Solved examples before every prompt (`with_shots`).
-        chat: Whether the prompt is a user's turn in the tokenizer's chat template. Labels lose the space before them.
-        scoring: How labels are scored, one of SCORINGS. A continuation is scored by all its tokens, or generated.
+        chat: Whether the prompt is a user's turn in the tokenizer's chat template. Labels are then stripped on the left.
+        scoring: How labels are scored, one of SCORINGS. A continuation has no scoring `first-token`.
         hub: The task's data set on the Hugging Face hub.
         shot_seed: The seed that drew the shots.
 
@@ -140,7 +140,7 @@ class Task:
         return self._prompt.pieces[0][0]
 
     def with_shots(self, records: Iterable[Mapping[str, Any]], seed: int | None = None) -> Task:
-        """The same task with solved examples before every prompt, in place of any that it had.
+        """The same task with these solved examples before every prompt, in place of earlier ones.
 
         A solved example is its prompt, its gold label or continuation, and a blank line.
 
@@ -163,8 +163,8 @@ class Task:
 
         Args:
             record: The example.
-            require_label: Whether a missing `label` is an error; otherwise `Prompt.label` is None for it.
-            origin: What an error calls the example; by default the line that the example was read from.
+            require_label: Whether a missing `label` is an error; otherwise `Prompt.label` is None for such an example.
+            origin: The name of the example in error messages; by default the file and line of the example.
 
         Raises:
             ZeroTuningError: A field is missing or wrong. The error names the example and the field.
@@ -184,14 +184,14 @@ class Task:
     def pieces(self, record: Mapping[str, Any], *, origin: str | None = None) -> list[tuple[str | None, str]]:
         """The prompt of one example in pieces: (None, text of the template) or (field name, its text).
 
-        Joined they are `render(record).own`. Arguments and errors are those of `render`.
+        The joined texts are `render(record).own`. Arguments and errors are those of `render`.
         """
         origin = str(origin or getattr(record, "origin", "example"))
         values = {"choices": lettered_choices(record, origin)} if self.labels == LETTERS else {}
         return self._prompt.filled_pieces(record, origin, values)
 
     def _answers(self, texts: tuple[str, ...]) -> tuple[str, ...]:
-        """In a chat the answer begins a turn, without the space that separates it from a prompt."""
+        """The answers; in a chat without the space that would separate an answer from its prompt."""
         return tuple(text.lstrip() for text in texts) if self.chat else texts
 
     @property
@@ -204,13 +204,13 @@ class Task:
 
         Args:
             split: "validation" or "test".
-            limit: How many examples; by default all.
+            limit: Number of examples; by default all.
 
         Raises:
             ZeroTuningError: The package includes no examples of the task; the error names the alternatives.
         """
         if not self.builtin:
-            raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file of its own")
+            raise ZeroTuningError(f"task {self.name!r} has no built-in examples: name a JSON lines file")
         if not self.has_examples:
             hub = f", or its data set {self.hub.name}: --data hub, with zerotuning[datasets]" if self.hub else ""
             raise ZeroTuningError(

@@ -13,7 +13,7 @@ from zerotuning.tasks.task import Task
 
 Tokens = tuple[int, ...]
 
-#: Tokens of a generated answer beyond the longest label's, for space before the label or another spelling of it.
+#: Number of tokens that a generated answer may have beyond the longest label: space, or another tokenization.
 SPARE_TOKENS = 4
 
 
@@ -25,7 +25,7 @@ class TokenizedPrompt:
         prompt: The prompt's tokens.
         labels: For each label the tokens that follow the prompt.
         label: The index of the gold label, -1 where the example has none.
-        origin: What an error calls the example.
+        origin: The name of the example in error messages.
     """
 
     prompt: Tokens
@@ -37,15 +37,15 @@ class TokenizedPrompt:
     def beginnings(self) -> list[Tokens]:
         """The token runs that the model must read after the prompt to score every label.
 
-        They are the labels without their last tokens, except for those that another run starts with: a single empty run
-        when all labels are single tokens.
+        The runs are the labels without their last tokens, less every run that begins another run. With single-token labels
+        only, the result is one empty run.
         """
         runs = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
         return [run for run in runs if not any(other != run and other[: len(run)] == run for other in runs)]
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that the model reads for this example."""
+        """Number of tokens of the longest sequence that the model reads for this example."""
         return len(self.prompt) + max(len(tokens) for tokens in self.labels) - 1
 
 
@@ -63,7 +63,7 @@ def tokenize(
     Args:
         tokenizer: The model's tokenizer.
         task: Supplies prompts and labels.
-        records: The examples, one at least.
+        records: The examples, at least one.
         require_labels: Whether an example without its label is an error.
         context: The most tokens of prompt and label (or of prompt and generated answer); None for no limit.
         truncate: Shorten a prompt that is longer than `context`, as LabelScorer describes.
@@ -86,7 +86,7 @@ def tokenize(
         shorter = prompt_tokenizer.shortened(prompts[place], example.origin, context) if truncate else None
         if shorter is None:
             raise ZeroTuningError(
-                f"{example.origin}: prompt and label take {prompt_tokenizer.tokens_needed(example)} tokens,"
+                f"{example.origin}: prompt and label have {prompt_tokenizer.tokens_needed(example)} tokens,"
                 f" more than the model's context of {context}"
             )
         examples[place] = shorter
@@ -94,7 +94,7 @@ def tokenize(
 
 
 def shared_length(examples: Sequence[TokenizedPrompt]) -> int:
-    """How many tokens all prompts begin with; at least one token of each prompt follows them."""
+    """Number of tokens that all prompts begin with; at least one more token of each prompt follows."""
     shortest = min(len(example.prompt) for example in examples) - 1
     first = examples[0].prompt
     for place in range(shortest):
@@ -108,9 +108,9 @@ class _PromptTokenizer:
 
     def __init__(self, tokenizer: Any, task: Task) -> None:
         self._tokenizer, self._task = tokenizer, task
-        self._alone = _LabelsAlone(tokenizer)
+        self._alone = _LabelTokens(tokenizer)
         # The text of a chat template contains all special tokens already.
-        self._appended = 0 if task.chat else tokens_after_text(tokenizer)
+        self._num_appended = 0 if task.chat else tokens_after_text(tokenizer)
 
     def tokens_needed(self, example: TokenizedPrompt) -> int:
         """Tokens of the longest sequence that the model reads or generates for an example."""
@@ -118,13 +118,13 @@ class _PromptTokenizer:
         return example.longest + spare
 
     def tokenize(self, prompts: Sequence[Prompt], origins: Sequence[str]) -> Iterator[TokenizedPrompt]:
-        """The prompts as token ids; an error calls each prompt by its origin."""
+        """The prompts as token ids; `origins` names the prompts in error messages."""
         before_label = [chat_text(self._tokenizer, prompt) if prompt.chat else prompt.text for prompt in prompts]
         texts = [
             text + label for prompt, text in zip(prompts, before_label, strict=True) for label in ("", *prompt.labels)
         ]
         ids = self._tokenizer(texts, add_special_tokens=not self._task.chat)["input_ids"]
-        tokens = iter([tuple(one[: len(one) - self._appended]) for one in ids])
+        tokens = iter([tuple(one[: len(one) - self._num_appended]) for one in ids])
         for prompt, origin in zip(prompts, origins, strict=True):
             prompt_tokens = next(tokens)
             joined = [next(tokens) for _ in prompt.labels]
@@ -143,22 +143,22 @@ class _PromptTokenizer:
             yield TokenizedPrompt(prompt_tokens, labels, -1 if prompt.label is None else prompt.label, origin)
 
     def shortened(self, prompt: Prompt, origin: str, context: int) -> TokenizedPrompt | None:
-        """The prompt without as few shots and characters as make it fit; None where no cut does."""
+        """The prompt that fits the context with the fewest shots and characters removed; None where no prompt fits."""
 
-        def fitting(changed: Prompt) -> TokenizedPrompt | None:
+        def tokenized_if_short(changed: Prompt) -> TokenizedPrompt | None:
             (tokenized,) = self.tokenize([changed], [origin])
             return tokenized if self.tokens_needed(tokenized) <= context else None
 
         for removed in range(1, len(prompt.shots) + 1):
-            tokenized = fitting(replace(prompt, shots=prompt.shots[removed:]))
+            tokenized = tokenized_if_short(replace(prompt, shots=prompt.shots[removed:]))
             if tokenized is not None:
                 return tokenized
         alone = replace(prompt, shots=())
-        # Bisection of the number of characters to cut; one character stays at least.
+        # Bisection of the number of characters to cut; at least one character stays.
         longest, low, high = None, 1, len(prompt.own) - 1
         while low <= high:
             middle = (low + high) // 2
-            tokenized = fitting(replace(alone, own=prompt.own[middle:]))
+            tokenized = tokenized_if_short(replace(alone, own=prompt.own[middle:]))
             if tokenized is None:
                 low = middle + 1
             else:
@@ -184,7 +184,7 @@ class _PromptTokenizer:
 
 
 def _check_texts_differ(prompt: Prompt, origin: str) -> None:
-    """Refuses labels that differ by case or surrounding space only: a generated answer is compared without both."""
+    """Raise an error for labels that are equal up to case and surrounding space, as generated answers are compared."""
     seen: dict[str, str] = {}
     for label in prompt.labels:
         other = seen.setdefault(label.strip().casefold(), label)
@@ -198,7 +198,7 @@ def _check_texts_differ(prompt: Prompt, origin: str) -> None:
 def chat_text(tokenizer: Any, prompt: Prompt) -> str:
     """The prompt's turns in the tokenizer's chat template, up to where the model's answer begins.
 
-    Thinking before the answer, which some templates allow (Qwen3's), is disabled: a label must be able to follow.
+    Thinking before the answer, which some templates allow (Qwen3's), is disabled: the label must follow at once.
 
     Raises:
         ZeroTuningError: The tokenizer has no chat template, or its template refuses the prompt.
@@ -218,7 +218,7 @@ def chat_text(tokenizer: Any, prompt: Prompt) -> str:
 
 
 def tokens_after_text(tokenizer: Any) -> int:
-    """How many tokens the tokenizer appends to a text, such as an end-of-text token, which no label may follow."""
+    """Number of tokens that the tokenizer appends to a text, such as an end-of-text token; no label may follow."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for before in range(len(whole) - len(plain) + 1):
@@ -227,7 +227,7 @@ def tokens_after_text(tokenizer: Any) -> int:
     return 0
 
 
-class _LabelsAlone:
+class _LabelTokens:
     """Tokens of labels by themselves, without special tokens, each label tokenized once."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -240,11 +240,11 @@ class _LabelsAlone:
         return self._tokens_of[label]
 
 
-def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelsAlone, label: str) -> Tokens:
+def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelTokens, label: str) -> Tokens:
     """The tokens of `label` after the prompt.
 
-    Prompt and label are tokenized as one text, as in the model's training data, and the label's tokens are those after
-    the prompt's. Where the tokenizer merges across the border ("Answer: " + "A" has one token " A"), the tokens of the
+    Prompt and label are tokenized as one text, as in the model's training data, and the label's tokens are the tokens
+    after the prompt's. Where the tokenizer merges across the border ("Answer: " + "A" has one token " A"), the tokens of the
     whole text do not begin with the prompt's. The label is then tokenized alone, since all labels need the same prompt.
     """
     if both[: len(prompt)] == prompt and len(both) > len(prompt):

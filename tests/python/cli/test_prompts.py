@@ -156,7 +156,7 @@ def test_truncate_shortens_prompts_that_are_too_long(place: Path, capsys: Any) -
     long = {"text": "good " * 400, "label": 1}
     (place / "long.jsonl").write_text((json.dumps(long) + "\n") * 5, encoding="utf-8")
     message = refusal(capsys, evaluate(data="long.jsonl"))
-    assert "long.jsonl:1: prompt and label take" in message
+    assert "long.jsonl:1: prompt and label have" in message
     assert "more than the model's context of 256" in message
     assert main(evaluate("--truncate", data="long.jsonl")) == 0
     command = [*calibrate("--truncate"), "--data", "long.jsonl", "--task", "task.yaml"]

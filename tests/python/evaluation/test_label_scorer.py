@@ -305,7 +305,7 @@ def test_a_prompt_longer_than_the_models_context_is_an_error_that_names_the_exam
     tiny_model: Any, tiny_tokenizer: Any
 ) -> None:
     records = [{"text": "good", "label": 0}, {"text": "good " * 300, "label": 0}]
-    with pytest.raises(ZeroTuningError, match=r"^example 1: prompt and label take \d+ tokens.* context of 256$"):
+    with pytest.raises(ZeroTuningError, match=r"^example 1: prompt and label have \d+ tokens.* context of 256$"):
         LabelScorer(tiny_model, tiny_tokenizer, SENTIMENT, records)
 
 

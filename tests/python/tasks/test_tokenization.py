@@ -205,7 +205,7 @@ def test_a_prompt_that_no_cut_makes_fit_is_an_error_that_names_the_example(
     tiny_model: Any, chat_tokenizer: Any
 ) -> None:
     chat_tokenizer.chat_template = "z" * 300 + TEMPLATE
-    with pytest.raises(ZeroTuningError, match=r"^example 0: prompt and label take \d+ tokens.* context of 256$"):
+    with pytest.raises(ZeroTuningError, match=r"^example 0: prompt and label have \d+ tokens.* context of 256$"):
         LabelScorer(tiny_model, chat_tokenizer, with_options(FILMS, chat=True), RECORDS[:1], truncate=True)
 
 
