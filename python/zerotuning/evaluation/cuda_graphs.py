@@ -172,7 +172,7 @@ class Recordings:
         with torch.enable_grad(), warnings.catch_warnings(), _without_garbage_collection():
             # Earlier recordings keep the leaves' AccumulateGrad nodes of another stream, which no backward pass uses.
             warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream")
-            # The layers read the leaves in place; the leaves are arguments only to make a replay differentiable in them.
+            # The layers read the leaves in place; as arguments the leaves only make a replay differentiable in them.
             return torch.cuda.make_graphed_callables(  # type: ignore[no-any-return,return-value]
                 run, (*samples.values(), *self.log_scales), num_warmup_iters=2, allow_unused_input=True, pool=self._pool
             )

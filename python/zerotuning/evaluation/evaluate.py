@@ -86,7 +86,7 @@ def evaluate(
             task's test sample.
         limit: Use only the first `limit` examples.
         batch_size: The most sequences in one forward pass.
-        truncate: Shorten prompts that exceed the model's context (see LabelScorer). Otherwise such a prompt is an error.
+        truncate: Shorten prompts that exceed the model's context (see LabelScorer); by default they are an error.
         progress: Draw a progress bar if stderr is a terminal.
 
     Raises:

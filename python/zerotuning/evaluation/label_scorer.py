@@ -1,8 +1,8 @@
 """Scores of labels: log-probabilities of texts after a prompt under a causal language model.
 
 The score of a label is the sum of its tokens' log-probabilities after the prompt, or another function of them (the
-task's `scoring`). Only the necessary logits are computed. If every label is a single token, these are the labels' tokens
-at the last position; otherwise the last few positions of one sequence for each distinct beginning of a label.
+task's `scoring`). Only the necessary logits are computed: with single-token labels those of the labels at the last position,
+otherwise those at the last few positions of one sequence for each distinct beginning of a label.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class LabelScorer:
         forward: Computes the logits. `using` returns a scorer with another forward.
         batches: All examples in batches, fixed by the records, `batch_size` and `batch_tokens`: sorted by length (ties
             in their given order), with at most `batch_size` sequences and, if given, at most `batch_tokens` tokens,
-            padding included. Every batch has at least one example. An example has one sequence, or one for each distinct
+            padding included. A batch has at least one example. An example has one sequence, or one for each distinct
             beginning of its labels where labels have several tokens.
     """
 

@@ -20,7 +20,7 @@ def draw_shots(task: Task, records: Iterable[Mapping[str, Any]], count: int, see
     """Draw solved examples for `task.with_shots`.
 
     The seed determines an order of the records. For a task with fixed labels, each round draws the next record of every
-    label, with the labels in a random order. So the numbers of any two labels differ by at most one until a label has no
+    label, with the labels in a random order. The numbers of any two labels differ by at most one until a label has no
     more records, and with the same seed the first four of eight shots are the shots of a draw of four. For other tasks
     the draw is the first `count` records.
 

@@ -9,7 +9,7 @@ braces. An example is one line of a JSON lines file with the fields of the promp
 `labels`. With `labels: letters` each example has its own `choices`: `{choices}` becomes "A. ...\nB. ..." and the labels
 are " A", " B", and so on.
 
-With `continuation: " {answer}"` in place of labels the right answer is a text of any length, with fields of the example.
+With `continuation: " {answer}"` in place of labels the right answer is any text with fields of the example.
 `chat: true` makes each prompt a user's turn in the tokenizer's chat template; `scoring` is one of SCORINGS; `hub`
 names the data set on the Hugging Face hub (hub.py).
 """
@@ -59,7 +59,7 @@ class Task:
         builtin: Whether the package includes the task.
         continuation: The template of the text that should follow the prompt; empty with labels.
         shots: Solved examples before every prompt (`with_shots`).
-        chat: Whether the prompt is a user's turn in the tokenizer's chat template. Labels are then stripped on the left.
+        chat: Whether the prompt is a user's turn in the tokenizer's chat template. Labels then lose leading spaces.
         scoring: How labels are scored, one of SCORINGS. A continuation has no scoring `first-token`.
         hub: The task's data set on the Hugging Face hub.
         shot_seed: The seed that drew the shots.

@@ -37,8 +37,8 @@ class TokenizedPrompt:
     def beginnings(self) -> list[Tokens]:
         """The token runs that the model must read after the prompt to score every label.
 
-        The runs are the labels without their last tokens, less every run that begins another run. With single-token labels
-        only, the result is one empty run.
+        The runs are the labels without their last tokens, less every run that begins another run. With single-token
+        labels only, the result is one empty run.
         """
         runs = list(dict.fromkeys(tokens[:-1] for tokens in self.labels))
         return [run for run in runs if not any(other != run and other[: len(run)] == run for other in runs)]
@@ -108,7 +108,7 @@ class _PromptTokenizer:
 
     def __init__(self, tokenizer: Any, task: Task) -> None:
         self._tokenizer, self._task = tokenizer, task
-        self._alone = _LabelTokens(tokenizer)
+        self._alone = _LabelsWithoutPrompt(tokenizer)
         # The text of a chat template contains all special tokens already.
         self._num_appended = 0 if task.chat else tokens_after_text(tokenizer)
 
@@ -227,7 +227,7 @@ def tokens_after_text(tokenizer: Any) -> int:
     return 0
 
 
-class _LabelTokens:
+class _LabelsWithoutPrompt:
     """Tokens of labels by themselves, without special tokens, each label tokenized once."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -240,12 +240,12 @@ class _LabelTokens:
         return self._tokens_of[label]
 
 
-def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelTokens, label: str) -> Tokens:
+def _label_tokens(prompt: Tokens, both: Tokens, alone: _LabelsWithoutPrompt, label: str) -> Tokens:
     """The tokens of `label` after the prompt.
 
     Prompt and label are tokenized as one text, as in the model's training data, and the label's tokens are the tokens
-    after the prompt's. Where the tokenizer merges across the border ("Answer: " + "A" has one token " A"), the tokens of the
-    whole text do not begin with the prompt's. The label is then tokenized alone, since all labels need the same prompt.
+    after the prompt's. Where the tokenizer merges across the border ("Answer: " + "A" has one token " A"), the text's
+    tokens do not begin with the prompt's. The label is then tokenized alone: all labels need the same prompt.
     """
     if both[: len(prompt)] == prompt and len(both) > len(prompt):
         return both[len(prompt) :]
