@@ -5,7 +5,7 @@
     scales = zt.calibrate(model, tokenizer, task="sst2").scales
     zt.apply_scales(model, scales)
 
-The names below are loaded on first use: neither `import zerotuning` nor `zerotuning --help` waits for torch.
+The names below are loaded on first use: neither `import zerotuning` nor `zerotuning --help` imports torch.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 #: The module of each lazily loaded name.
-_HOME = {
+_MODULE_OF = {
     "CalibrationOptions": "calibration.options",
     "HeadScales": "patching.head_scales",
     "Task": "tasks.task",
@@ -69,9 +69,9 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name == "ops":
         return importlib.import_module("zerotuning.ops")
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"zerotuning.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(f"zerotuning.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value
 

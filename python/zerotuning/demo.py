@@ -21,8 +21,8 @@ MODEL = "demo"
 TASK = "sst2"
 CALIBRATION_EXAMPLES = 64
 TEST_EXAMPLES = 400
-# Fewer steps, folds and examples a step than the defaults, whose gain is small with so few examples: processors without
-# bfloat16 instructions need seven times the time of others.
+# Fewer steps, folds and examples in a step than the defaults. The defaults would gain little with so few examples, and
+# processors without bfloat16 instructions are seven times slower than others.
 STEPS = 20
 STEP_EXAMPLES = 16
 FOLDS = 1
@@ -31,12 +31,12 @@ FOLDS = 1
 def run_demo(output: str | os.PathLike[str], *, overwrite: bool = False, progress: bool = True) -> dict[str, Any]:
     """Run the demo, print its table and write the scales, their picture and report.json.
 
-    Nothing is written before everything is measured.
+    All files are written after the last measurement.
 
     Args:
         output: The folder of the result.
         overwrite: Replace a result in `output`.
-        progress: Draw progress bars on stderr, if that is a terminal.
+        progress: Draw progress bars if stderr is a terminal.
 
     Returns:
         The report: `untuned` and `tuned` (examples, accuracy in [0, 1], loss and entropy in nats, seconds); `seconds`
@@ -46,12 +46,12 @@ def run_demo(output: str | os.PathLike[str], *, overwrite: bool = False, progres
         ZeroTuningError: `output` holds a result or cannot be written, or the model cannot be fetched.
     """
     with result_folder(output, overwrite=overwrite) as folder:
-        measured = _measure(progress)
-        return _write_and_print(measured, folder)
+        figures = _measure(progress)
+        return _write_and_print(figures, folder)
 
 
 @dataclass(frozen=True)
-class _Measured:
+class _DemoFigures:
     model_name: str
     dtype: str
     untuned: Evaluation
@@ -60,7 +60,7 @@ class _Measured:
     seconds: float
 
 
-def _measure(progress: bool) -> _Measured:
+def _measure(progress: bool) -> _DemoFigures:
     from zerotuning.calibration.calibrate import calibrate
     from zerotuning.evaluation.evaluate import evaluate
     from zerotuning.models.demo_model import demo_model_path
@@ -94,15 +94,15 @@ def _measure(progress: bool) -> _Measured:
     _print_step(f"Tuned: the same {len(test_examples)} test examples")
     tuned = evaluate(model, tokenizer, task, test_examples, progress=progress)
     dtype = str(model.dtype).removeprefix("torch.")
-    return _Measured(file.name, dtype, untuned, tuned, calibration, round(time.perf_counter() - started, 3))
+    return _DemoFigures(file.name, dtype, untuned, tuned, calibration, round(time.perf_counter() - started, 3))
 
 
-def _write_and_print(measured: _Measured, folder: Path) -> dict[str, Any]:
+def _write_and_print(figures: _DemoFigures, folder: Path) -> dict[str, Any]:
     from zerotuning.plots.head_map import plot_head_map
     from zerotuning.plots.style import can_plot
 
-    report = _report(measured)
-    scales = measured.calibration.scales
+    report = _report(figures)
+    scales = figures.calibration.scales
     scales.save_pretrained(folder, overwrite=True)
     written = ["scales"]
     if can_plot():
@@ -110,26 +110,26 @@ def _write_and_print(measured: _Measured, folder: Path) -> dict[str, Any]:
         written.append(PICTURE_FILE)
     write_json_atomically(folder / REPORT_FILE, report)
     (folder / STATE_FILE).unlink(missing_ok=True)
-    print(_table(measured.untuned, measured.tuned))
-    if not measured.calibration.improved:
+    print(_table(figures.untuned, figures.tuned))
+    if not figures.calibration.improved:
         print("\nNothing better than γ = 1 was found on the held-out examples: every γ stays 1.")
-    print(f"\n{scales.gamma.numel()} scales, no weight changed, {measured.seconds:.0f} s in all")
+    print(f"\n{scales.gamma.numel()} scales, no weight changed, {figures.seconds:.0f} s in all")
     print(f"In {folder}: {', '.join([*written, REPORT_FILE])}")
     return report
 
 
-def _report(measured: _Measured) -> dict[str, Any]:
+def _report(figures: _DemoFigures) -> dict[str, Any]:
     import torch
     import transformers
 
     return {
         "task": TASK,
-        "model": measured.model_name,
-        "dtype": measured.dtype,
-        "untuned": _figures(measured.untuned),
-        "tuned": _figures(measured.tuned),
-        "seconds": measured.seconds,
-        "calibration": measured.calibration.report,
+        "model": figures.model_name,
+        "dtype": figures.dtype,
+        "untuned": _to_json(figures.untuned),
+        "tuned": _to_json(figures.tuned),
+        "seconds": figures.seconds,
+        "calibration": figures.calibration.report,
         "versions": {
             "zerotuning": __version__,
             "torch": torch.__version__,
@@ -143,7 +143,7 @@ def _print_step(text: str) -> None:
     print(f"{text} …", flush=True)
 
 
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
+def _to_json(evaluation: Evaluation) -> dict[str, Any]:
     return {name: value for name, value in evaluation.to_json().items() if name != "task"}
 
 
