@@ -1,4 +1,4 @@
-"""What the commands' parsers share: the parser class, the types of arguments, groups of arguments."""
+"""Parts of all commands' parsers: the parser class, the types of arguments, groups of arguments."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def add_command(commands: Any, name: str, run: Run, help: str, **settings: Any) 
 
 
 class RenamedOption(argparse.Action):
-    """The old name of an option, kept for one version: hidden in the help, and stderr names the new one."""
+    """The old name of an option, kept for one version. The help omits it; its use prints a warning with the new name."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, new_name: str, **settings: Any) -> None:
         """Store into `dest`, as the option `new_name` does."""
@@ -61,11 +61,11 @@ class RenamedOption(argparse.Action):
 
 
 def add_model_and_task(parser: argparse.ArgumentParser, default_data: str, *, several_tasks: bool = False) -> None:
-    """Add --model, --task, --data, --batch-size, --dtype and where the model is placed.
+    """Add --model, --task, --data, --batch-size, --dtype and the options of the model's placement.
 
     Args:
         parser: The command's parser.
-        default_data: What the examples are without --data, for the help.
+        default_data: The examples that are used without --data, for the help.
         several_tasks: Whether --task and --data may be given several times.
     """
     add = parser.add_argument
@@ -91,13 +91,7 @@ def add_model_and_task(parser: argparse.ArgumentParser, default_data: str, *, se
         help="the examples: a JSON lines file, hub for the built-in task's data set on the Hugging Face hub, or "
         f"hub:owner/name[/config][:split] (default: {default_data}){'; once for each --task' if several_tasks else ''}",
     )
-    add(
-        "--batch-size",
-        metavar="N",
-        type=positive_int,
-        default=16,
-        help="number of prompts in one forward pass (default: %(default)s)",
-    )
+    add_batch_size(parser)
     add_dtype(parser)
     placement = parser.add_mutually_exclusive_group()
     placement.add_argument("--device", metavar="DEVICE", help=DEVICE_HELP)
@@ -111,6 +105,17 @@ def add_model_and_task(parser: argparse.ArgumentParser, default_data: str, *, se
 
 DEVICE_HELP = "a torch device such as cpu or cuda:0 (default: a GPU if there is one)"
 DEVICE_MAP_HELP = "spread the layers over GPUs, CPU and disk: auto, balanced or another name that transformers accepts"
+
+
+def add_batch_size(parser: argparse.ArgumentParser) -> None:
+    """Add --batch-size."""
+    parser.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=positive_int,
+        default=16,
+        help="number of prompts in one forward pass (default: %(default)s)",
+    )
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
@@ -134,9 +139,9 @@ def add_prompts(parser: argparse.ArgumentParser, *, several_tasks: bool = False)
     """
     add = parser.add_argument_group("prompts").add_argument
     source = (
-        "the calibration's own examples, which are then not calibrated on"
+        "the calibration's own examples, which the search then leaves out"
         if several_tasks
-        else ("the task's validation examples")
+        else "the task's validation examples"
     )
     add(
         "--shots",
@@ -166,19 +171,20 @@ def add_prompts(parser: argparse.ArgumentParser, *, several_tasks: bool = False)
     add(
         "--scoring",
         choices=SCORINGS,
-        help="how a label is scored: by the sum or the mean of its tokens' log-probabilities, by that of its first "
-        "token, or by whether the generated text begins with it (default: the task's own setting, else sum)",
+        help="how a label is scored: by the sum or the mean of its tokens' log-probabilities, by its first "
+        "token's log-probability, or by whether the generated text begins with the label (default: the task's own "
+        "setting, else sum)",
     )
     add(
         "--truncate",
         action="store_true",
         help="shorten prompts that exceed the model's context from the left, whole few-shot examples first "
-        "(default: they are an error)",
+        "(default: such a prompt is an error)",
     )
     return add
 
 
-# Types of arguments. Each takes the text of an argument and raises ArgumentTypeError for a wrong one.
+# Types of arguments. Each function parses the text of an argument and raises ArgumentTypeError if the text is wrong.
 
 
 def positive_int(text: str) -> int:
@@ -238,14 +244,14 @@ def prior(text: str) -> str | tuple[float, ...]:
 
 def layers(text: str) -> tuple[int, ...]:
     """Parse layers and ranges of layers, such as 0-7,12."""
-    found: list[int] = []
+    result: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < 10**6):
             raise argparse.ArgumentTypeError(f"must be layers such as 0-7,12, got {text!r}")
-        found.extend(range(int(first), int(last) + 1))
-    return tuple(found)
+        result.extend(range(int(first), int(last) + 1))
+    return tuple(result)
 
 
 def layer_head_pairs(text: str) -> tuple[tuple[int, int], ...]:

@@ -1,4 +1,4 @@
-"""`zerotuning bench`: speed, and what examples are worth, against other implementations in the same run."""
+"""`zerotuning bench`: speed, and accuracy by number of examples, against other implementations and methods."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
         "--num-shot-candidates",
         type=positive_int,
         metavar="N",
-        help="number of random sets of few-shot examples to compare, beside none, by short searches (default: 4)",
+        help="number of random sets of few-shot examples to compare by short searches, beside prompts without any "
+        "(default: 4)",
     )
     add(
         "--shot-draws",

@@ -116,7 +116,7 @@ def _add_search(add: Any) -> None:
         "--seconds",
         metavar="S",
         type=seconds,
-        help="end the search after S seconds, those before a resumption included (default: no limit)",
+        help="end the search after S seconds, time before an interruption included (default: no limit)",
     )
     add(
         "--seed",
@@ -156,8 +156,8 @@ def _add_folds_and_penalties(add: Any) -> None:
         "--combine",
         choices=COMBINATIONS,
         default=DEFAULTS.combine,
-        help="average: the result is the mean of the folds' log γ; refit: one more search on all examples, as long as "
-        "was best on the held-out ones (default: %(default)s)",
+        help="average: the result is the mean of the folds' log γ; refit: one more search on all examples, with the "
+        "number of steps that was best on the held-out examples (default: %(default)s)",
     )
     l2_penalties = ",".join(f"{penalty:g}" for penalty in DEFAULTS.l2_penalties)
     add(
@@ -180,13 +180,13 @@ def _add_folds_and_penalties(add: Any) -> None:
 
 def _add_heads(add: Any) -> None:
     add("--layers", metavar="L[,L-M…]", type=layers, help="tune only heads of these layers, such as 0-7,12")
-    add("--heads", metavar="L:H[,L:H…]", type=layer_head_pairs, help="tune only these heads, as layer:head pairs")
+    add("--heads", metavar="L:H[,L:H…]", type=layer_head_pairs, help="tune only these heads, given as layer:head pairs")
     add(
         "--exclude-heads",
         metavar="L:H[,L:H…]",
         type=layer_head_pairs,
         default=DEFAULTS.exclude_heads,
-        help="leave these heads as they are, as layer:head pairs",
+        help="do not tune these heads, given as layer:head pairs",
     )
     add(
         "--tie",
@@ -197,12 +197,12 @@ def _add_heads(add: Any) -> None:
     add(
         "--start",
         metavar="DIR",
-        help="folder of head scales to start from; heads that are not tuned keep theirs (default: every γ is 1)",
+        help="folder of head scales to start from; heads that are not tuned keep their scales (default: every γ is 1)",
     )
 
 
 def options_of(arguments: argparse.Namespace) -> CalibrationOptions:
-    """Return the options of a parsed command line. Fields without a flag have their default."""
+    """Return the options of a parsed command line. Fields without an argument have their default."""
     names = [field.name for field in fields(CalibrationOptions) if hasattr(arguments, field.name)]
     return CalibrationOptions(**{name: getattr(arguments, name) for name in names})
 
@@ -223,8 +223,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _read_candidates(arguments: argparse.Namespace) -> tuple[list[list[Task]], list[list[Record]]]:
     """Each task with each candidate set of few-shot examples, and each task's records."""
-    data_files = _one_each(arguments.task, arguments.data, "--data")
-    shot_files = _one_each(arguments.task, arguments.shot_data, "--shot-data")
+    data_files = _one_file_per_task(arguments.task, arguments.data, "--data")
+    shot_files = _one_file_per_task(arguments.task, arguments.shot_data, "--shot-data")
     if arguments.num_shot_candidates > 1 and not arguments.shots:
         raise ZeroTuningError(
             f"--num-shot-candidates {arguments.num_shot_candidates} compares sets of few-shot examples: "
@@ -248,9 +248,9 @@ def _candidates(arguments: argparse.Namespace, task: Task, records: list[Record]
     return shot_candidates(task, source, arguments.shots, arguments.shot_seed, arguments.num_shot_candidates)
 
 
-def _one_each(tasks: Sequence[str], files: Sequence[str] | None, option: str) -> Sequence[str | None]:
+def _one_file_per_task(tasks: Sequence[str], files: Sequence[str] | None, option: str) -> Sequence[str | None]:
     if files is not None and len(files) != len(tasks):
-        raise ZeroTuningError(f"{option} must come once for each --task ({len(tasks)}), got {len(files)}")
+        raise ZeroTuningError(f"{option} must be given once for each --task ({len(tasks)}), got {len(files)}")
     return files or [None] * len(tasks)
 
 

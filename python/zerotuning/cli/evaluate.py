@@ -90,7 +90,7 @@ def _report(arguments: argparse.Namespace, evaluation: Evaluation, output: Path 
     print("  accuracy     loss   entropy   seconds")
     loss, entropy = ("–" if value is None else f"{value:.4f}" for value in (evaluation.loss, evaluation.entropy))
     print(f"  {percent(evaluation.accuracy):>8}  {loss:>7}   {entropy:>7}  {evaluation.seconds:8.1f}")
-    if output is not None:  # last: figures that cannot be written have been printed
+    if output is not None:  # last, so that the figures are printed even if writing fails
         figures = {
             **evaluation.to_json(),
             "model": arguments.model,

@@ -1,4 +1,4 @@
-"""What several commands read before they load a model: tasks with their examples, and head scales."""
+"""The inputs that several commands read before they load a model: tasks with their examples, and head scales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_task(arguments: argparse.Namespace, split: str) -> tuple[Task, list[Rec
 
     Args:
         arguments: task, data, chat and scoring of the command line.
-        split: The part of the data that is read where `data` names none: validation or test.
+        split: The part of the data that is read by default: validation or test.
 
     Returns:
         The task, with the command line's chat and scoring, and its examples.
@@ -66,5 +66,5 @@ def read_scales(name: str) -> HeadScales:
 
 
 def percent(fraction: float | None) -> str:
-    """Write a fraction as a percentage; a missing one as a dash."""
+    """Write a fraction as a percentage, None as a dash."""
     return "–" if fraction is None else f"{100 * fraction:.1f} %"

@@ -1,4 +1,4 @@
-"""`zerotuning inspect`: what a set of head scales is, and a map of them."""
+"""`zerotuning inspect`: the origin of a set of head scales, the heads with the largest changes, and a map."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def add_to(commands: Any) -> None:
         run,
         "run lm-evaluation-harness's own command line, with --model zerotuning --model_args pretrained=MODEL,scales=DIR",
         add_help=False,
-        prefix_chars="\0",  # every argument is lm-eval's, --help among them
+        prefix_chars="\0",  # lm-eval parses every argument, --help among them
     ).add_argument("arguments", nargs="*", help="arguments of lm_eval")
 
 

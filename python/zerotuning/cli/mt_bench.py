@@ -38,7 +38,7 @@ def _add_answer(parts: Any) -> None:
     parser.set_defaults(is_resumable=_has_output_file)
     _add_model(parser)
     add = parser.add_argument
-    add("--model-id", metavar="NAME", help="the model's name in the file (default: made of --model and --scales)")
+    add("--model-id", metavar="NAME", help="the model's name in the file (default: the names of --model and --scales)")
     add("--limit", metavar="N", type=positive_int, help="use the first N questions (default: all 80)")
     add(
         "--max-new-tokens",
@@ -76,7 +76,7 @@ def _add_answer(parts: Any) -> None:
         default=8,
         help="number of questions answered together (default: %(default)s)",
     )
-    add("--overwrite", action="store_true", help="discard what FILE.jsonl holds and start again")
+    add("--overwrite", action="store_true", help="discard the answers in FILE.jsonl and start again")
     add("--output", metavar="FILE.jsonl", required=True, help="write the answers to this file, in FastChat's format")
 
 
@@ -92,7 +92,7 @@ def _add_judge(parts: Any) -> None:
     add(
         "--api-key-env",
         metavar="VARIABLE",
-        help="environment variable that holds the endpoint's key (default: OPENAI_API_KEY, where it is set)",
+        help="environment variable that holds the endpoint's key (default: OPENAI_API_KEY, if that variable is set)",
     )
     add(
         "--prompts",
@@ -104,7 +104,7 @@ def _add_judge(parts: Any) -> None:
         metavar="FILE.jsonl",
         help="reference answers to the questions on math, reasoning and coding, in FastChat's format (default: none)",
     )
-    add("--overwrite", action="store_true", help="discard what the output holds and start again")
+    add("--overwrite", action="store_true", help="discard the judgments in FILE.jsonl and start again")
     add("--output", metavar="FILE.jsonl", required=True, help="write the judgments to this file, in FastChat's format")
 
 

@@ -1,4 +1,4 @@
-"""Where a command's model goes: the device, the other processes that torchrun started, loading."""
+"""The placement of a command's model: the device, the processes that torchrun started, loading."""
 
 from __future__ import annotations
 

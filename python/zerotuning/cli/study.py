@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from zerotuning.cli.arguments import DEVICE_HELP, RenamedOption, add_command, add_dtype, positive_int
+from zerotuning.cli.arguments import DEVICE_HELP, RenamedOption, add_batch_size, add_command, add_dtype, positive_int
 from zerotuning.study.names import STUDIES
 
 
@@ -57,16 +57,10 @@ def add_to(commands: Any) -> None:
         help="number of validation examples that settings are chosen on (default: by --size)",
     )
     add("--limit", metavar="N", type=positive_int, help="number of test examples of each task (default: by --size)")
-    add(
-        "--batch-size",
-        metavar="N",
-        type=positive_int,
-        default=16,
-        help="number of prompts in one forward pass (default: %(default)s)",
-    )
+    add_batch_size(parser)
     add_dtype(parser)
     add("--device", metavar="DEVICE", help=DEVICE_HELP)
-    add("--overwrite", action="store_true", help="discard what DIR holds and measure everything again")
+    add("--overwrite", action="store_true", help="discard the measurements in DIR and measure everything again")
     add("--output", metavar="DIR", required=True, help="folder of the measurements, pictures and table")
 
 

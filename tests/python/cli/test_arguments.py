@@ -48,7 +48,7 @@ from zerotuning.cli.main import main, make_parser
         (calibrate("--heads", "3"), "argument --heads: must be layer:head pairs such as 3:0,12:8, got '3'"),
         (calibrate("--exclude-heads", "0:4"), "exclude_heads: the model's heads are 0 to 3, got 4"),
         (calibrate("--start", "nowhere"), "scales folder nowhere does not exist"),
-        (calibrate("--task", "sst2"), "--data must come once for each --task (2), got 1"),
+        (calibrate("--task", "sst2"), "--data must be given once for each --task (2), got 1"),
         (calibrate("--method", "cma-es", "--folds", "3"), "folds are for the method gradient, got 3 with cma-es"),
         (["bench", "coffee"], "argument kind: invalid choice: 'coffee'"),
     ],

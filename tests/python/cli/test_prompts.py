@@ -227,7 +227,7 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (calibrate("--shots", "15"), "shots must be at most 14, the number of examples to draw from, got 15"),
         (
             calibrate("--shots", "1", "--shot-data", "a.jsonl", "--shot-data", "b.jsonl"),
-            "--shot-data must come once for each --task (1), got 2",
+            "--shot-data must be given once for each --task (1), got 2",
         ),
         (evaluate("--chat"), "chat needs a tokenizer with a chat template, model has none"),
         (evaluate("--scoring", "best"), "argument --scoring: invalid choice: 'best'"),
