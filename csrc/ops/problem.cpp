@@ -164,9 +164,9 @@ Problem check_problem(AttentionArguments arguments) {
 void check_key_mask_to_encode(const Tensor& key_mask, int64_t keys) {
   require(key_mask.dim() == 2, "key_mask must be [B, keys], got ", Shape{key_mask});
   check_dtype("key_mask", key_mask, ScalarType::Bool);
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  require(keys >= 0 && keys <= most && key_mask.size(0) <= most, "batch and keys must be 0 to ",
-          most, ", got ", key_mask.size(0), " and ", keys);
+  constexpr int64_t max_size = std::numeric_limits<int32_t>::max();
+  require(keys >= 0 && keys <= max_size && key_mask.size(0) <= max_size,
+          "batch and keys must be 0 to ", max_size, ", got ", key_mask.size(0), " and ", keys);
 }
 
 void check_backward(const Problem& p, const BackwardArguments& backward) {

@@ -81,28 +81,29 @@ class Scanner {
   }
 
  private:
-  // The next character that is no white space, '\0' at the end.
+  // The next character that is not white space, '\0' at the end.
   char peek() {
-    while (at_ < text_.size() && std::string(" \t\r\n").find(text_[at_]) != std::string::npos)
-      ++at_;
-    return at_ < text_.size() ? text_[at_] : '\0';
+    while (position_ < text_.size() &&
+           std::string(" \t\r\n").find(text_[position_]) != std::string::npos)
+      ++position_;
+    return position_ < text_.size() ? text_[position_] : '\0';
   }
 
-  bool next_is(char wanted) {
-    if (peek() != wanted) return false;
-    ++at_;
+  bool next_is(char character) {
+    if (peek() != character) return false;
+    ++position_;
     return true;
   }
 
-  void expect(char wanted) {
-    if (!next_is(wanted)) unexpected(std::string("'") + wanted + "'");
+  void expect(char character) {
+    if (!next_is(character)) unexpected(std::string("'") + character + "'");
   }
 
   [[noreturn]] void unexpected(const std::string& expected) {
     const char got = peek();
     fail("no JSON object of numbers, strings and lists: expected " + expected + " at character " +
-         std::to_string(at_ + 1) + ", got " +
-         (got == '\0' ? std::string("the end") : "'" + text_.substr(at_, 20) + "'"));
+         std::to_string(position_ + 1) + ", got " +
+         (got == '\0' ? std::string("the end") : "'" + text_.substr(position_, 20) + "'"));
   }
 
   StateValue value() {
@@ -118,27 +119,27 @@ class Scanner {
   // A string with its quotes (no field contains escapes), or a word of letters and the characters
   // of numbers, such as -1.5e+300 or true.
   std::string scalar() {
-    const size_t begin = peek() == '\0' ? text_.size() : at_;
+    const size_t begin = peek() == '\0' ? text_.size() : position_;
     if (next_is('"')) {
-      at_ = text_.find('"', at_);
-      if (at_ == std::string::npos) {
-        at_ = text_.size();
+      position_ = text_.find('"', position_);
+      if (position_ == std::string::npos) {
+        position_ = text_.size();
         unexpected("'\"'");
       }
-      ++at_;
+      ++position_;
     } else {
       const auto belongs = [](char c) {
         return (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || c == 'E' || c == '+' ||
                c == '-' || c == '.';
       };
-      while (at_ < text_.size() && belongs(text_[at_])) ++at_;
-      if (at_ == begin) unexpected("a value");
+      while (position_ < text_.size() && belongs(text_[position_])) ++position_;
+      if (position_ == begin) unexpected("a value");
     }
-    return text_.substr(begin, at_ - begin);
+    return text_.substr(begin, position_ - begin);
   }
 
   const std::string& text_;
-  size_t at_ = 0;
+  size_t position_ = 0;
 };
 
 bool same_scalar(const std::string& a, const std::string& b) {

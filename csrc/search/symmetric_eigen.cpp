@@ -147,9 +147,9 @@ void ql_step(Tridiagonal& t, size_t low, size_t high) {
 SymmetricEigen symmetric_eigen(const std::vector<double>& matrix, int64_t n) {
   const auto size = static_cast<size_t>(n);
   Tridiagonal t = tridiagonalise(symmetric_from_lower(matrix, size), size);
-  constexpr int kMostSteps = 100;  // two or three for each value are usual
+  constexpr int kMaxSteps = 100;  // two or three for each value are usual
   for (size_t low = 0; low < size; ++low) {
-    for (int step = 0; step < kMostSteps; ++step) {
+    for (int step = 0; step < kMaxSteps; ++step) {
       const size_t high = block_end(t, low);
       if (high == low) break;
       ql_step(t, low, high);

@@ -150,10 +150,10 @@ Call begin(const Problem& p) {
   require(p.head_size <= max_head_size && p.value_head_size <= max_head_size,
           "head sizes on a GPU go up to ", max_head_size, ", got ", p.head_size, " (query) and ",
           p.value_head_size, " (value)");
-  constexpr int64_t most = std::numeric_limits<int32_t>::max();
-  require(p.batch <= most && p.heads <= most && p.queries <= most && p.keys <= most,
-          "batch, heads, queries and keys on a GPU go up to ", most, " each, got ", p.batch, ", ",
-          p.heads, ", ", p.queries, " and ", p.keys);
+  constexpr int64_t max_size = std::numeric_limits<int32_t>::max();
+  require(p.batch <= max_size && p.heads <= max_size && p.queries <= max_size && p.keys <= max_size,
+          "batch, heads, queries and keys on a GPU go up to ", max_size, " each, got ", p.batch,
+          ", ", p.heads, ", ", p.queries, " and ", p.keys);
   const int32_t index = p.query.get_device_index();
   Call call{
       .guard = torch::stable::accelerator::DeviceGuard(index),
