@@ -1,7 +1,7 @@
 # One C++ runtime in the process: torch loads libstdc++.so.6 and libgcc_s.so.1, and the libraries here must use the same.
 #
 # A compiler that links libstdc++ statically (conda toolchains, cluster modules, wrappers with -static-libstdc++) gives each
-# library a copy of the runtime. An exception that one copy throws and another catches then loses its type or ends the process.
+# library a copy of the runtime. An exception thrown in one copy and caught in another then loses its type or ends the process.
 # With the shared libraries named in front of the compiler's own libraries, every symbol of the runtime resolves to the shared
 # libraries. Measured with GCC
 # 12 and -static-libstdc++ -static-libgcc: the libraries need libstdc++.so.6 and libgcc_s.so.1 and have the size of an ordinary

@@ -42,7 +42,7 @@ struct MergeArguments {
   Strided4<const void> part_output, part_logsumexp;
 };
 
-// Adds one array to another in place: the gradients of a piece to those of all keys.
+// Adds one array to another in place: the gradients of a piece to the gradients of all keys.
 struct AddArguments {
   DType dtype;
   int64_t batch, heads, rows, columns;

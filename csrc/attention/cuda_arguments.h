@@ -26,12 +26,13 @@ struct CudaDevice {
   int32_t index;                       // of the device, below max_devices
 
   // Whether a kernel may be launched while its predecessor runs (programmatic dependent launch).
-  // Kernels compiled for sm_90 or later wait for their predecessor themselves; older ones do not.
+  // Only kernels that are compiled for sm_90 or later wait for their predecessor themselves.
   bool supports_dependent_launch() const { return compiled_capability >= 90; }
 };
 
-// Finds the compute capability that the kernels chosen for the current device were compiled for. It
-// is lower than the device's own if the build has only PTX of an older architecture.
+// Finds the compute capability that the kernels chosen for the current device were compiled for.
+// This capability is lower than the device's capability if the build has only PTX of an older
+// architecture.
 cudaError_t compiled_capability_of_kernels(int32_t& capability);
 
 // The mask of a call and the keys whose logits are scaled. The kernels read the arrays on the
@@ -60,7 +61,7 @@ struct CudaAttention {
   Strided4<const void> query, key, value;
   const void* log_scale;  // [batch, heads]; float64 for float64, else float32
   int64_t log_scale_batch_stride, log_scale_head_stride;  // batch stride 0: one vector [heads]
-  // Forward's results; CudaAttentionGradients has them for backward.
+  // Forward's results. For backward, CudaAttentionGradients has these arrays.
   Strided4<void> output;  // [batch, heads, queries, value_head_size]
   // [batch, heads, queries, 1], natural logarithm, dtype of log_scale; data may be null.
   Strided4<void> logsumexp;
@@ -71,7 +72,7 @@ struct CudaAttention {
 };
 
 struct CudaAttentionGradients {
-  // Forward's results; output_minus_initial_value.data is null if it was not kept.
+  // Forward's results; output_minus_initial_value.data is null if forward did not compute it.
   Strided4<const void> output, logsumexp, output_minus_initial_value;
   Strided4<const void> grad_output;
   Strided4<void> grad_query, grad_key, grad_value;

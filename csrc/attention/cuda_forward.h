@@ -6,7 +6,7 @@
 namespace zerotuning::attention {
 
 // Any dtype, head size up to 256, length and geometry, without tensor cores: float32 arithmetic
-// (float64 for float64). The exact route, against which the fast ones are tested.
+// (float64 for float64). The exact route, against which the fast routes are tested.
 cudaError_t attention_plain(const CudaAttention& arguments, cudaStream_t stream);
 
 // Tensor cores of Hopper (sm_90a): bfloat16 or float16, head sizes up to 256 (multiples of 8),

@@ -10,7 +10,7 @@ namespace zerotuning::attention {
 //   s = scale q·k_0 + log_scale;  m = max(s, lse)
 //   o = (e^{s-m} v_0 + e^{lse-m} o_1) / (e^{s-m} + e^{lse-m})
 // `partial` (o_1) and `partial_logsumexp` (lse) hold rows first_row, first_row + 1, ... of the
-// result; rows before them attend to the initial token only. 16-bit dtypes.
+// result; rows before first_row attend to the initial token only. 16-bit dtypes.
 cudaError_t initial_token_merge(const CudaAttention& arguments, const Strided4<const void>& partial,
                                 const Strided4<const void>& partial_logsumexp, int32_t first_row,
                                 const CudaDevice& device, cudaStream_t stream);
@@ -31,7 +31,7 @@ struct TorchKernelGradients {
 
 // Completes torch's gradients with the initial token's share. With a = exp(scale q·k_0 + log_scale
 // - lse) and ds = a (do·v_0 - do·o), where v_0 - o is
-// -output_minus_initial_value if that is given:
+// -output_minus_initial_value if that array is given:
 //   grad_query = torch.query + scale ds k_0;  grad_key[0] = sum scale ds q;
 //   grad_value[0] = sum a do;  grad_log_scale = sum ds
 // The caller passes torch's arrays as grad_key and grad_value: only the row of the scaled key is

@@ -1,6 +1,6 @@
 // The encoding of a key mask with positions, int64 [batch, 1, header + words, 1], that the mask
 // function of a patched model returns for a decode step. zerotuning/attention/mask_encoding.py
-// decodes it.
+// decodes this encoding.
 #pragma once
 
 #include <cstdint>

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 // Always inlined: these functions are compiled for several instruction sets, and the linker must
-// not keep one set's copy for another.
+// not use one instruction set's copy for another.
 #define ZEROTUNING_INLINE inline __attribute__((always_inline))
 
 namespace zerotuning::attention {

@@ -74,7 +74,7 @@ Result call_forward(const ForwardOperator<Result>& forward, const at::Tensor& qu
                       options.query_start, options.window, scale);
 }
 
-// save_for_backward keeps an undefined tensor for an optional argument that is absent.
+// In the variables of save_for_backward, an undefined tensor stands for an absent argument.
 inline OptionalTensor optional_if_defined(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }

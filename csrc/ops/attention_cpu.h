@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> attention_cpu(const Problem& problem,
 // Gradients of query, key, value and log_scale.
 FourTensors attention_backward_cpu(const Problem& problem, const BackwardArguments& backward);
 
-// output [B, H, Tq, Dv]. With one query, keys and values are read once for the heads that share
-// them.
+// output [B, H, Tq, Dv]. With one query, keys and values are read once for all heads of a key
+// head.
 Tensor decode_attention_cpu(const Problem& problem);
 
 }  // namespace zerotuning::ops

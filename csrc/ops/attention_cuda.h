@@ -19,7 +19,7 @@ FourTensors attention_backward_cuda(const Problem& problem, const BackwardArgume
                                     Route route = Route::automatic);
 
 // output [B, H, Tq, Dv], or transposed [B, Tq, H, Dv]. With up to 16 queries, keys and values are
-// read once for up to 32 rows (heads times queries) that share them.
+// read once for up to 32 rows (heads times queries) of a key head.
 Tensor decode_attention_cuda(const Problem& problem, DecodeRoute route = DecodeRoute::automatic,
                              bool transpose = false);
 

@@ -63,9 +63,9 @@ struct Lengths {
 // Torch's faster kernel for the card and the head size.
 Route torch_kernel(const StaticCall& call, const Card& card);
 
-// The lengths for which torch_kernel computes the gradients because it is the only fast kernel that
-// supports the call, or is faster than our Hopper kernel. For these lengths backward needs
-// output_minus_initial_value.
+// The lengths for which torch_kernel computes the gradients because torch_kernel is the only fast
+// kernel that supports the call, or is faster than our Hopper kernel. For these lengths backward
+// needs output_minus_initial_value.
 Lengths torch_gradient_lengths(const StaticCall& call, const Card& card);
 
 // Whether a kernel can compute the call; `plain` can compute every call.

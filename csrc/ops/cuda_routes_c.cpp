@@ -1,6 +1,6 @@
 // cuda_routes.h for Python's ctypes (python/zerotuning/cuda_routes.py). Fake kernels call these
 // functions while torch traces a graph; operators cannot be called there. The structs are plain C:
-// when Python loads the library, it compares their sizes with those of its own structs.
+// when Python loads the library, Python compares the sizes of both sides' structs.
 #include "ops/cuda_routes.h"
 
 #if defined(_MSC_VER)

@@ -1,4 +1,4 @@
-// The operators' functions for CUDA, in a library of its own: it needs a torch that has CUDA.
+// The operators' functions for CUDA, in a separate library, which needs a torch with CUDA.
 #include <torch/csrc/stable/library.h>
 
 #include "ops/attention_cuda.h"

@@ -229,7 +229,7 @@ void CmaEsOptimizer::update_covariance(const std::vector<std::vector<double>>& s
 }
 
 // sigma <- sigma exp(c_sigma/d_sigma (|p_sigma| / E|N(0, I)| - 1)). On a plateau, where 70 % of the
-// losses equal the least one, sigma grows further, so that the search leaves it.
+// losses equal the least one, sigma grows further, so that the search leaves the plateau.
 void CmaEsOptimizer::update_sigma(bool flat) {
   const double rate = parameters_.sigma_path_rate / parameters_.sigma_damping;
   const double excess = length(state_.sigma_path) / parameters_.expected_normal_length - 1;

@@ -25,7 +25,7 @@ struct CmaEsOptions {
   int64_t evaluations = 1000;
   // Whether the covariance is diagonal; unset: above 200 dimensions.
   std::optional<bool> diagonal{};
-  // > 0; every |x| stays within it (bounded_interval.h).
+  // > 0; every |x| stays within this bound (bounded_interval.h).
   double max_abs_log_scale = 4.0;
   // >= 0; the search ends when the losses of recent generations lie this close together.
   double tolfun = 1e-10;
@@ -37,7 +37,7 @@ struct CmaEsOptions {
 
 // (mu/mu_w, lambda)-CMA-ES with active covariance updates after Hansen, "The CMA Evolution
 // Strategy: A Tutorial", arXiv 1604.00772. Only the ranks of the losses count, so that any
-// increasing function of them gives the same search.
+// increasing function of the losses gives the same search.
 //
 // One ask() is one generation. The search ends when the budget does not suffice for another
 // generation, or when it has converged. A failed evaluation ranks last.

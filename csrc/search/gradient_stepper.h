@@ -31,7 +31,7 @@ struct GradientOptions {
   double epsilon = 1e-8;
   // >= 0; l2_penalty/2 * |x|^2 is added to the loss.
   double l2_penalty = 1e-4;
-  // > 0; every |x| stays within it: gamma from 0.018 to 55.
+  // > 0; every |x| stays within this bound: gamma from 0.018 to 55.
   double max_abs_log_scale = 4.0;
   Schedule schedule = Schedule::cosine;
   // In [0, 1): decay of the moving average of the points; 0: the average is the point itself.

@@ -32,7 +32,7 @@ const char* direction_name(Direction direction);
 // h alone is scaled:
 //   effect_h = L(0) - L(h, profile_gamma)
 //   effect_h = (L(h, 1/profile_gamma) - L(h, profile_gamma)) / 2      two-sided
-// Up-effective heads have effect > 0, down-effective ones effect < 0. The larger group is tuned (a
+// Up-effective heads have effect > 0, down-effective heads effect < 0. The larger group is tuned (a
 // tie: up): every gamma of `sweep` is tried on all its heads at once. The lowest loss wins (a tie:
 // the gamma nearest 1). The winner is the only finalist, if its loss is lower than that of x = 0.
 class PaperOptimizer final : public Optimizer {
@@ -45,8 +45,8 @@ class PaperOptimizer final : public Optimizer {
   int64_t steps_done() const override { return static_cast<int64_t>(losses_.size()); }
   int64_t steps_total() const override;
 
-  // effect_h of each head [dimension]; NaN where it is not measured yet, infinite where one of its
-  // evaluations failed.
+  // effect_h of each head [dimension]; NaN for a head that is not measured yet, infinite for a head
+  // with a failed evaluation.
   std::vector<double> profile() const;
   // The group that is tuned; none before the profile is complete, or when no head has an effect.
   Direction direction() const { return direction_; }

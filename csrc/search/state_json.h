@@ -62,7 +62,7 @@ class StateWriter {
 // its value is of another kind, count or range.
 class StateReader {
  public:
-  // Checks that the text is such a JSON object of this format.
+  // Checks that the text is a JSON object of this format.
   explicit StateReader(const std::string& json);
 
   // Reads every field of `expected`. If a field has another value, the error gives both values.

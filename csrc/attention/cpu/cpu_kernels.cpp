@@ -1,4 +1,4 @@
-// The portable build of the CPU kernels, and the choice between it and the AVX2 build.
+// The portable build of the CPU kernels, and the choice between this build and the AVX2 build.
 #define ZEROTUNING_CPU_TARGET portable
 #include "attention/cpu/cpu_kernels_target.h"
 

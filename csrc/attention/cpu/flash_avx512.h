@@ -79,13 +79,13 @@ inline __m512 log_of(__m512 x) {
   return _mm512_fmadd_ps(y, s, _mm512_mul_ps(e, _mm512_set1_ps(0.69314718f)));
 }
 
-// The lanes from `first` on, which may lie before or beyond all of them.
+// The lanes from `first` on. `first` may be negative, or larger than the last lane.
 inline __mmask16 lanes_from(int64_t first) {
   return first <= 0 ? 0xffff : first >= lanes ? 0 : static_cast<__mmask16>(0xffff << first);
 }
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(~lanes_from(count)); }
 
-// A tile of queries, and the keys [key_begin, key_end) that any of them may attend to.
+// A tile of queries, and the keys [key_begin, key_end) that any query of the tile may attend to.
 struct Tile {
   int64_t batch, head, row, rows;
   int64_t position;  // position of the tile's first query among the keys

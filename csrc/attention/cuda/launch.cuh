@@ -19,7 +19,7 @@ constexpr bool has_dependent_launch = true;
 constexpr bool has_dependent_launch = false;
 #endif
 
-// From here on the next kernel of the stream may start, if it was launched as dependent.
+// After this call the stream's next kernel may start, if that kernel was launched as dependent.
 __device__ __forceinline__ void allow_dependent_launch() {
   if constexpr (has_dependent_launch)
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

@@ -58,7 +58,7 @@ __device__ __forceinline__ C softmax_offset(C row_max) {
   return row_max == -INFINITY ? C{0} : row_max;
 }
 
-// Over `lanes` neighbouring lanes; each of them receives the result.
+// Reductions over `lanes` neighbouring lanes. Each of these lanes receives the result.
 template <int lanes, typename C>
 __device__ __forceinline__ C lane_sum(C x) {
 #pragma unroll

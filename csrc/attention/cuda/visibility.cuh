@@ -17,8 +17,8 @@ __device__ __forceinline__ int clamped(int64_t x, int low, int high) {
 // CudaGeometry of one sample, clamped to its keys.
 struct SampleGeometry {
   const bool* key_mask;      // of the sample, or null
-  int first_key;             // all keys before it are padding
-  int past_key;              // all keys from it on are padding
+  int first_key;             // all keys before first_key are padding
+  int past_key;              // all keys from past_key on are padding
   int start;                 // position of query row 0
   int span_begin, span_end;  // the scaled keys
 };

@@ -40,9 +40,9 @@ Tensor keys_of(const Tensor& tensor, const SampleGroup& group, const Piece& piec
 // queries (stride 0).
 Tensor bias_of(const Tensor& bias, const SampleGroup& group, const Piece& piece, int64_t heads);
 
-// A [batch, heads, rows(, columns)] tensor as the kernels read it, last row first if reversed.
+// A [batch, heads, rows(, columns)] tensor as an array to read, last row first if reversed.
 Strided4<const void> const_array(const Tensor& tensor, bool reversed = false);
-// The tensor from sample `batch` and row `row` on, as the kernels write it.
+// The tensor from sample `batch` and row `row` on, as an array to write.
 Strided4<void> mutable_array(const Tensor& tensor, int64_t batch = 0, int64_t row = 0);
 
 }  // namespace zerotuning::ops::cpu

@@ -1,5 +1,5 @@
-// One call on a GPU: its arguments for the kernels, the tensors that they point into, its device
-// and stream.
+// One call on a GPU: the kernels' arguments, the tensors that these arguments point into, the
+// device and the stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -21,7 +21,7 @@ uint32_t* counters_of(const Call& call) {
   cudaStreamCaptureStatus status;
   check(cudaStreamIsCapturing(call.stream, &status), "stream");
   if (status != cudaStreamCaptureStatusNone) return nullptr;
-  unsigned long long stream;  // not the handle: CUDA may give it to a later stream again
+  unsigned long long stream;  // an id is unique; a later stream may have the same handle
   check(cudaStreamGetId(call.stream, &stream), "stream");
   static std::mutex mutex;
   static std::array<std::map<unsigned long long, uint32_t*>, attention::max_devices> sets;

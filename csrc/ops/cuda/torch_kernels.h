@@ -18,7 +18,7 @@ Gradients new_gradients(const Problem& problem);
 // The attention of queries 1… over keys 1…, causal: (output, logsumexp). route: cudnn or flash.
 std::tuple<Tensor, Tensor> torch_forward(const Problem& problem, const Call& call, Route route);
 
-// The gradients of all keys but the initial one, given output and logsumexp of all keys. The
+// The gradients of all keys but the initial key, given output and logsumexp of all keys. The
 // results hold other numbers for the initial key (cuda_initial_token.h). grad_output, output and
 // logsumexp must have the same layout in all calls: the key of torch's cache of cuDNN graphs
 // contains the layouts of query, key and value only.

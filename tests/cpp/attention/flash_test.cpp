@@ -216,7 +216,7 @@ TYPED_TEST(Flash, one_query_without_packing_equals_the_formula_however_heads_are
       Call<TypeParam> call(sizes, *kernel, masked, ++seed);
       const FlashArguments& f = call.arguments;
       kernel->pack(f, 0, kernel->pack_items(f));
-      kernel->attend(f, 0, kernel->items(f));  // the logsumexp that is checked
+      kernel->attend(f, 0, kernel->items(f));  // writes the logsumexp that check_row reads
       std::fill(call.output.begin(), call.output.end(), narrow<TypeParam>(nan));
       for (int64_t row = f.batch * f.heads; row-- > 0;) decode(f, row, row + 1);
       EXPECT_LE(call.error(), rounding<TypeParam>) << "keys " << f.keys << " masked " << masked;

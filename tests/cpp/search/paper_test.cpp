@@ -112,7 +112,7 @@ TEST(PaperOptimizer, works_on_error_rates_and_leaves_heads_without_effect_out) {
   EXPECT_EQ(optimizer.direction(), Direction::up);
   EXPECT_EQ(optimizer.group(), (std::vector<int64_t>{0, 1}));
   EXPECT_EQ(optimizer.profile()[3], 0);
-  // Every gamma from e^0.6 = 1.82 answers all examples: of 2, 2.75 and 4 the one nearest 1 is kept.
+  // Every gamma from e^0.6 = 1.82 answers all examples: of 2, 2.75 and 4 the gamma nearest 1 wins.
   EXPECT_EQ(optimizer.finalists(), (std::vector<Vector>{{std::log(2.0), std::log(2.0), 0, 0}}));
 }
 

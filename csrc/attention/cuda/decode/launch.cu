@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__
                      args.value_head_size, visible.end};
   char* rings = memory + rows * Tile<size>::row_bytes;
   char* ring = rings + threadIdx.x / 32 * Shape::bytes;
-  // A tile's keys and values are one group of copies; a group is committed even if there is no
-  // tile.
+  // A tile's keys and values are one group of copies; a group is committed even if no tile is
+  // left.
   const auto copy = [&](int t) {
     if (t < tiles.count) {
       const uint32_t to = shared_address(ring) + t % stages * (2 * Tile<size>::bytes);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(max_warps * 32) attend(const __grid_constant__
 }
 
 // Merges the splits of a row in a block: a thread merges four columns of every slices-th split.
-// With dependent launch this kernel starts while `attend` runs. It then executes a rehearsal of the
+// With dependent launch this kernel starts while `attend` runs. Then it executes a rehearsal of the
 // merge on some bytes of the query, so that its code is in the caches when the splits are complete
 // (1 x 1024 keys on an H100 in 11.8 us, not 13.1).
 template <typename T>

@@ -96,7 +96,7 @@ struct UnitRing {
     hopper::fence_barrier_init();
   }
 
-  // Starts the copy of unit u: even units are keys, odd ones values.
+  // Starts the copy of unit u: even units are keys, odd units values.
   __device__ __forceinline__ void copy(const BulkArguments& b, int u, int key_head,
                                        int batch) const {
     uint64_t* barrier = &full[u % Shape::count];
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(threads, 2) attend(const __grid_constant__ Bul
   } else {
     attend_to_pairs<T>(args, visible, units, first_row, sums);
   }
-  __syncthreads();  // All units are read: sums overwrite them.
+  __syncthreads();  // All units are read: sums overwrite the units.
   if (warp < consumer_warps)
     store_sums(sums, *reinterpret_cast<WarpSums<size, rows>*>(units.memory + warp * sums_pitch));
   __syncthreads();

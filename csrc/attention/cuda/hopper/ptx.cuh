@@ -52,7 +52,7 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// A barrier among some of the block's threads: those that wait and those that only arrive.
+// A barrier among some of the block's threads: threads that wait, and threads that only arrive.
 __device__ __forceinline__ void wait_named(int id, int count) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
 }
@@ -117,7 +117,7 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
       : "memory");
 }
 
-// Stores are committed in groups. They read shared memory asynchronously.
+// Stores are committed in groups and read shared memory asynchronously.
 __device__ __forceinline__ void commit_stores() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -143,7 +143,7 @@ __device__ __forceinline__ void store_matrices(uint32_t to, uint32_t m0, uint32_
                : "memory");
 }
 
-// wgmma: matrix products of a warpgroup. They run asynchronously between commit_products and
+// wgmma: matrix products of a warpgroup, which run asynchronously between commit_products and
 // wait_products.
 
 // The descriptor of a matrix in shared memory that lies in blocks of 64 columns (128 bytes),

@@ -1,4 +1,5 @@
-// Copies of Hopper's backward kernel: its shared memory, and the three threads that feed it.
+// Copies of Hopper's backward kernel: its shared memory, and the three threads that load and store
+// tiles.
 //
 // load_stationary claims items and loads their rows, load_streamed loads the tiles that are
 // streamed past them, store_gradients stores results. An item's gradients are written over its

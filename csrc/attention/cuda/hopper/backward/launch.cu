@@ -9,7 +9,7 @@
 // are summed in registers. The price is that P and dS are computed twice.
 //
 // Bound: the tensor cores, with 7 products of 64 x 64 x head size per pair of tiles (4 for an item
-// of keys, 3 for one of queries) where a kernel with atomics needs 5. Two threads of a producer
+// of keys, 3 for an item of queries) where a kernel with atomics needs 5. Two threads of a producer
 // warpgroup load tiles through the bulk copy engine, a third stores results, and two consumer
 // warpgroups compute.
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Mathematics of Hopper's backward kernel: the consumer warpgroups' loop over items and tiles.
 //
-// The formulas of an item of keys are in key_gradients.cuh, those of an item of queries in
-// query_gradients.cuh.
+// key_gradients.cuh has the formulas of an item of keys, query_gradients.cuh the formulas of an
+// item of queries.
 #pragma once
 
 #include "attention/cuda/hopper/backward/query_gradients.cuh"

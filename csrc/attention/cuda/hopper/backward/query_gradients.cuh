@@ -125,7 +125,7 @@ struct QueryGradients {
     write_tile<T, size, tile_rows>(to.first, 0, grad_query, {args.scale, args.scale});
   }
 
-  // After the last tile: corrects dS_0 of the first scaled key, writes it to initial_grad_logits,
+  // After the last tile: corrects dS_0 of the first scaled key, writes dS_0 to initial_grad_logits,
   // and adds dS_0 k_0 to dQ. Returns the thread's summand of the gradient of log_scale.
   __device__ __forceinline__ float correct_rounding(const Arguments& args, const WorkItem& item,
                                                     float (&initial_grad_logits)[tile_rows]) {

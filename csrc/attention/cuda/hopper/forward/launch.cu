@@ -5,7 +5,7 @@
 // engine into rings in shared memory; consumer warpgroups compute 64 query rows each. Two consumers
 // of a block alternate: one consumer multiplies while the other computes its softmax. For short
 // sequences two smaller blocks with one consumer share a multiprocessor, and each runs while the
-// other waits for copies. Scaled keys cost one addition in the tile that holds them.
+// other waits for copies. Scaled keys cost one addition in the tile that holds these keys.
 #include <algorithm>
 #include <cmath>
 

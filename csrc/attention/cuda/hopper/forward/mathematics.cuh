@@ -145,8 +145,8 @@ __device__ __forceinline__ void write_results(const Arguments& args, const WorkT
 // the previous tile's values.
 template <typename T, typename C>
 __device__ __forceinline__ void compute_tiles(const Arguments& args, Shared<C>& s) {
-  // Long: one software pipeline whose stages share registers; cut into functions it compiled to
-  // more instructions.
+  // Long: one software pipeline whose stages share registers. Cut into functions, the pipeline
+  // compiled to more instructions.
   const int consumer = threadIdx.x / warpgroup - 1;
   const float scale_log2 = args.scale * log2_e;
   PipelineState<C::query_stages> queries;

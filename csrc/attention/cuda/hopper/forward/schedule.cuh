@@ -45,8 +45,8 @@ struct Configuration {
   static constexpr int query_stages = has_output_tile && blocks == 1 ? 2 : 1;
 };
 
-// A tile of queries of one head, and the tiles of keys [key_tile_begin, key_tile_end) visible to
-// it.
+// A tile of queries of one head, and the tiles of keys [key_tile_begin, key_tile_end) that these
+// queries may attend to.
 struct WorkTile {
   int batch, head, row;  // first query row
   int position;          // of that row among the keys
