@@ -26,7 +26,7 @@ def connection_error() -> str | None:
     transformers and datasets retry for 20 seconds to a minute, which is long for a mistyped name.
 
     Returns:
-        Why the hub cannot be reached; None where it can.
+        Why the hub cannot be reached; None if the hub can be reached.
     """
     import huggingface_hub
 
@@ -39,7 +39,7 @@ def connection_error() -> str | None:
 
 
 def repository_connection_error(repository: str, file: str) -> str | None:
-    """`connection_error` for a file of a repository, without a request where it is in the cache or HF_HUB_OFFLINE is set."""
+    """`connection_error` for a file of a repository, without a request for cached files or with HF_HUB_OFFLINE."""
     import huggingface_hub
 
     if is_offline() or huggingface_hub.try_to_load_from_cache(repository, file) is not None:

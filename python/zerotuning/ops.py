@@ -21,7 +21,7 @@ torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops.so"))
 if torch.version.cuda is not None and (LIBRARIES / "libzerotuning_ops_cuda.so").exists():
     torch.ops.load_library(str(LIBRARIES / "libzerotuning_ops_cuda.so"))
 
-# The overloads, resolved once: Python would look them up at every call.
+# The overloads, resolved once: through torch.ops Python would look up an overload at every call.
 _attention = torch.ops.zerotuning.attention.default
 _attention_with_output_minus_initial_value = torch.ops.zerotuning._attention_with_output_minus_initial_value.default
 # The same kernels without the Python that torch.library runs around an operator with a gradient.
@@ -80,9 +80,10 @@ def attention(
         differentiable. A query that attends to no key gives output 0 and logsumexp -inf.
 
     Raises:
-        ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names it. On the CPU also
-            for positions outside the keys and for a log_scale that is not finite. A check of these values on a GPU would
-            synchronise: there positions are clamped to the keys, and a log_scale of NaN gives outputs of NaN.
+        ValueError or RuntimeError: an argument has a wrong shape, dtype or device; the message names the argument.
+            On the CPU, positions outside the keys and a log_scale that is not finite are errors too. A check of these
+            values on a GPU would synchronise: there positions are clamped to the keys, and a log_scale of NaN gives
+            outputs of NaN.
     """
     arguments = (query, key, value, log_scale, key_mask, span, query_start, window, softmax_scale(query, scale))
     if torch.compiler.is_compiling():
@@ -145,7 +146,7 @@ def decode_attention_transposed(
 ) -> Tensor:
     """Compute :func:`decode_attention` with the output transposed to (B, Tq, H, Dv), as models use it.
 
-    The operator allocates this layout: a view of the other one takes time in each decode step.
+    The operator allocates this layout: a transposed view of (B, H, Tq, D) would cost time in each decode step.
 
     Args:
         query: as in decode_attention, like all other arguments.
@@ -303,7 +304,7 @@ torch.library.register_autograd(
 
 
 class _Attention(torch.autograd.Function):
-    """The same gradient without the Python of torch.library, which takes longer than a short attention."""
+    """`attention` and its gradient without torch.library's Python, which takes longer than a short attention."""
 
     @staticmethod
     def forward(ctx, *arguments):  # type: ignore[no-untyped-def]
@@ -315,7 +316,7 @@ class _Attention(torch.autograd.Function):
 
 
 class _TransformedAttention(torch.autograd.Function):
-    """The same with a separate setup_context, which torch.func's transforms require; each call costs more time."""
+    """`_Attention` with a separate setup_context, which torch.func's transforms require; each call costs more time."""
 
     @staticmethod
     def forward(*arguments):  # type: ignore[no-untyped-def]

@@ -90,7 +90,7 @@ def nested_bootstrap_interval(
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation. Equal values share their mean rank; the correlation is NaN if one side is constant."""
+    """Spearman's rank correlation. Equal values share their mean rank; the correlation is NaN if one sequence is constant."""
     one, other = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return math.nan

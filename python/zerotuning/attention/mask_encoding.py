@@ -16,7 +16,7 @@ PackedMask     int32      3 * T                  of each token: where its sequen
 DenseMask      int8       Tq * Tk                of each query and key: 0 hidden, 1 visible, 2 visible and scaled
 =============  =========  =====================  ==================================================================
 
-A CallerMask is not encoded: it is the bool or floating-point mask (B, 1 or H, Tq, Tk) that the model's caller passed.
+A CallerMask is not encoded. Its tensor is the model caller's bool or floating-point mask (B, 1 or H, Tq, Tk).
 Integer masks of the caller's own are refused, since their last dimension is Tk and not 1. With a single key (Tk = 1) a
 caller's int8 or uint8 mask is read as an encoded mask, which has the same meaning: 0 hides the key.
 
@@ -58,7 +58,7 @@ class KeyMask(NamedTuple):
     query_start: Tensor | None = None
 
     def encode(self) -> Tensor:
-        """Return the uint8 encoding without positions, the int64 encoding with them."""
+        """Return the uint8 encoding without positions, the int64 encoding with positions."""
         if self.span is None or self.query_start is None:
             return self.key_mask.to(torch.uint8)[:, None, :, None]
         missing = KEYS_PER_WORD * words(self.key_mask.shape[1]) - self.key_mask.shape[1]
@@ -88,7 +88,7 @@ class PackedMask(NamedTuple):
         return begin, real, window
 
     def to_dense(self) -> DenseMask:
-        """Return the same mask as a dense one."""
+        """Return the same mask as a DenseMask."""
         begin, real, window = self.unbind()
         column = torch.arange(begin.shape[1], device=begin.device)
         row = column[:, None]

@@ -1,6 +1,6 @@
 """Packed sequences: several sequences in one row of the batch, each with attention and an initial token of its own.
 
-A `PackedMask` describes them in O(T) numbers. A `SequenceLayout` gathers the sequences from their rows into
+A `PackedMask` describes the sequences in O(T) numbers. A `SequenceLayout` gathers the sequences from their rows into
 batches that are padded on the right, for which `ops.attention` computes the attention, and puts the results back.
 """
 
@@ -19,7 +19,7 @@ from zerotuning.attention.mask_encoding import PACKED_COLUMNS, PackedMask
 
 
 def sequence_starts(visible: Tensor) -> Tensor:
-    """Find where each token's sequence begins: a token that does not see the one before it begins a sequence.
+    """Find where each token's sequence begins: a token that does not see the previous token begins a sequence.
 
     Args:
         visible: (B, T, T) bool, the keys that each query sees.
@@ -76,10 +76,10 @@ class SequenceLayout:
     The slots of all groups, laid end to end, are the tokens of the rows; padding repeats some tokens.
 
     Attributes:
-        groups: they hold all sequences of the rows.
+        groups: all sequences of the rows, by length.
         source: (slots) int64, the token of each slot, counted through all rows.
         slot: (B * T) int64, the slot of each token.
-        is_identity: each row is one sequence, so that the rows are the only group as they are.
+        is_identity: each row is one sequence; the unchanged rows are then the only group.
     """
 
     groups: list[SequenceGroup]
@@ -132,7 +132,7 @@ def store_layout(encoded: Tensor, mask: PackedMask) -> None:
 
 
 def stored_layout(encoded: Tensor) -> SequenceLayout | None:
-    """Return the layout that `store_layout` made for this tensor; None for a copy of it."""
+    """Return the layout that `store_layout` made for this tensor; None for a copy of the tensor."""
     return _layouts.get(encoded)  # type: ignore[no-any-return]
 
 
@@ -156,8 +156,8 @@ def make_layout(mask: PackedMask, device: torch.device) -> SequenceLayout:
     for chosen in _of_similar_length(lengths):
         place = torch.arange(int(lengths[chosen].max()), device="cpu")
         last = lengths[chosen, None] - 1
-        # Slots beyond a sequence's end repeat its last token. They come after every real query, so that none sees them;
-        # their outputs are dropped, so that these slots get no gradient and add nothing to other gradients.
+        # Slots beyond a sequence's end repeat its last token. No real query sees these later slots.
+        # Their outputs are dropped, so that these slots get no gradient and add nothing to other gradients.
         source = first[chosen, None] + torch.minimum(place, last)
         filled = place <= last
         slot[source[filled]] = slots + filled.flatten().nonzero().squeeze(1)
@@ -201,7 +201,7 @@ def attend(
         value: (B, Hkv, T, Dv).
         log_scale: (H) or (B, H), as in `ops.attention`; all sequences of a row share its scales.
         layout: of the rows.
-        span: (B, 2) int64, positions in the rows: the keys [first, end) are scaled, for the queries that see them, in
+        span: (B, 2) int64, positions in the rows: the keys [first, end) are scaled, for queries that see them, in
             place of the sequences' initial tokens.
         scale: factor of the logits, default D ** -0.5.
 

@@ -43,9 +43,9 @@ def attend(
     return _attention_under_mask(query, key, value, log_scale, encoded, span, ops.softmax_scale(query, scale))[0]
 
 
-# The layout of a mask. Layers of one kind get the same tensor, so that a mask made in the graph is read once a forward
-# pass, by `find_packed_sequences`. A mask that is an input of the graph (layers compiled one by one) is read in each
-# layer.
+# The layout of a mask. Layers of one kind get the same tensor, so that a mask made in the graph is read once in a
+# forward pass, by `find_packed_sequences`. A mask that is an input of the graph (layers compiled one by one) is read
+# in each layer.
 
 
 #: The layouts of results of `find_packed_sequences`, which nothing writes into; None for other masks. Other tensors may

@@ -63,11 +63,12 @@ def card() -> dict[str, Any]:
 
 
 def attention_rows() -> Iterator[Row]:
-    """Measure forward and forward + backward at HEADS and SHAPES (head size 64 at two of them), routes and accuracy."""
+    """Measure forward and forward + backward at HEADS and SHAPES (head size 64 at two shapes), routes and accuracy."""
     torch.manual_seed(0)
     for heads, shapes in ((HEADS, SHAPES), ((9, 3, 64), ((16, 128), (4, 1024)))):
         for batch, length in shapes:
-            torch.compiler.reset()  # FlexAttention is compiled for each shape; after too many it would run uncompiled
+            # FlexAttention is compiled for each shape; after too many shapes torch would run FlexAttention uncompiled.
+            torch.compiler.reset()
             flex = flex_attention_peer()
             inputs = attention_inputs(heads, length, torch.bfloat16, batch, "cuda")
             peers = {
@@ -93,7 +94,7 @@ def attention_rows() -> Iterator[Row]:
 
 
 def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
-    """The peers' forward + backward passes: gradients of query, key and value, and of log γ where the peer has them."""
+    """The peers' forward + backward passes: gradients of query, key and value, and of log γ if the peer has it."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     grad_output = torch.randn_like(inputs[0])
 
@@ -105,8 +106,8 @@ def _backward_calls(peers: Mapping[str, Any], inputs: list[Tensor]) -> Peers:
 
         return run
 
-    # FlexAttention sums the gradient of a captured tensor by atomics on one address. It is measured without γ's gradient
-    # and, where a call takes less than half a second, with γ's gradient too.
+    # FlexAttention sums the gradient of a captured tensor by atomics on one address. FlexAttention is measured
+    # without γ's gradient and, where a call takes less than half a second, with γ's gradient too.
     fixed = [*leaves[:3], inputs[3]]
     calls = {name: call(peer, fixed if name == FLEX else leaves) for name, peer in peers.items()}
     if FLEX in peers and inputs[0].shape[0] * inputs[0].shape[2] ** 2 <= LONGEST_ATOMICS**2:
@@ -254,7 +255,7 @@ def _inputs_with_sink(sink: float, length: int) -> list[Tensor]:
 def decode_rows() -> Iterator[Row]:
     """Measure one query of HEADS against CACHES, with a cold level-2 cache and in replays of a graph of ten calls.
 
-    Our operator is also measured with a key mask, as a step of `generate` calls it.
+    Our operator is also measured with a key mask, as in a step of `generate`.
     """
     torch.manual_seed(0)
     copy_rate = card()["copy TB/s"]

@@ -74,7 +74,7 @@ class _Turns:
         self._started = dict.fromkeys(names, 0.0)
 
     def wait(self, name: str) -> None:
-        """Return when it is the thread's turn, and start its clock."""
+        """Block until the thread's turn, then start the thread's clock."""
         with self._changed:
             self._changed.wait_for(lambda: self._order[0] == name)
         self._started[name] = time.perf_counter()
@@ -101,7 +101,7 @@ class _Turns:
 
 
 class _Steps:
-    """A stopping criterion that never stops: it notes the time of each step and gives the turn to the next model."""
+    """A stopping criterion that never stops: each call records the time of a step and gives the turn to the next model."""
 
     def __init__(self, turns: _Turns, name: str, seconds: list[float], on_gpu: bool) -> None:
         self._turns, self._name, self._seconds, self._on_gpu = turns, name, seconds, on_gpu
@@ -116,6 +116,6 @@ class _Steps:
 
 
 def _use_one_core() -> None:
-    """Bind the calling thread to the first of the cores that it may use."""
+    """Bind the calling thread to the first core of its affinity mask."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

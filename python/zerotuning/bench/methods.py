@@ -41,7 +41,7 @@ class MethodRun:
         batch_size: Prompts of one pass.
         limit: How many test examples.
         gradient_row: The row of the method `gradient` on the same examples, if there is one.
-        records: The examples that are no shots, in the order that `calibrate` draws them with this count and seed.
+        records: The examples that are no shots, in the order in which `calibrate` draws them with this count and seed.
         tests: The test examples.
         test_scorer: The scorer of the test examples.
     """
@@ -70,7 +70,7 @@ class MethodRun:
 
     def calibrated(self, **options: Any) -> Outcome:
         """The outcome of `calibrate` with these options on the run's examples."""
-        # Without shots `calibrate` draws the examples itself, as it does for the command line.
+        # Without shots `calibrate` draws the examples itself, as for `zerotuning calibrate`.
         draw: dict[str, Any] = {"records": self.records}
         if not self.task.shots:
             draw = {"records": self.task.examples("validation"), "examples": self.count}

@@ -141,7 +141,7 @@ def _static_cache(model: Any, ids: Tensor, peers: dict[str, dict[str, Any]], new
 
 
 def _scorer(model: Any, prompts: int, tokens: int = 64, shots: int = 0) -> LabelScorer:
-    """A scorer as `calibrate` makes it, of prompts of random tokens with two labels, behind `shots` solved ones."""
+    """Make a scorer as `calibrate` does, of random prompts with two labels, behind `shots` solved prompts."""
     records = [
         Record({"text": " ".join(map(str, torch.randint(2, 10000, (tokens,)).tolist())), "label": n % 2}, f"prompt {n}")
         for n in range(prompts + shots)
@@ -196,7 +196,7 @@ def _objective(model: Any) -> Iterator[Row]:
 
 
 def _behind_shots(model: Any) -> Iterator[Row]:
-    """Measure prompts of 64 tokens behind SHOTS solved ones, which are read with each prompt or once a pass."""
+    """Measure prompts of 64 tokens behind SHOTS solved prompts, which are read with each prompt or once in a pass."""
     for prompts in (16, 64):
         scorer = _scorer(model, prompts, shots=SHOTS)
         whole = scorer.batches

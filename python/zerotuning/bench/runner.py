@@ -29,7 +29,7 @@ def run_bench(
     Args:
         kind: One of BENCHMARKS.
         output: A .json file, or a .csv file with a line for each figure.
-        device: "cpu" or "cuda". Default: the GPU if there is one that the operators run on.
+        device: "cpu" or "cuda". Default: "cuda" if the operators run on a GPU of this machine.
         plot: A picture of the ratios (of `search`: the accuracies), .png or .svg.
         options: Of `search`: the fields of SearchBench. Its rows are written one by one, and rows that a .json `output`
             holds already are not measured again.
@@ -38,7 +38,7 @@ def run_bench(
         {"benchmark": kind, "machine": …, "rows": […]}, as in the .json file.
 
     Raises:
-        ZeroTuningError: An argument is wrong, or there is no GPU that the operators run on.
+        ZeroTuningError: An argument is wrong, or the operators run on no GPU of this machine.
     """
     if kind not in BENCHMARKS:
         raise ZeroTuningError(f"kind must be one of {', '.join(BENCHMARKS)}, got {kind!r}")

@@ -2,7 +2,7 @@
 
 Each method may use labelled validation examples of a task (or only their texts), and all are judged on the same test examples.
 Some of a method's labelled examples stand solved before each prompt (shots), except for `information`, which has no labels,
-and for one row of the untuned model. The shots are the best of several draws and of none; methods that use the same examples
+and for one row of the untuned model. The shots are the best of several draws and of no shots; methods that use the same examples
 have the same shots (calibration/few_shot_choice.py). A row has the accuracy with its 95 % interval, how many numbers were
 tuned, and the seconds of tuning.
 """
@@ -50,7 +50,7 @@ class SearchBench:
         methods: Names in METHODS; empty: all.
         batch_size: Prompts of one pass.
         shots: How many of a method's labelled examples stand solved before each prompt; the method tunes on the others.
-        num_shot_candidates: Random sets of shots that are compared, with no shots as another choice if more than one; fewer
+        num_shot_candidates: Random sets of shots that are compared, beside no shots if there are several; fewer sets
             where there are few examples.
         device: As `load_model` accepts it.
 
@@ -235,4 +235,6 @@ def read_rows(path: Path) -> list[Row]:
             raise KeyError("benchmark")
         return list(result["rows"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ZeroTuningError(f"{path} holds no figures of bench search; name another file or move it away") from error
+        raise ZeroTuningError(
+            f"{path} holds no figures of bench search; name another file or move this file away"
+        ) from error

@@ -1,6 +1,6 @@
 """How the benchmarks measure time.
 
-Peers take turns, round by round, so that a disturbance of the machine affects all of them. A peer's figure is the median of its
+Peers take turns, round by round, so that a disturbance of the machine affects all peers. A peer's figure is the median of its
 rounds; its ratio is the median of the rounds' ratios to the first peer in the same round. On a GPU a call is captured in a
 CUDA graph, which excludes the time of Python and of launches, and the level-2 cache is overwritten before each replay.
 """
@@ -38,7 +38,7 @@ def take_turns(
         peers: Calls by name.
         seconds: How long to measure.
         rounds: The least number of rounds, however few seconds there are.
-        within: Contexts of some peers' calls; entering them is not timed.
+        within: Contexts of some peers' calls; entering a context is not timed.
         wait: Blocks until all launched work is done; on a GPU `torch.cuda.synchronize`.
 
     Returns:
@@ -105,7 +105,7 @@ def take_turns_by_graph(peers: Peers, calls: int = 1, flush: bool = True) -> dic
 
     Args:
         peers: Calls by name.
-        calls: How many calls a graph holds. With several, the later calls read from the level-2 cache what fits into it.
+        calls: How many calls a graph holds. Of several calls, the later ones read whatever the level-2 cache holds.
         flush: Overwrite the level-2 cache before each replay.
 
     Returns:

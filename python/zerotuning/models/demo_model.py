@@ -44,7 +44,7 @@ def demo_model_path() -> Path:
 
     Raises:
         ZeroTuningError: The file cannot be downloaded or the cache cannot be written. The message names the file and the
-            path where a user can put it.
+            path where a user can put the file.
     """
     path = cache_folder() / FILE_NAME
     if _is_intact(path):

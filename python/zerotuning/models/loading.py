@@ -113,9 +113,11 @@ def _left_padding(tokenizer: Any) -> Any:
 
 
 def default_cpu_dtype() -> torch.dtype:
-    """Return bfloat16 where the processor has matrix instructions for it (AMX-BF16, AVX-512-BF16), else float32."""
+    """Return bfloat16 where the processor has bfloat16 matrix instructions (AMX-BF16, AVX-512-BF16), else float32."""
     for instruction_set in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
-        supported = getattr(torch.cpu, instruction_set, None)  # private to torch: a later version may remove it
+        supported = getattr(
+            torch.cpu, instruction_set, None
+        )  # private to torch: a later version may lack this function
         if supported is not None and supported():
             return torch.bfloat16
     return torch.float32

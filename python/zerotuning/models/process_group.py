@@ -60,7 +60,7 @@ class Processes:
     def sum(self, values: np.ndarray) -> np.ndarray:
         """Return the sum of float64 arrays of one shape over the ranks, the same bits on every rank.
 
-        Ranks that share a model hold equal values up to rounding: they all get rank 0's array.
+        Ranks that share a model hold equal values up to rounding: all these ranks get rank 0's array.
         """
         if self.count == 1:
             return values
@@ -106,7 +106,7 @@ def join_process_group(device: str | None, *, tensor_parallel: bool = False) -> 
     of its own, else gloo.
 
     Raises:
-        ZeroTuningError: Tensor-parallel ranks share a GPU, or only some of them have one.
+        ZeroTuningError: Tensor-parallel ranks share a GPU, or only some ranks have a GPU.
     """
     chosen = _local_device(device, tensor_parallel)
     store, rank, count = next(iter(dist.rendezvous("env://")))

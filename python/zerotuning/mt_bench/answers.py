@@ -91,8 +91,8 @@ class AnswerFile:
         overwrite: Start with no answers, whatever the file holds.
 
     Raises:
-        ZeroTuningError: The file holds answers with other settings, answers to all questions, or something else; or it
-            cannot be written.
+        ZeroTuningError: The file holds answers with other settings, answers to all questions, or something else; or the
+            file cannot be written.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ def answer_questions(
     Args:
         model: A transformers causal language model as it stands, scaled or not.
         tokenizer: Its tokenizer.
-        file: The answers are added to it.
+        file: Receives the answers.
         decoding: How tokens are chosen.
         progress: Draw a bar on stderr, if stderr is a terminal.
 

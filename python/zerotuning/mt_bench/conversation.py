@@ -83,6 +83,6 @@ def tokens_left(model: Any, prompt: Sequence[int], place: str) -> int | None:
     if len(prompt) >= context:
         raise ZeroTuningError(
             f"{place}: the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {context};"
-            " a smaller max_new_tokens shortens the answers in it"
+            " answers made with a smaller max_new_tokens shorten the prompt"
         )
     return context - len(prompt)

@@ -156,8 +156,8 @@ def apply_scales(model: nn.Module, scales: HeadScales | Mapping[str, HeadScales]
 
     Args:
         model: a transformers model, patched or not.
-        scales: one setting, or several by name: `select_scales` then chooses one for each sample, and outside of it the
-            first applies.
+        scales: one setting, or several by name: `select_scales` then chooses a setting for each sample, and outside of
+            `select_scales` the first setting applies.
 
     Returns:
         The same model.
@@ -215,7 +215,7 @@ def check_model_type(model: Any, scales: HeadScales, subject: str) -> None:
 
 
 def head_scales(model: nn.Module) -> HeadScales:
-    """Return the applied scales; of several named ones the first.
+    """Return the applied scales; of several named settings the first.
 
     Raises:
         ZeroTuningError: the model is not patched.
@@ -255,7 +255,7 @@ def select_scales(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]
 
     Args:
         model: a patched model to which several named scales are applied.
-        names: one applied setting for each sample; a beam search repeats each for its beams.
+        names: one applied setting for each sample; a beam search repeats each name for its beams.
 
     Raises:
         ZeroTuningError: a name was not applied, or no names; in a forward pass, a batch of another number of samples.

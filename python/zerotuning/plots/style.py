@@ -63,7 +63,7 @@ def check_picture_path(path: str | os.PathLike[str], name: str = "path") -> Path
         name: The argument that errors name.
 
     Raises:
-        ZeroTuningError: The suffix is another one.
+        ZeroTuningError: The suffix is not in `PICTURE_SUFFIXES`.
     """
     path = Path(path)
     if path.suffix.lower() not in PICTURE_SUFFIXES:

@@ -214,7 +214,7 @@ def _pasta(draw: Draw) -> Outcome:
 
 
 def _auto_pasta(draw: Draw) -> Outcome:
-    """AutoPASTA: the clause of the content that the model quotes as the deciding one is marked."""
+    """AutoPASTA: the marked span is the clause of the content that the model quotes as deciding the answer."""
     started = time.perf_counter()
     model, tokenizer = draw.setting.loaded()
     makers = []
