@@ -1,4 +1,4 @@
-"""A task of film reviews, its examples, and a calibration of a tiny model on them."""
+"""A task of film reviews, its examples, and a calibration of a model on these examples."""
 
 from __future__ import annotations
 

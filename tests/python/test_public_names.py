@@ -1,4 +1,4 @@
-"""The public names: what people import, wherever the package keeps it."""
+"""The public names of zerotuning, whichever modules define them."""
 
 from __future__ import annotations
 

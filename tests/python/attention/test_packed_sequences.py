@@ -1,4 +1,4 @@
-"""Attention within packed sequences against the formula with a dense mask; their layouts."""
+"""Attention within packed sequences against the formula with a dense mask; layouts of packed sequences."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator of traced graphs against the formula, and the packed sequences that it finds in dense masks."""
+"""The operator of traced graphs against the formula, and the packed sequences that are found in dense masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CPU benchmark of attention: which rows there are."""
+"""The rows of the CPU benchmark of attention."""
 
 from __future__ import annotations
 

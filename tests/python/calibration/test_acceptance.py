@@ -51,7 +51,8 @@ def test_patience_counts_held_out_evaluations_without_a_lower_admissible_loss() 
 
 
 def test_kappa_is_agreement_beyond_chance() -> None:
-    one = torch.tensor([0] * 25 + [0] * 10 + [1] * 15 + [1] * 20)  # a textbook's table: 20 5 / 10 15 and some
+    # Counts of (one, other): 25 and 10 where one is 0, 15 and 20 where one is 1.
+    one = torch.tensor([0] * 25 + [0] * 10 + [1] * 15 + [1] * 20)
     other = torch.tensor([0] * 25 + [1] * 10 + [0] * 15 + [1] * 20)
     observed = 45 / 70
     chance = (35 / 70) * (40 / 70) + (35 / 70) * (30 / 70)

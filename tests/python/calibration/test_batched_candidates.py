@@ -1,4 +1,4 @@
-"""Several candidates in one forward pass, and behind a shared prefix, have the scores that each has by itself."""
+"""Several candidates in one forward pass, and behind a shared prefix, have the scores that each candidate has alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def points_of(method: str, count: int = 7) -> list[np.ndarray]:
 def by_themselves(
     objective: CalibrationObjective, parameters: list[torch.Tensor], point: np.ndarray
 ) -> list[torch.Tensor]:
-    """The scores of every example by itself, without padding, at the model's current point."""
+    """Return the scores of each example alone, without padding, at the model's current point."""
     with torch.no_grad():
         for parameter, row in zip(parameters, point.reshape(2, 4), strict=True):
             parameter.copy_(torch.from_numpy(row))

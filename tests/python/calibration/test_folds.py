@@ -1,4 +1,4 @@
-"""Which examples are drawn, and which of them each fold holds out."""
+"""The draw of examples, and the examples that each fold holds out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of a calibration: forms of their values, defaults, what each changes, and their names."""
+"""The options of a calibration: accepted forms of values, defaults, effects and names."""
 
 from __future__ import annotations
 

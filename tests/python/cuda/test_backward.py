@@ -71,7 +71,7 @@ def test_gradients_of_torchs_kernel_are_exact_where_the_second_key_is_the_sink(s
     log_scale = torch.linspace(-4.0, 4.0, 4)
     inputs = [query, key[:, :, order], value[:, :, order], log_scale]
     compare(inputs, 0, torch_kernel, floor=1.0)
-    # The subtraction removes the rounding error of that contribution too, also with output_minus_initial_value.
+    # The subtraction removes the rounding error of key 1's duplicate too, also with output_minus_initial_value.
     options = (None, None, None, 0, 0.125)
     grad_output = torch.randn_like(query)
     output, logsumexp, output_minus_initial_value = torch.ops.zerotuning._attention_by_route(

@@ -1,4 +1,4 @@
-"""Captured CUDA graphs and several streams."""
+"""Attention in captured CUDA graphs and on several streams."""
 
 from __future__ import annotations
 

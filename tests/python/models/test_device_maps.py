@@ -53,7 +53,7 @@ def calibrated(model: Any, tokenizer: Any) -> Any:
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.is_available():
-        pytest.skip("accelerate takes the GPUs that there are")
+        pytest.skip("accelerate's automatic map would use the GPUs")
 
 
 @pytest.mark.usefixtures("no_gpu")

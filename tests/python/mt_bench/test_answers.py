@@ -106,7 +106,7 @@ def test_an_interruption_keeps_the_answers_of_earlier_batches(place: Path, monke
     assert "the same command resumes" in capsys.readouterr().err
     assert [line["question_id"] for line in lines("answers.jsonl")] == [81, 82, 83]
     assert main(answer(limit=6)) == 0
-    assert len(calls) == 6  # the second batch alone, both turns
+    assert len(calls) == 6  # the resumed command generates only the second batch, both turns
     assert [line["question_id"] for line in lines("answers.jsonl")] == [81, 82, 83, 84, 85, 86]
 
 

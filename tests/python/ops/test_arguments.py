@@ -107,7 +107,7 @@ BAD = {
 @pytest.mark.parametrize("operator", [ops.attention, ops.decode_attention])
 def test_a_bad_argument_gets_one_error_that_names_it(operator, message, device) -> None:
     if device == "cuda" and message.startswith(("log_scale must be finite", "span[", "query_start[")):
-        pytest.skip("values are not read back from a GPU")
+        pytest.skip("the operators do not read values back from a GPU")
     *tensors, options = BAD[message](*random_inputs((2, 4, 2, 9, 12, 16, 24), torch.float32))
     with pytest.raises((ValueError, RuntimeError)) as raised:
         operator(*tensors, **options)

@@ -14,7 +14,7 @@ from zerotuning import ops
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_query_against_a_cache_equals_the_formula(dtype, size, heads, device) -> None:
     if device == "cuda" and max(size) > 256:
-        pytest.skip("refused on a GPU")
+        pytest.skip("head sizes above 256 are refused on a GPU")
     torch.manual_seed(17)
     for keys in (1, 130, 700):
         inputs = random_inputs((3, *heads, 1, keys, *size), dtype, per_sample=True)

@@ -1,4 +1,4 @@
-"""Determinism and memory."""
+"""Determinism and peak memory of the operators."""
 
 from __future__ import annotations
 

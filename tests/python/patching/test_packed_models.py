@@ -95,7 +95,7 @@ def test_the_layout_is_made_once_per_mask_and_checkpointing_gives_the_same_gradi
             loss = model(input_ids=ids, position_ids=positions, use_cache=False).logits.square().mean()
             loss.backward()
             results.append([parameter.grad for parameter in parameters])
-        assert len(made) == 2  # one for full attention, one for the window
+        assert len(made) == 2  # one layout for full attention, one for the sliding window
         made.clear()
     for got, want in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(got, want)

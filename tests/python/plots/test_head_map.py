@@ -1,4 +1,4 @@
-"""The picture of head scales and its text: what they show, and what they refuse."""
+"""The picture and the table of head scales: their contents and their errors."""
 
 from __future__ import annotations
 
