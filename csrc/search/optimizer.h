@@ -13,7 +13,7 @@
 //   for (const Point& point : optimizer.finalists()) ...
 //
 // A search never decides whether its result is better than x = 0: the caller compares the finalists
-// with x = 0 on examples that the search did not see.
+// with x = 0 on examples that the search did not use.
 #pragma once
 
 #include <cstddef>
