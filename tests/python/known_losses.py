@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from zerotuning.calibration.acceptance import AcceptanceTest
-from zerotuning.calibration.folds import Places, Split
+from zerotuning.calibration.folds import ExampleIndices, Split
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.calibration.holdout_search import HoldoutSearch
 from zerotuning.calibration.objective import CalibrationObjective
@@ -38,22 +38,22 @@ class KnownLosses:
         self, options: CalibrationOptions, fit: Loss, held_out: Loss, slope_target: np.ndarray = TARGET
     ) -> None:
         self.options, self.of_example, self.slope_target = options, (fit, held_out), slope_target
-        self.scored: list[tuple[np.ndarray, Places]] = []
+        self.scored: list[tuple[np.ndarray, ExampleIndices]] = []
 
-    def scores(self, log_scale: np.ndarray, places: Places) -> list[Tensor]:
-        self.scored.append((log_scale, places))
-        return [torch.tensor([[self.of_example[i](log_scale)] for i in part], dtype=torch.float64) for part in places]
+    def scores(self, log_scale: np.ndarray, indices: ExampleIndices) -> list[Tensor]:
+        self.scored.append((log_scale, indices))
+        return [torch.tensor([[self.of_example[i](log_scale)] for i in part], dtype=torch.float64) for part in indices]
 
-    def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
+    def loss_of(self, scores: Sequence[Tensor], indices: ExampleIndices) -> float:
         return float(scores[0].mean())
 
-    def accuracy_of(self, scores: Sequence[Tensor], places: Places) -> None:
+    def accuracy_of(self, scores: Sequence[Tensor], indices: ExampleIndices) -> None:
         return None
 
-    def losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
-        return [self.loss_of(self.scores(point, places), places) for point in points]
+    def losses(self, points: Sequence[np.ndarray], indices: ExampleIndices) -> list[float]:
+        return [self.loss_of(self.scores(point, indices), indices) for point in points]
 
-    def loss_and_gradient(self, log_scale: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
+    def loss_and_gradient(self, log_scale: np.ndarray, indices: ExampleIndices) -> tuple[float, np.ndarray]:
         return self.of_example[0](log_scale), 2 * (log_scale - self.slope_target)
 
 

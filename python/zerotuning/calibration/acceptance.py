@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zerotuning.calibration.folds import Places, Split, pooled_places
+from zerotuning.calibration.folds import ExampleIndices, Split, pooled_held_out
 from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.saved_fields import SavedFields
@@ -141,13 +141,13 @@ class AcceptanceTest:
         self,
         objective: CalibrationObjective,
         parameterization: ScaleParameterization,
-        all_examples: Places,
+        all_examples: ExampleIndices,
         splits: Sequence[Split],
     ) -> None:
         self.objective = objective
         self.all_examples = all_examples
         self.untuned_scores = objective.scores(parameterization.log_scale(parameterization.untuned), all_examples)
-        self.baseline = self._baseline_decision(pooled_places(splits))
+        self.baseline = self._baseline_decision(pooled_held_out(splits))
         self.label_free = objective.options.objective != "task-loss"
         self.evidence = min(map(evidence, self.untuned_scores)) if self.label_free else None
 
@@ -156,11 +156,11 @@ class AcceptanceTest:
         """Whether a search is worthwhile at all."""
         return self.evidence is None or not self.objective.options.guard or self.evidence >= MIN_EVIDENCE
 
-    def baseline_scores(self, places: Places) -> list[Tensor]:
+    def baseline_scores(self, indices: ExampleIndices) -> list[Tensor]:
         """Return for each task the scores [n, C] at γ = 1."""
-        return [scores[list(chosen)] for scores, chosen in zip(self.untuned_scores, places, strict=True)]
+        return [scores[list(chosen)] for scores, chosen in zip(self.untuned_scores, indices, strict=True)]
 
-    def places_to_score(self, split: Split) -> Places:
+    def examples_to_score(self, split: Split) -> ExampleIndices:
         """Return the examples that `decide` needs the scores of, for the point of one split's search.
 
         Without labels the folds' predictions are compared with each other, on all examples.
@@ -172,16 +172,16 @@ class AcceptanceTest:
 
         Args:
             splits: The splits.
-            results: For each split and task, the scores [n, C] of `places_to_score` at that split's point.
+            results: For each split and task, the scores [n, C] of `examples_to_score` at that split's point.
         """
         held_out = results
         if self.label_free:
             held_out = [
-                [scores[list(places)] for scores, places in zip(result, split.held_out, strict=True)]
+                [scores[list(indices)] for scores, indices in zip(result, split.held_out, strict=True)]
                 for split, result in zip(splits, results, strict=True)
             ]
         pooled = [torch.cat(parts) for parts in zip(*held_out, strict=True)]
-        decision = self._decision(pooled, pooled_places(splits), self.baseline)
+        decision = self._decision(pooled, pooled_held_out(splits), self.baseline)
         agreement = fold_agreement(splits, results) if self.label_free else None
         if agreement is None:
             return decision
@@ -196,17 +196,17 @@ class AcceptanceTest:
         decision = self._decision(scores, self.all_examples, baseline)
         return decision.admissible and decision.loss < baseline.loss
 
-    def _baseline_decision(self, places: Places) -> Decision:
-        scores = self.baseline_scores(places)
-        accuracy = self.objective.accuracy_of(scores, places)
-        return Decision(self.objective.loss_of(scores, places), accuracy, admissible=True)
+    def _baseline_decision(self, indices: ExampleIndices) -> Decision:
+        scores = self.baseline_scores(indices)
+        accuracy = self.objective.accuracy_of(scores, indices)
+        return Decision(self.objective.loss_of(scores, indices), accuracy, admissible=True)
 
-    def _decision(self, scores: Sequence[Tensor], places: Places, baseline: Decision) -> Decision:
-        loss, accuracy = self.objective.loss_of(scores, places), self.objective.accuracy_of(scores, places)
+    def _decision(self, scores: Sequence[Tensor], indices: ExampleIndices, baseline: Decision) -> Decision:
+        loss, accuracy = self.objective.loss_of(scores, indices), self.objective.accuracy_of(scores, indices)
         if not math.isfinite(loss):
             return Decision(loss, accuracy, admissible=False)
         if self.label_free:
-            before = self.baseline_scores(places)
+            before = self.baseline_scores(indices)
             least = min(resemblance(old, new) for old, new in zip(before, scores, strict=True))
             admissible = not self.objective.options.guard or least >= MIN_RESEMBLANCE
             return Decision(loss, accuracy, admissible, {"resemblance": least})

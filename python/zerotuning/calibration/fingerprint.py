@@ -35,8 +35,8 @@ def _sample(weight: Tensor) -> Tensor:
     """At most SAMPLE elements, float64 on the CPU."""
     flat = weight.reshape(-1)
     count = min(len(flat), SAMPLE)
-    places = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
-    return flat[places].double().cpu()
+    indices = torch.arange(count, device=flat.device) * (len(flat) - 1) // max(count - 1, 1)
+    return flat[indices].double().cpu()
 
 
 def tokens_digest(examples: Sequence[Sequence[TokenizedPrompt]]) -> str:

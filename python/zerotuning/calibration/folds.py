@@ -16,7 +16,7 @@ MIN_EXAMPLES = 4
 SINGLE_FOLD_PARTS = 5
 
 #: For each task, positions in the list of its examples.
-Places = Sequence[Sequence[int]]
+ExampleIndices = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Split:
     """One fold of one seed, over all tasks: positions of the examples that drive one search and of those held out."""
 
     seed: int
-    fit: Places
-    held_out: Places
+    fit: ExampleIndices
+    held_out: ExampleIndices
 
 
 def draw_examples(records: Sequence[Record], options: CalibrationOptions) -> list[Record]:
@@ -82,21 +82,21 @@ def make_splits(examples: Sequence[Sequence[Record]], options: CalibrationOption
     return splits
 
 
-def pooled_places(splits: Sequence[Split]) -> Places:
+def pooled_held_out(splits: Sequence[Split]) -> ExampleIndices:
     """Return the held-out examples of all splits, task by task, in the splits' order."""
-    return [[place for split in splits for place in split.held_out[task]] for task in range(len(splits[0].held_out))]
+    return [[index for split in splits for index in split.held_out[task]] for task in range(len(splits[0].held_out))]
 
 
-def examples_of_step(places: Sequence[int], count: int, order_seed: tuple[int, ...], step: int) -> list[int]:
+def examples_of_step(indices: Sequence[int], count: int, order_seed: tuple[int, ...], step: int) -> list[int]:
     """Return the `count` examples, or all of them, that gradient step `step` sees.
 
     Steps walk through all examples, epoch after epoch; `order_seed` decides each epoch's order.
     """
-    if count >= len(places):
-        return list(places)
+    if count >= len(indices):
+        return list(indices)
     chosen = range(step * count, (step + 1) * count)
     orders = {
-        epoch: np.random.default_rng((*order_seed, epoch)).permutation(len(places))
-        for epoch in {index // len(places) for index in chosen}
+        epoch: np.random.default_rng((*order_seed, epoch)).permutation(len(indices))
+        for epoch in {index // len(indices) for index in chosen}
     }
-    return list(dict.fromkeys(places[orders[index // len(places)][index % len(places)]] for index in chosen))
+    return list(dict.fromkeys(indices[orders[index // len(indices)][index % len(indices)]] for index in chosen))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from zerotuning import _search
 from zerotuning.calibration.acceptance import AcceptanceTest, Decision, Patience, Selection
-from zerotuning.calibration.folds import Places, Split, examples_of_step
+from zerotuning.calibration.folds import ExampleIndices, Split, examples_of_step
 from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
@@ -89,7 +89,7 @@ class GradientSearch:
         parameterization: ScaleParameterization,
         options: CalibrationOptions,
         splits: Sequence[Split],
-        all_examples: Places,
+        all_examples: ExampleIndices,
         acceptance: AcceptanceTest,
     ) -> None:
         self.objective, self.parameterization, self.options = objective, parameterization, options
@@ -169,7 +169,7 @@ class GradientSearch:
                 fit_losses.append(loss)
             for kind, point in self._points_to_judge(stepper).items():
                 points.setdefault(kind, []).append(point)
-                scores.setdefault(kind, []).append(self._scores(point, self.acceptance.places_to_score(split)))
+                scores.setdefault(kind, []).append(self._scores(point, self.acceptance.examples_to_score(split)))
             if gradient is not None:
                 self._step(stepper, gradient)
         entry: dict[str, Any] = {"step": self.round, "penalty": search.penalty}
@@ -307,11 +307,11 @@ class GradientSearch:
         ]
 
     def _loss_and_gradient(
-        self, stepper: _search.GradientStepper, order_seed: tuple[int, int], places: Places
+        self, stepper: _search.GradientStepper, order_seed: tuple[int, int], indices: ExampleIndices
     ) -> tuple[float, np.ndarray]:
         """Return loss and gradient dL/dx [P] at the stepper's point, on the examples of its next step."""
         chosen = [
-            examples_of_step(part, self.options.examples_per_step, order_seed, stepper.steps_done) for part in places
+            examples_of_step(part, self.options.examples_per_step, order_seed, stepper.steps_done) for part in indices
         ]
         log_scale = self.parameterization.log_scale(stepper.point())
         loss, gradient = self.objective.loss_and_gradient(log_scale, chosen)
@@ -319,10 +319,10 @@ class GradientSearch:
             raise ZeroTuningError(f"the model's loss must be finite, got {loss}")
         return loss, self.parameterization.point_gradient(gradient)
 
-    def _scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
+    def _scores(self, point: np.ndarray, indices: ExampleIndices) -> list[Tensor]:
         if not point.any():
-            return self.acceptance.baseline_scores(places)
-        return self.objective.scores(self.parameterization.log_scale(point), places)
+            return self.acceptance.baseline_scores(indices)
+        return self.objective.scores(self.parameterization.log_scale(point), indices)
 
     @staticmethod
     def _step(stepper: _search.GradientStepper, gradient: np.ndarray) -> None:

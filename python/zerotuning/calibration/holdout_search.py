@@ -10,7 +10,7 @@ import numpy as np
 
 from zerotuning import _search
 from zerotuning.calibration.acceptance import Decision, Selection
-from zerotuning.calibration.folds import Places, Split
+from zerotuning.calibration.folds import ExampleIndices, Split
 from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.parameterization import MAX_ABS_LOG_SCALE, ScaleParameterization
@@ -163,8 +163,8 @@ class HoldoutSearch:
         search.is_judged = True
         return _least_finite("held_out_loss", losses)
 
-    def _losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
-        return self.objective.losses([self.parameterization.log_scale(point) for point in points], places)
+    def _losses(self, points: Sequence[np.ndarray], indices: ExampleIndices) -> list[float]:
+        return self.objective.losses([self.parameterization.log_scale(point) for point in points], indices)
 
     def result(self) -> SearchResult:
         """Return the point of the seed whose held-out loss fell most."""

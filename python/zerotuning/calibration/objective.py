@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zerotuning.calibration.batched_candidates import CandidateScorer
-from zerotuning.calibration.folds import Places
+from zerotuning.calibration.folds import ExampleIndices
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.out_of_memory import OutOfMemoryRetry
 from zerotuning.errors import ZeroTuningError
@@ -110,37 +110,37 @@ class CalibrationObjective:
 
     # Losses.
 
-    def scores(self, point: np.ndarray, places: Places) -> list[Tensor]:
-        """Return each task's label scores of the examples at `places`, float32 [n, C]; NaN where they are not finite."""
-        return self.scores_at([point], places)[0]
+    def scores(self, point: np.ndarray, indices: ExampleIndices) -> list[Tensor]:
+        """Return each task's label scores of the examples at `indices`, float32 [n, C]; NaN where they are not finite."""
+        return self.scores_at([point], indices)[0]
 
-    def scores_at(self, points: Sequence[np.ndarray], places: Places) -> list[list[Tensor]]:
+    def scores_at(self, points: Sequence[np.ndarray], indices: ExampleIndices) -> list[list[Tensor]]:
         """Return `scores` at each of several points, which share forward passes."""
-        by_task = [self._task_scores(task, points, chosen) for task, chosen in zip(self.tasks, places, strict=True)]
+        by_task = [self._task_scores(task, points, chosen) for task, chosen in zip(self.tasks, indices, strict=True)]
         return [list(of_point) for of_point in zip(*by_task, strict=True)]
 
-    def loss_of(self, scores: Sequence[Tensor], places: Places) -> float:
+    def loss_of(self, scores: Sequence[Tensor], indices: ExampleIndices) -> float:
         """Return the objective; inf where an example has no finite score."""
         values = []
-        for task, part, chosen in zip(self.tasks, scores, places, strict=True):
+        for task, part, chosen in zip(self.tasks, scores, indices, strict=True):
             if bool(part.isnan().any()):
                 return math.inf
             values.append(self._value(task, part, task.scorer.labels[list(chosen)]))
         return math.fsum(values) / len(values)
 
-    def accuracy_of(self, scores: Sequence[Tensor], places: Places) -> float | None:
+    def accuracy_of(self, scores: Sequence[Tensor], indices: ExampleIndices) -> float | None:
         """Return the fraction of right answers, as a mean over tasks; None where labels are missing."""
         if not all(task.has_labels for task in self.tasks):
             return None
-        labels = [task.scorer.labels[list(chosen)] for task, chosen in zip(self.tasks, places, strict=True)]
+        labels = [task.scorer.labels[list(chosen)] for task, chosen in zip(self.tasks, indices, strict=True)]
         accuracies = [objectives.accuracy(part, gold) for part, gold in zip(scores, labels, strict=True)]
         return math.fsum(accuracies) / len(accuracies)
 
-    def losses(self, points: Sequence[np.ndarray], places: Places) -> list[float]:
+    def losses(self, points: Sequence[np.ndarray], indices: ExampleIndices) -> list[float]:
         """Return the objective at each point; with a metric of generated text, minus that metric."""
         if self.reads_text:
-            return [self._generated_loss(point, places) for point in points]
-        return [self.loss_of(scores, places) for scores in self.scores_at(points, places)]
+            return [self._generated_loss(point, indices) for point in points]
+        return [self.loss_of(scores, indices) for scores in self.scores_at(points, indices)]
 
     def _value(self, task: TaskExamples, scores: Tensor, labels: Tensor) -> float:
         if self.options.method == "paper" and self.options.objective == "task-loss" and not task.task.continuation:
@@ -154,28 +154,28 @@ class CalibrationObjective:
             return objectives.continuation_loss(scores, labels)
         return objectives.OBJECTIVES[self.options.objective](scores, labels.to(scores.device))
 
-    def _task_scores(self, task: TaskExamples, points: Sequence[np.ndarray], places: Sequence[int]) -> list[Tensor]:
+    def _task_scores(self, task: TaskExamples, points: Sequence[np.ndarray], indices: Sequence[int]) -> list[Tensor]:
         columns = task.scorer.num_labels
-        table = np.zeros((len(points), len(places), columns + 1))  # the last column is 1 for a row with scores
-        row_of = {place: row for row, place in enumerate(places)}
-        batches = self._batches(task, places)
+        table = np.zeros((len(points), len(indices), columns + 1))  # the last column is 1 for a row with scores
+        row_of = {example: row for row, example in enumerate(indices)}
+        batches = self._batches(task, indices)
         for index, piece, scores in self.candidates.scores(task.scorer, batches, points, task.shares_prefix):
-            rows = [row_of[place] for place in piece.indices.tolist()]
+            rows = [row_of[example] for example in piece.indices.tolist()]
             table[index, rows, :columns], table[index, rows, columns] = scores.double().cpu().numpy(), 1.0
         table = self.processes.sum(table)
         table[table[:, :, columns] == 0, :columns] = np.nan
         return list(torch.from_numpy(table[:, :, :columns].astype(np.float32)))
 
-    def _batches(self, task: TaskExamples, places: Sequence[int]) -> list[Batch]:
+    def _batches(self, task: TaskExamples, indices: Sequence[int]) -> list[Batch]:
         """This process's share of the examples, in batches. Every process gets equally many examples of a length."""
         size = self.memory.batch_size(self.options.batch_size)
         scorer = task.scorer_at_point()
-        shards = [self.processes.shard(batch.indices.tolist()) for batch in scorer.batches_of(places, size)]
+        shards = [self.processes.shard(batch.indices.tolist()) for batch in scorer.batches_of(indices, size)]
         return [batch for shard in shards for batch in scorer.batches_of(shard, size)]
 
     # Gradients.
 
-    def loss_and_gradient(self, point: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
+    def loss_and_gradient(self, point: np.ndarray, indices: ExampleIndices) -> tuple[float, np.ndarray]:
         """Return the objective and its gradient in log γ, float64 [layers * heads].
 
         An example without a finite loss is left out.
@@ -184,7 +184,7 @@ class CalibrationObjective:
             ZeroTuningError: No example has a finite loss.
         """
         loss, gradient = 0.0, np.zeros(self._size)
-        for task, chosen in zip(self.tasks, places, strict=True):
+        for task, chosen in zip(self.tasks, indices, strict=True):
             is_mean = self.options.objective in objectives.MEANS_OVER_EXAMPLES
             compute = self._gradient_of_mean if is_mean else self._gradient_through_scores
             value, part = compute(task, point, chosen)
@@ -193,7 +193,7 @@ class CalibrationObjective:
         return loss, gradient
 
     def _gradient_of_mean(
-        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+        self, task: TaskExamples, point: np.ndarray, indices: Sequence[int]
     ) -> tuple[float, np.ndarray]:
         """The loss and gradient of an objective that is a mean over examples: batch by batch."""
         self.candidates.set_point(point)
@@ -204,17 +204,17 @@ class CalibrationObjective:
                 value = self._objective(task, scores, batch.labels) * len(batch)
                 return self._finite_sums(float(value.detach()), self._gradient(value), len(batch))
 
-        sums = self._summed(task, places, compute)
+        sums = self._summed(task, indices, compute)
         return float(sums[0] / sums[1]), sums[2:] / sums[1]
 
     def _gradient_through_scores(
-        self, task: TaskExamples, point: np.ndarray, places: Sequence[int]
+        self, task: TaskExamples, point: np.ndarray, indices: Sequence[int]
     ) -> tuple[float, np.ndarray]:
         """The loss and gradient of another objective: first the gradient in all scores, then batch by batch."""
-        (scores,) = self._task_scores(task, [point], places)
+        (scores,) = self._task_scores(task, [point], indices)
         self.candidates.set_point(point)
         is_finite = ~scores.isnan().any(dim=-1)
-        usable = [place for place, finite in zip(places, is_finite.tolist(), strict=True) if finite]
+        usable = [example for example, finite in zip(indices, is_finite.tolist(), strict=True) if finite]
         if not usable:
             raise ZeroTuningError(f"task {task.task.name!r}: no example has a finite loss")
         leaf = scores[is_finite].requires_grad_()
@@ -225,7 +225,7 @@ class CalibrationObjective:
         def compute(batch: Batch) -> np.ndarray | None:
             with self.memory.checkpointing(self.model):
                 batch_scores = self._scorer_with_gradients(task).scores(batch)
-                weight = torch.stack([weight_of[place] for place in batch.indices.tolist()]).to(batch_scores.device)
+                weight = torch.stack([weight_of[example] for example in batch.indices.tolist()]).to(batch_scores.device)
                 present = batch_scores.masked_fill(batch_scores == -torch.inf, 0.0)
                 gradient = self._gradient((present * weight).sum())
             return self._finite_sums(0.0, gradient, len(batch))
@@ -240,11 +240,11 @@ class CalibrationObjective:
         return task.scorer_at_point() if self.memory.keeps_activations(self.model) else task.scorer
 
     def _summed(
-        self, task: TaskExamples, places: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
+        self, task: TaskExamples, indices: Sequence[int], compute: Callable[[Batch], np.ndarray | None]
     ) -> np.ndarray:
         """The sums over batches and processes of (loss, examples, gradient…), float64 [2 + layers * heads]."""
         sums = np.zeros(2 + self._size)
-        for batch in self._batches(task, places):
+        for batch in self._batches(task, indices):
             for _, part in self.memory.in_pieces(task.scorer_at_point(), batch, compute):
                 sums += part
         sums = self.processes.sum(sums)
@@ -273,11 +273,11 @@ class CalibrationObjective:
     # Text.
 
     @torch.no_grad()
-    def _generated_loss(self, point: np.ndarray, places: Places) -> float:
+    def _generated_loss(self, point: np.ndarray, indices: ExampleIndices) -> float:
         self.candidates.set_point(point)
         values = []
-        for task, chosen in zip(self.tasks, places, strict=True):
-            records = [task.records[place] for place in chosen]
+        for task, chosen in zip(self.tasks, indices, strict=True):
+            records = [task.records[example] for example in chosen]
             texts = self._generated_texts(task, chosen)
             value = (
                 generated_accuracy(task.task, texts, records) if self.metric is None else self.metric(texts, records)
@@ -285,17 +285,17 @@ class CalibrationObjective:
             values.append(-float(self.processes.broadcast_from_main(repr(_finite(value)))))
         return math.fsum(values) / len(values)
 
-    def _generated_texts(self, task: TaskExamples, places: Sequence[int]) -> list[str]:
+    def _generated_texts(self, task: TaskExamples, indices: Sequence[int]) -> list[str]:
         """The text that greedy decoding writes after each prompt, with the scales of `set_point`."""
         texts: dict[int, str] = {}
         size = self.memory.batch_size(self.options.batch_size)
-        for begin in range(0, len(places), size):
-            chosen = places[begin : begin + size]
+        for begin in range(0, len(indices), size):
+            chosen = indices[begin : begin + size]
             for piece, answers in self.memory.in_pieces(
                 task.scorer, task.scorer.prompt_batch(chosen), lambda batch: self._generate(task, batch)
             ):
                 texts.update(zip(piece.indices.tolist(), answers, strict=True))
-        return [texts[place] for place in places]
+        return [texts[example] for example in indices]
 
     def _generate(self, task: TaskExamples, batch: Batch) -> list[str]:
         return generate_answers(task.scorer, self.tokenizer, batch, self._max_new_tokens(task))

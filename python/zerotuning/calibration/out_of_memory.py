@@ -114,8 +114,8 @@ class OutOfMemoryRetry:
             self.note(f"no finite loss in a batch of {len(batch)}, retried in halves")
         # Outside the except block: the traceback, which holds the failed pass's tensors, is gone.
         self._free_memory()
-        places = batch.indices.tolist()
-        halves = (places[: len(places) // 2], places[len(places) // 2 :]) if len(places) > 1 else (places,)
+        indices = batch.indices.tolist()
+        halves = (indices[: len(indices) // 2], indices[len(indices) // 2 :]) if len(indices) > 1 else (indices,)
         pieces = [piece for half in halves for piece in scorer.batches_of(half)]
         return [result for piece in pieces for result in self.in_pieces(scorer, piece, compute)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zerotuning.calibration.acceptance import AcceptanceTest
-from zerotuning.calibration.folds import Places, Split, pooled_places
+from zerotuning.calibration.folds import ExampleIndices, Split, pooled_held_out
 from zerotuning.calibration.objective import CalibrationObjective
 from zerotuning.calibration.parameterization import ScaleParameterization
 from zerotuning.calibration.search_result import SearchResult
@@ -58,7 +58,7 @@ def held_out_figures(
         figures = _figures(objective, [splits[i] for i in of_seed], [after[i] for i in of_seed])
         by_seed.append({"seed": seed, **figures})
     return {
-        "held_out_examples": sum(len(set(places)) for places in pooled_places(splits)),
+        "held_out_examples": sum(len(set(indices)) for indices in pooled_held_out(splits)),
         "baseline": _figures(objective, splits, before),
         "tuned": _figures(objective, splits, after),
         "tasks": _by_task(objective, splits, before, after),
@@ -81,16 +81,18 @@ def versions() -> dict[str, str]:
 def _figures(
     objective: CalibrationObjective, splits: Sequence[Split], results: Sequence[Sequence[Tensor]]
 ) -> dict[str, float | None]:
-    scores, places = [torch.cat(parts) for parts in zip(*results, strict=True)], pooled_places(splits)
-    return _mean_figures(objective, scores, places)
+    scores, indices = [torch.cat(parts) for parts in zip(*results, strict=True)], pooled_held_out(splits)
+    return _mean_figures(objective, scores, indices)
 
 
-def _mean_figures(objective: CalibrationObjective, scores: Sequence[Tensor], places: Places) -> dict[str, float | None]:
+def _mean_figures(
+    objective: CalibrationObjective, scores: Sequence[Tensor], indices: ExampleIndices
+) -> dict[str, float | None]:
     labelled = all(not task.task.continuation for task in objective.tasks)
     entropies = [float(objectives.entropy(part)) for part in scores] if labelled else []
     return {
-        "loss": objective.loss_of(scores, places),
-        "accuracy": objective.accuracy_of(scores, places),
+        "loss": objective.loss_of(scores, indices),
+        "accuracy": objective.accuracy_of(scores, indices),
         "entropy": statistics.fmean(entropies) if entropies else None,
     }
 
@@ -102,7 +104,7 @@ def _by_task(
     after: Sequence[Sequence[Tensor]],
 ) -> list[dict[str, Any]]:
     tasks = []
-    for index, (task, places) in enumerate(zip(objective.tasks, pooled_places(splits), strict=True)):
+    for index, (task, indices) in enumerate(zip(objective.tasks, pooled_held_out(splits), strict=True)):
         entry: dict[str, Any] = {
             "task": task.task.name,
             "labels": _label_names(task.task.labels, task.scorer.num_labels),
@@ -111,7 +113,7 @@ def _by_task(
             scores = torch.cat([parts[index] for parts in results])
             if task.task.continuation:
                 continue
-            labels = task.scorer.labels[places]
+            labels = task.scorer.labels[indices]
             entry[f"{name}_entropies"] = [round(value, 5) for value in objectives.entropy_per_example(scores).tolist()]
             entry[f"{name}_predictions"] = torch.bincount(scores.argmax(-1), minlength=scores.shape[1]).tolist()
             if task.has_labels:

@@ -154,7 +154,7 @@ class CalibrationRun:
             "prompts": [prompt_settings(task.task) for task in tasks],
             "examples": sum(len(task.records) for task in tasks),
             "folds": len(self.splits) // options.search_count,
-            "fit_examples": sum(len(places) for places in self.splits[0].fit),
+            "fit_examples": sum(len(indices) for indices in self.splits[0].fit),
             "steps": self.search.steps_done,
             "seed": options.seed,
             "num_searches": options.search_count,
@@ -182,7 +182,7 @@ class CalibrationRun:
             return held_out_figures(self.objective, self.parameterization, result, self.acceptance)
         assert isinstance(self.search, HoldoutSearch)
         return {
-            "held_out_examples": sum(len(places) for places in self.splits[0].held_out),
+            "held_out_examples": sum(len(indices) for indices in self.splits[0].held_out),
             "baseline": {"loss": self.search.baseline_loss, "accuracy": None},
             "tuned": {"loss": self.search.least_loss, "accuracy": None},
         }

@@ -56,7 +56,7 @@ def measuring(
         )
 
 
-def all_places(objective: CalibrationObjective) -> list[list[int]]:
+def all_indices(objective: CalibrationObjective) -> list[list[int]]:
     return [list(range(len(task.records))) for task in objective.tasks]
 
 
@@ -98,9 +98,9 @@ def test_batched_candidates_score_as_each_candidate_alone(
 ) -> None:
     points = points_of(method)
     with measuring(tiny_model, tiny_tokenizer, TASKS[name], method=method) as (objective, parameters):
-        places = all_places(objective)
+        indices = all_indices(objective)
         with passes(tiny_model) as shapes:
-            found = objective.scores_at(points, places)
+            found = objective.scores_at(points, indices)
         batches = sum(len(task.scorer.batches) for task in objective.tasks)
         assert len(shapes) < len(points) * batches
         assert max(shape.numel() for shape in shapes) <= CPU_TOKENS
@@ -112,9 +112,9 @@ def test_batched_candidates_score_as_each_candidate_alone(
 def test_losses_come_in_the_order_of_the_points(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("cma-es")
     with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (objective, _):
-        places = [[4, 0, 2], [1]]
-        together = objective.losses(points, places)
-        alone = [objective.losses([point], places)[0] for point in points]
+        indices = [[4, 0, 2], [1]]
+        together = objective.losses(points, indices)
+        alone = [objective.losses([point], indices)[0] for point in points]
     assert together == pytest.approx(alone, abs=1e-5)
     assert len(set(together)) == len(points)
 
@@ -124,10 +124,10 @@ def test_a_pass_too_large_for_the_memory_is_retried_with_fewer_candidates(
 ) -> None:
     points = points_of("cma-es")
     with measuring(tiny_model, tiny_tokenizer, TASKS["two tasks"]) as (objective, _):
-        places = all_places(objective)
-        expected = objective.scores_at(points, places)
+        indices = all_indices(objective)
+        expected = objective.scores_at(points, indices)
         with memory_for(tiny_model, 9):
-            found = objective.scores_at(points, places)
+            found = objective.scores_at(points, indices)
         assert objective.memory.max_candidates in (1, 2)
         assert any("candidates in a pass, retried with at most" in note for note in objective.memory.notes)
         for one, other in zip(found, expected, strict=True):
@@ -142,8 +142,8 @@ def test_a_candidate_without_finite_scores_has_infinite_loss_and_the_others_do_n
     points[2] = points[2].copy()
     points[2][0] = 3.5
     with measuring(tiny_model, tiny_tokenizer, TASKS["labels of one token"]) as (objective, _):
-        places = all_places(objective)
-        expected = objective.losses(points, places)
+        indices = all_indices(objective)
+        expected = objective.losses(points, indices)
         layer = tiny_model.model.layers[0].self_attn
 
         def no_numbers_at_the_third(module: Any, args: Any, output: Any) -> Any:
@@ -152,7 +152,7 @@ def test_a_candidate_without_finite_scores_has_infinite_loss_and_the_others_do_n
             return output
 
         hook = tiny_model.register_forward_hook(no_numbers_at_the_third)
-        found = objective.losses(points, places)
+        found = objective.losses(points, indices)
         hook.remove()
     assert found[2] == math.inf
     assert found[:2] + found[3:] == pytest.approx(expected[:2] + expected[3:], abs=1e-5)
@@ -205,7 +205,7 @@ def test_shots_are_computed_once_per_candidate_with_the_same_scores(tiny_model: 
         (task,) = objective.tasks
         assert task.shares_prefix
         with passes(tiny_model) as shapes:
-            found = objective.scores_at(points, all_places(objective))
+            found = objective.scores_at(points, all_indices(objective))
         whole = sum(batch.input_ids.numel() for batch in task.scorer.batches)
         assert sum(shape.numel() for shape in shapes) < len(points) * whole / 4
         assert len(shapes) == len(points) * (1 + len(task.scorer.batches))
@@ -224,16 +224,16 @@ def test_gradients_flow_through_shots_that_are_computed_once_per_batch(
     several = [with_many_shots(tiny_model.double(), task)]
     with measuring(tiny_model, tiny_tokenizer, several, method="gradient", objective=name) as (objective, _):
         (one,) = objective.tasks
-        places = all_places(objective)
+        indices = all_indices(objective)
         with passes(tiny_model) as shapes:
-            loss, gradient = objective.loss_and_gradient(point, places)
+            loss, gradient = objective.loss_and_gradient(point, indices)
         objective.memory.checkpointed = True  # checkpointed layers read whole prompts
         with passes(tiny_model) as checkpointed:
-            kept_less = objective.loss_and_gradient(point, places)
+            kept_less = objective.loss_and_gradient(point, indices)
         one.shares_prefix = False
         objective.memory.checkpointed = False
         with passes(tiny_model) as whole:
-            expected = objective.loss_and_gradient(point, places)
+            expected = objective.loss_and_gradient(point, indices)
         assert sum(shape.numel() for shape in shapes) < sum(shape.numel() for shape in whole) / 2
         assert sum(shape.numel() for shape in checkpointed) > 1.5 * sum(shape.numel() for shape in shapes)
         for found in ((loss, gradient), kept_less):
@@ -255,8 +255,8 @@ def test_tokens_of_a_shared_prefix_do_not_count_toward_the_tokens_of_a_pass(
 def test_a_lack_of_memory_behind_a_prefix_is_retried(tiny_model: Any, tiny_tokenizer: Any) -> None:
     points = points_of("paper", 2)
     with measuring(tiny_model, tiny_tokenizer, [with_many_shots(tiny_model, FILMS)]) as (objective, _):
-        places = all_places(objective)
-        expected = objective.losses(points, places)
+        indices = all_indices(objective)
+        expected = objective.losses(points, indices)
         with memory_for(tiny_model, 2):
-            assert objective.losses(points, places) == pytest.approx(expected, abs=1e-4)
+            assert objective.losses(points, indices) == pytest.approx(expected, abs=1e-4)
         assert objective.memory.max_batch_size == 2

@@ -16,7 +16,7 @@ from known_losses import (
     run,
     squared_distance,
 )
-from zerotuning.calibration.folds import Places
+from zerotuning.calibration.folds import ExampleIndices
 from zerotuning.calibration.gradient_search import GradientSearch
 from zerotuning.calibration.options import CalibrationOptions
 from zerotuning.calibration.saved_fields import SavedFields
@@ -73,7 +73,7 @@ def test_the_moving_average_of_the_points_is_a_candidate_too() -> None:
     class Swinging(KnownLosses):
         """A loss whose gradient changes sign at 0.5, so that the points oscillate about 0.5."""
 
-        def loss_and_gradient(self, log_scale: np.ndarray, places: Places) -> tuple[float, np.ndarray]:
+        def loss_and_gradient(self, log_scale: np.ndarray, indices: ExampleIndices) -> tuple[float, np.ndarray]:
             return 0.0, np.where(log_scale >= 0.5, 1.0, -1.0)
 
     def least_loss(average: float) -> tuple[float, str]:
