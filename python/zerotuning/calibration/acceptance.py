@@ -78,7 +78,7 @@ class Selection(Generic[C]):
 
     Attributes:
         loss: The least loss so far.
-        best: The candidate with that loss; None while γ = 1 has it.
+        best: The candidate with that loss; None while no candidate beats γ = 1.
     """
 
     def __init__(self, baseline_loss: float) -> None:

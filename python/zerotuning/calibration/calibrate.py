@@ -99,13 +99,13 @@ def calibrate(
         model: A causal language model of transformers.
         tokenizer: Its tokenizer.
         task: A Task, a built-in name or the path of a YAML file; or a list of these, tuned together: the objective is
-            the mean of theirs.
+            the mean of the tasks' objectives.
         records: Mappings, the path of a JSON lines file or a data set of the hub (tasks/hub.py); for a list of tasks, a
             list of these. Default: the built-in task's validation sample. Few-shot examples of the task are left out.
-        start: Scales to begin with. Heads that are not tuned (`layers`, `heads`, `exclude_heads`) keep theirs.
+        start: Scales to begin with. Heads that are not tuned (`layers`, `heads`, `exclude_heads`) keep these scales.
         metric: With method `cma-es`: a function of the texts that the model writes after the prompts (greedily, at most
             `max_new_tokens`) and their records. Its result, the higher the better, replaces the objective.
-        output: A folder. During the search it holds the state from which the same call resumes; at the end it holds the
+        output: A folder. During the search the folder holds the state from which the same call resumes; at the end, the
             scales (HeadScales.from_pretrained), report.json and, with matplotlib, report.png and head_map.png.
         overwrite: Replace a finished result in `output`, or restart an unfinished one.
         model_name: The model's name in the result's metadata. Default: the name in its configuration.

@@ -111,7 +111,7 @@ def shot_candidates(task: Task, records: Sequence[Record], count: int, seed: int
 def draw_for_candidates(
     candidates: Sequence[Task], records: Sequence[Record], options: CalibrationOptions
 ) -> list[Record]:
-    """Draw the examples on which the candidates are compared, and check that they suffice for each candidate.
+    """Draw the examples on which the candidates are compared, and check their number for each candidate.
 
     Raises:
         ZeroTuningError: Too few examples are left beside those that the candidates contain.

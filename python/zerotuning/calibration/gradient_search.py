@@ -102,7 +102,7 @@ class GradientSearch:
         ]
         self.selection: Selection[Candidate] = Selection(acceptance.baseline.loss)
         self.round = 0
-        #: Searches on all examples (`combine` = "refit"), one for each seed; empty before they begin.
+        #: Searches on all examples (`combine` = "refit"), one for each seed; empty until the first refit step.
         self.refit_steppers: list[_search.GradientStepper] = []
         self.refit_is_out_of_time = False
 

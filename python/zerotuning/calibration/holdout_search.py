@@ -117,7 +117,7 @@ class HoldoutSearch:
 
     @property
     def baseline_loss(self) -> float:
-        """The first seed's held-out loss at γ = 1; NaN before it is measured."""
+        """The first seed's held-out loss at γ = 1; NaN before the first round."""
         selection = self.searches[0].selection
         return math.nan if selection is None else selection.baseline_loss
 

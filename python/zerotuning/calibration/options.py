@@ -37,7 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """The options of `calibrate`. A calibration resumes only with the options it began with.
+    """The options of `calibrate`. A calibration resumes only with equal options.
 
     Sequences may be lists, sets or arrays of any library; they are stored as tuples.
 

@@ -84,7 +84,7 @@ class CalibrationState:
             )
 
     def clear(self) -> None:
-        """Remove the state, and unfinished files that a run left when it was killed."""
+        """Remove the state, and the unfinished files of killed runs."""
         if self.path is None or not self.processes.is_main_process:
             return
         for name in (*RESULT_FILES, STATE_FILE, TRIALS_FILE):

@@ -255,7 +255,7 @@ def _one_file_per_task(tasks: Sequence[str], files: Sequence[str] | None, option
 
 
 def _output_folder(arguments: argparse.Namespace) -> AbstractContextManager[Path]:
-    """The output folder, checked before the model is loaded; the main process alone makes and locks it."""
+    """The output folder, checked before the model is loaded. Only the main process creates and locks the folder."""
     from zerotuning.models.process_group import Processes
 
     if not Processes().is_main_process:

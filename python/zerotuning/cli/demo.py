@@ -11,7 +11,10 @@ from zerotuning.cli.arguments import add_command
 def add_to(commands: Any) -> None:
     """Add the command to the program's subparsers."""
     parser = add_command(
-        commands, "demo", run, "calibrate SmolLM2-135M-Instruct on 64 SST-2 examples and measure it before and after"
+        commands,
+        "demo",
+        run,
+        "calibrate SmolLM2-135M-Instruct on 64 SST-2 examples and measure the model before and after",
     )
     parser.add_argument(
         "--output", metavar="DIR", default="zerotuning-demo", help="folder of the result (default: %(default)s)"

@@ -12,7 +12,7 @@ from zerotuning.errors import ZeroTuningError
 
 @contextmanager
 def joined_processes(arguments: argparse.Namespace, *, share_examples: bool) -> Iterator[str | None]:
-    """Work within the process group of the processes that torchrun started; leave it at the end.
+    """Within the context, join the process group of the processes that torchrun started.
 
     Args:
         arguments: device, device_map and tensor_parallel of the command line.

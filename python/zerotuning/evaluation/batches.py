@@ -125,7 +125,7 @@ def grouped_by_length(
     sequences = 0
     for index in sorted(places, key=lambda place: examples[place].longest):
         added = len(examples[index].beginnings)
-        # In order of length the last example is the longest: it sets the padded length.
+        # The examples are sorted by length, so the last example sets the padded length.
         tokens = (sequences + added) * (examples[index].longest - prefix_length)
         if group and (sequences + added > batch_size or (batch_tokens is not None and tokens > batch_tokens)):
             yield group

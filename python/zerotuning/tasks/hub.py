@@ -177,7 +177,7 @@ def hub_examples(task: Task, data: str, split: str) -> list[Record]:
     """
     hub_name = _parsed(data)
     if not hub_name.place and task.hub is None:
-        raise ZeroTuningError(f"task {task.name!r} names no data set of the hub: name one as hub:owner/name, or a file")
+        raise ZeroTuningError(f"task {task.name!r} names no data set of the hub: give hub:owner/name or a file")
     source = task.hub or HubSource(hub_name.place)
     name, config = (source.name, source.config) if not hub_name.place else (hub_name.name, hub_name.config)
     if hub_name.place and config is None and name == source.name:

@@ -224,7 +224,9 @@ def _checked_labels(labels: Any) -> tuple[str, ...]:
         raise ZeroTuningError(f'labels must be a list of strings or "{LETTERS}", got {shown(labels)}')
     for index, label in enumerate(labels):
         if not isinstance(label, str):
-            raise ZeroTuningError(f"labels must be strings, got {shown(label)} at index {index}: put it in quotes")
+            raise ZeroTuningError(
+                f"labels must be strings, got {shown(label)} at index {index}: put the label in quotes"
+            )
         if not label.strip():
             raise ZeroTuningError(f"labels must not be empty, got {label!r} at index {index}")
         check_text(label, f"the label at index {index}")

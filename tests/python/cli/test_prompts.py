@@ -232,7 +232,7 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (evaluate("--chat"), "chat needs a tokenizer with a chat template, model has none"),
         (evaluate("--scoring", "best"), "argument --scoring: invalid choice: 'best'"),
         (calibrate("--scoring", "generate"), "scoring generate has no gradient: method must be cma-es"),
-        (evaluate(data="hub"), "task 'films' names no data set of the hub: name one as hub:owner/name, or a file"),
+        (evaluate(data="hub"), "task 'films' names no data set of the hub: give hub:owner/name or a file"),
         (
             ["evaluate", "--model", "model", "--task", "subj"],
             "task 'subj' comes without examples: name a JSON lines file (--data FILE.jsonl), or its data set SetFit/subj",

@@ -80,7 +80,7 @@ def test_a_template_that_reaches_for_more_than_a_plain_field_is_refused(template
         ({"labels": [" only"]}, "at least two"),
         ({"labels": [" a", " b", " a"]}, "labels must differ, got ' a' at index 0 and 2"),
         ({"labels": [" a", " "]}, "labels must not be empty, got ' ' at index 1"),
-        ({"labels": [True, False]}, "labels must be strings, got bool True at index 0: put it in quotes"),
+        ({"labels": [True, False]}, "labels must be strings, got bool True at index 0: put the label in quotes"),
         ({"chat": "yes"}, "chat must be true or false, got str 'yes'"),
         ({"scoring": "best"}, "scoring must be one of sum, mean, first-token, generate, got 'best'"),
         ({"hub": "owner/name"}, "hub must be a mapping with name and columns, got 'owner/name'"),
