@@ -9,7 +9,7 @@ TIMEOUT = 10
 
 
 def is_repository_name(text: str) -> bool:
-    r"""Whether a text can be a repository of the hub: "name" or "owner/name", not a path with ., ~, \ or more slashes."""
+    r"""Whether a text can name a hub repository: "name" or "owner/name", no path with ., ~, \ or more slashes."""
     return not text.startswith((".", "~", "/")) and text.count("/") <= 1 and "\\" not in text
 
 
@@ -48,7 +48,7 @@ def repository_connection_error(repository: str, file: str) -> str | None:
 
 
 def first_line(error: Exception, longest: int = 200) -> str:
-    """The first line of an error's text that is not empty, less its full stop, cut at `longest` characters; else the error's type."""
+    """An error's first nonempty line, less its full stop, cut at `longest` characters; else the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     reason = lines[0].rstrip(".") if lines else type(error).__name__
     return reason if len(reason) <= longest else reason[: longest - 1] + "…"

@@ -3,8 +3,8 @@
     zerotuning lm-eval run --model zerotuning --model_args pretrained=NAME,scales=DIR --tasks TASK
     lm_eval.simple_evaluate(model=ZeroTuningLM("demo", scales="sst2-scales"), tasks=["arc_easy"])
 
-lm-eval's own command finds the model too. Releases after 0.4.13 use the entry point `lm_eval.models` of this package. Release
-0.4.13 needs a task that is a YAML file, named by its path, which imports this module with
+lm-eval's own command finds the model too. Releases after 0.4.13 use the entry point `lm_eval.models` of this package.
+Release 0.4.13 needs a task that is a YAML file, named by its path, which imports this module with
 
     metadata: {model: !function zerotuning.lm_evaluation.ZeroTuningLM}
 """
@@ -54,13 +54,14 @@ class ZeroTuningLM(HFLM):
     """A patched model for lm-evaluation-harness, in one process.
 
     Args:
-        pretrained: A model that is patched or not, or what `load_model` accepts: demo, a .gguf file, a folder, a hub name.
+        pretrained: A model that is patched or not, or what `load_model` accepts: demo, a .gguf file, a folder, a hub
+            name.
         scales: HeadScales, their folder or owner/name on the hub. None: every γ is 1; a model that is patched already
             keeps its scales.
         tokenizer: For a model that is given as an object (default: the tokenizer of its name).
         dtype: As of `load_model`; "auto" is its default. Not for a model that is given as an object.
-        device: As of `load_model`. On a machine without a GPU, cuda means the default device: lm-eval passes cuda:0 when
-            the user names no device. Not for a model that is given as an object.
+        device: As of `load_model`. On a machine without a GPU, cuda means the default device: lm-eval passes cuda:0
+            when the user names no device. Not for a model that is given as an object.
         device_map: As of `load_model`, in place of device. Not for a model that is given as an object.
         batch_size: As of lm-eval, "auto" included.
         max_batch_size: As of lm-eval.
@@ -86,8 +87,8 @@ class ZeroTuningLM(HFLM):
         unknown = sorted(options.keys() - _OPTIONS)
         if unknown:
             raise ZeroTuningError(
-                f"unknown model argument {unknown[0]}: the model zerotuning has the arguments pretrained, scales, tokenizer,"
-                f" dtype, device_map, {', '.join(sorted(_OPTIONS))}"
+                f"unknown model argument {unknown[0]}: the model zerotuning has the arguments pretrained, scales, "
+                f"tokenizer, dtype, device_map, {', '.join(sorted(_OPTIONS))}"
             )
         head_scales = None if scales is None else read_scales(scales)
         model, name = pretrained, getattr(pretrained, "name_or_path", "")

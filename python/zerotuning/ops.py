@@ -68,7 +68,8 @@ def attention(
         key: (B, Hkv, Tk, D) with H a multiple of Hkv, dtype and device of query.
         value: (B, Hkv, Tk, Dv).
         log_scale: (H) or (B, H), the natural logarithm of γ; float32 (float64 with a float64 query).
-        key_mask: (B, Tk) bool (or uint8, 0 and 1), False for padding. The initial token is each sample's first real key.
+        key_mask: (B, Tk) bool (or uint8, 0 and 1), False for padding. The initial token is each sample's first real
+            key.
         span: (B, 2) int64, the keys [first, end) that are scaled instead of the initial token; first == end: none.
         query_start: (B) int64, the position of the first query among the keys; query i attends to keys up to
             query_start + i. Default Tk - Tq: the queries are the last keys.
@@ -232,8 +233,8 @@ def _(query, key, value, log_scale, *rest):  # type: ignore[no-untyped-def]
 def _needs_output_minus_initial_value(query: Tensor, key: Tensor, value: Tensor, geometry: Geometry) -> bool:
     """Whether backward will need output_minus_initial_value: where a kernel of torch computes the gradients.
 
-    A traced graph with gradients belongs to the card that it was traced on. Its lengths may be symbolic; its dtype, head
-    sizes and the presence of optional arguments are fixed.
+    A traced graph with gradients belongs to the card that it was traced on. Its lengths may be symbolic; its dtype,
+    head sizes and the presence of optional arguments are fixed.
     """
     if not query.is_cuda:
         return False
@@ -276,8 +277,8 @@ def _(grad_output, query, key, value, log_scale, *_results_and_geometry):  # typ
     return *gradients, log_scale.new_empty(log_scale.shape)
 
 
-# Gradients (docs/how-it-works.md, "Backward"). Saved are the inputs, the output and its log-sum-exp, and for some routes
-# output_minus_initial_value (csrc/ops/attention_cuda.h).
+# Gradients (docs/how-it-works.md, "Backward"). Saved are the inputs, the output and its log-sum-exp, and for some
+# routes output_minus_initial_value (csrc/ops/attention_cuda.h).
 
 
 def _save_for_backward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

@@ -63,8 +63,8 @@ def nested_bootstrap_interval(
 ) -> tuple[float, float]:
     """95 % percentile interval (low, high) of the mean of the groups' means, for values that depend on their group.
 
-    A draw resamples groups, then the values within each group (Davison and Hinkley 1997, section 3.8). An example are the
-    seeds of several tasks.
+    A draw resamples groups, then the values within each group (Davison and Hinkley 1997, section 3.8). An example are
+    the seeds of several tasks.
 
     Args:
         groups: The values of each group.
@@ -90,7 +90,7 @@ def nested_bootstrap_interval(
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's rank correlation. Equal values share their mean rank; the correlation is NaN if one sequence is constant."""
+    """Spearman's rank correlation; NaN if one sequence is constant. Equal values share their mean rank."""
     one, other = (_ranks(np.asarray(values, dtype=np.float64)) for values in (first, second))
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return math.nan

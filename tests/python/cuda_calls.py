@@ -47,7 +47,7 @@ def reference(inputs: list[Tensor], grad_output: Tensor, **geometry: Any) -> lis
 def compare(
     inputs: list[Tensor], forward: int, backward: int, floor: float = 1e-2, scales_limit: float = 5e-3, **geometry: Any
 ) -> None:
-    """Bound errors relative to the result plus `floor` times the terms that cancel in it where one key has all the weight."""
+    """Bound errors relative to the result plus `floor` times its terms that cancel if one key has all the weight."""
     batch, heads, rows, _ = inputs[0].shape
     grad_output = torch.randn(batch, rows, heads, inputs[2].shape[-1]).to(inputs[0].dtype).transpose(1, 2)
     got, wanted = (

@@ -1,7 +1,7 @@
 """The code blocks of a Markdown page, and what a test does with each kind of block.
 
-A block that cannot run in a test has the line `<!-- not run: reason -->` before it. A language that `RUNNERS` lacks is an
-error, so that no block is left out silently.
+A block that cannot run in a test has the line `<!-- not run: reason -->` before it. A language that `RUNNERS` lacks is
+an error, so that no block is left out silently.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Block:
 
 @dataclass
 class Session:
-    """What the blocks of one page share: names of Python, the folder of their files, the task of the last YAML block."""
+    """What the blocks of one page share: Python's names, the folder of their files, the task of the last YAML block."""
 
     folder: Path
     names: dict[str, Any] = field(default_factory=dict)

@@ -20,7 +20,7 @@ def formula(
     window: int = 0,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the paper's steps densely, in the inputs' dtype: softmax, scaling of the span's weights by γ, renormalising."""
+    """Compute the paper's steps densely in the inputs' dtype: softmax, scale the span's weights by γ, renormalize."""
     batch, heads, rows, size = query.shape
     keys = key.shape[2]
     key, value = (t.repeat_interleave(heads // key.shape[1], dim=1) for t in (key, value))
@@ -67,7 +67,7 @@ def random_inputs(
 
 
 def rounding_scale(inputs: list[Tensor], weight: Tensor) -> list[Tensor]:
-    """Return the size of the terms that cancel in each gradient: of a saturated sink, ds = a (do·v - do·o) is their difference."""
+    """Return the size of the terms that cancel in each gradient: ds = a (do·v - do·o) cancels for a saturated sink."""
     query, key, value, _ = inputs
     longest = [t.norm(dim=-1).max() for t in (query, key, value)]
     change = weight.norm() * longest[2]

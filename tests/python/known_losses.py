@@ -32,7 +32,7 @@ def squared_distance(target: np.ndarray) -> Loss:
 
 
 class KnownLosses:
-    """A CalibrationObjective whose loss is a known function of log γ, one for the fit example and one for the held-out one."""
+    """A CalibrationObjective whose loss is a known function of log γ for the fit and for the held-out example."""
 
     def __init__(
         self, options: CalibrationOptions, fit: Loss, held_out: Loss, slope_target: np.ndarray = TARGET

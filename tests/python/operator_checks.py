@@ -16,7 +16,7 @@ GRADIENT_ERROR = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-
 
 
 def cpu_routes(inputs: list[Tensor], geometry: dict[str, object]) -> Iterator[Tensor]:
-    """Yield the output of each CPU route: torch's kernel always, our kernel where the processor and the call allow it."""
+    """Yield the output of each CPU route: torch's kernel, and our kernel where the processor and the call allow it."""
     if inputs[0].is_cuda:
         return
     scale = geometry.get("scale") or inputs[0].shape[-1] ** -0.5

@@ -21,7 +21,7 @@ PACKINGS = {
 
 
 def numbers_and_positions(lengths: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Return (B, T) tensors: the number of each token's sequence in its row, and the token's position in the sequence."""
+    """Return (B, T) tensors: the number of each token's sequence in its row, and the token's place in the sequence."""
     numbers = [[n for n, length in enumerate(row) for _ in range(length)] for row in lengths]
     positions = [[place for length in row for place in range(length)] for row in lengths]
     return torch.tensor(numbers), torch.tensor(positions)

@@ -59,7 +59,7 @@ def random_scales(layers: int, heads: int, seed: int) -> zt.HeadScales:
 
 
 def figures(model: Any) -> dict[str, Tensor]:
-    """Return logits, gradients and texts under random scales, on the CPU, of a padded batch; unpatch the model at the end."""
+    """Return a padded batch's logits, gradients and texts under random scales on the CPU; unpatch the model."""
     zt.patch(model)
     layers, heads = patched_shape(model)
     named = {"a": random_scales(layers, heads, 1), "b": random_scales(layers, heads, 2)}

@@ -127,11 +127,14 @@ def test_functions_are_not_too_long() -> None:
     [
         ("int f(int x) {\n  return x;\n}\n", [("f", 3, False)]),
         ("template <typename T>\nvoid f(T x) {\n  // Long: one pipeline.\n  if (x) {\n  }\n}\n", [("f", 6, True)]),
-        ("struct S {\n  int x = 0;\n  S(int y) : x(y) {}\n  int get() const { return x; }\n};\n", [("S", 1, False), ("get", 1, False)]),
-        ("namespace n {\nauto f() -> int {\n  const auto g = [](int x) { return x; };\n  return g(1);\n}\n}\n", [("f", 4, False)]),
+        ("struct S {\n  int x = 0;\n  S(int y) : x(y) {}\n  int get() const { return x; }\n};\n",
+         [("S", 1, False), ("get", 1, False)]),
+        ("namespace n {\nauto f() -> int {\n  const auto g = [](int x) { return x; };\n  return g(1);\n}\n}\n",
+         [("f", 4, False)]),
         ("int table[] = {1, 2};\nint f() { return '{'; }\n", [("f", 1, False)]),
         ('const char* text = "f() {";\nvoid g() {}\n', [("g", 1, False)]),
-        ("__global__ void __launch_bounds__(C::threads, 1)\n    attend(const Arguments a) {\n  a.x();\n}\n", [("attend", 4, False)]),
+        ("__global__ void __launch_bounds__(C::threads, 1)\n    attend(const Arguments a) {\n  a.x();\n}\n",
+         [("attend", 4, False)]),
     ],
 )  # fmt: skip
 def test_the_scan_finds_functions_and_their_lengths(code: str, expected: list[tuple[str, int, bool]]) -> None:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness: its command line and its Python against log-probabilities written out with plain transformers."""
+"""lm-evaluation-harness: its command line and Python interface against log-probabilities by plain transformers."""
 
 from __future__ import annotations
 

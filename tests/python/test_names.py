@@ -22,7 +22,11 @@ OLD_NAMES: dict[str, list[str]] = {
     r"\b\w+_(takes|knows)\b": [],
     r"\bpacked_code\b|\bdense_codes?\b|\bis_packed_code\b": [],
     r"\b(Setbacks|can_be_survived)\b": [],
-    r"\b(class Judge|Verdict)\b": ["python/zerotuning/mt_bench", "python/zerotuning/cli/mt_bench.py", "tests/python/mt_bench"],
+    r"\b(class Judge|Verdict)\b": [
+        "python/zerotuning/mt_bench",
+        "python/zerotuning/cli/mt_bench.py",
+        "tests/python/mt_bench",
+    ],
     r"\bfit_scales\b": [],
     r"\b(is_first|from_first)\b": [],
     r"--(seeds|shot-draws|penalty)\b": [*RENAMES, "python/zerotuning/cli", "tests/python/cli"],

@@ -1,4 +1,4 @@
-"""The Python interface of the searches in csrc/search: numpy in and out, errors as ValueError, states as JSON values."""
+"""The Python interface of the searches in csrc/search: numpy in and out, errors as ValueError, states as JSON."""
 
 import json
 import math

@@ -36,8 +36,8 @@ CUDNN, FLASH, FLEX = "untuned cuDNN", "untuned flash", "FlexAttention"
 HEADS = (32, 8, 128)
 SHAPES = ((16, 128), (8, 256), (4, 1024), (1, 4096), (4, 4096), (1, 16384))
 CACHES = ((1, 1024), (1, 8192), (1, 32768), (16, 1024), (16, 8192), (64, 4096))
-#: Routes to the same result (csrc/ops/attention_cuda.h): all keys by our kernels, or by torch's all keys but the initial
-#: token's.
+#: Routes to the same result (csrc/ops/attention_cuda.h): all keys by our kernels, or by torch's all keys but the
+#: initial token's.
 ROUTES = {"hopper": 2, "plain": 1, "cuDNN": 3, "flash": 4}
 #: On Hopper, the shortest sequence whose gradients torch's kernel computes.
 FIRST_TORCH_LENGTH = cuda_routes.torch_gradient_lengths(90, torch.bfloat16, HEADS[2], HEADS[2]).min_queries

@@ -20,9 +20,9 @@ def steps_by_turns(
 ) -> dict[str, list[list[float]]]:
     """Measure the steps of several runs of `generate`.
 
-    Several models take their steps by turns, one at a time, on one core. On a shared host a core can be half as fast for
-    seconds at a time, and not all cores alike; by turns such a phase affects all models. Each model has a thread of its own,
-    because cuDNN keeps its plans by thread.
+    Several models take their steps by turns, one at a time, on one core. On a shared host a core can be half as fast
+    for seconds at a time, and not all cores alike; by turns such a phase affects all models. Each model has a thread of
+    its own, because cuDNN keeps its plans by thread.
 
     Args:
         models: transformers models by name.
@@ -101,7 +101,7 @@ class _Turns:
 
 
 class _Steps:
-    """A stopping criterion that never stops: each call records the time of a step and gives the turn to the next model."""
+    """A stopping criterion that never stops: each call records a step's time and gives the turn to the next model."""
 
     def __init__(self, turns: _Turns, name: str, seconds: list[float], on_gpu: bool) -> None:
         self._turns, self._name, self._seconds, self._on_gpu = turns, name, seconds, on_gpu

@@ -23,9 +23,10 @@ SHOTS = 4
 
 
 def calibration_rows(seconds: float = 10.0) -> Iterator[Row]:
-    """Measure 16 prompts of SST-2 together on the embedded model: forward untuned and patched, and every head's gradient.
+    """Measure 16 prompts of SST-2 together on the embedded model: forward untuned and patched, all heads' gradients.
 
-    Then measure the same prompts behind solved examples, which the model reads with every prompt or once for all prompts.
+    Then measure the same prompts behind solved examples, which the model reads with every prompt or once for all
+    prompts.
 
     Args:
         seconds: Of each measurement.

@@ -22,7 +22,7 @@ def _both_ways(*sizes: int, **options: Any) -> list[str]:
 
 
 def route_rows() -> Iterator[tuple[str, list[str]]]:
-    """Yield (call, the route on each of CARDS): forward / backward of an attention call, or the route of a decode step."""
+    """Yield (call, the route on each of CARDS): forward / backward of an attention call, or a decode step's route."""
     for head_size in HEAD_SIZES:
         for batch, length in SHAPES:
             sizes = (batch, *HEADS, length, length, head_size)

@@ -1,10 +1,10 @@
 """`zerotuning bench search`: the accuracy that different methods reach with the same examples of the same tasks.
 
-Each method may use labelled validation examples of a task (or only their texts), and all are judged on the same test examples.
-Some of a method's labelled examples stand solved before each prompt (shots), except for `information`, which has no labels,
-and for one row of the untuned model. The shots are the best of several draws and of no shots; methods that use the same examples
-have the same shots (calibration/few_shot_choice.py). A row has the accuracy with its 95 % interval, how many numbers were
-tuned, and the seconds of tuning.
+Each method may use labelled validation examples of a task (or only their texts), and all are judged on the same test
+examples. Some of a method's labelled examples stand solved before each prompt (shots), except for `information`, which
+has no labels, and for one row of the untuned model. The shots are the best of several draws and of no shots; methods
+that use the same examples have the same shots (calibration/few_shot_choice.py). A row has the accuracy with its 95 %
+interval, how many numbers were tuned, and the seconds of tuning.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class SearchBench:
                 yield method, max(self.examples), 0 if method in WITHOUT_LABELS else self.shots
 
     def _candidates_of(self, count: int, shots: int) -> int:
-        """Return how many sets of shots a row compares: the sets use at most a quarter of the examples and leave enough."""
+        """Return how many sets of shots a row compares: they use at most a quarter of the examples and leave enough."""
         candidates = min(self.num_shot_candidates, count // (4 * shots)) if shots else 1
         return candidates if candidates > 1 and count - candidates * shots >= MIN_COMPARISON_EXAMPLES else 1
 
@@ -162,7 +162,7 @@ class SearchBench:
         return row
 
     def _behind_shots(self, name: str, count: int, seed: int, shots: int) -> tuple[Task, list[Record], float]:
-        """The task with its shots, the examples that a method may use, and the seconds that the choice of shots took."""
+        """The task with its shots, the examples that a method may use, and the seconds of the choice of shots."""
         task = Task.load(name)
         # The untuned model with shots uses the shots drawn from the largest number of examples.
         drawing = CalibrationOptions(examples=count if count > shots else max(self.examples), seed=seed)

@@ -1,8 +1,9 @@
 """How the benchmarks measure time.
 
-Peers take turns, round by round, so that a disturbance of the machine affects all peers. A peer's figure is the median of its
-rounds; its ratio is the median of the rounds' ratios to the first peer in the same round. On a GPU a call is captured in a
-CUDA graph, which excludes the time of Python and of launches, and the level-2 cache is overwritten before each replay.
+Peers take turns, round by round, so that a disturbance of the machine affects all peers. A peer's figure is the median
+of its rounds; its ratio is the median of the rounds' ratios to the first peer in the same round. On a GPU a call is
+captured in a CUDA graph, which excludes the time of Python and of launches, and the level-2 cache is overwritten before
+each replay.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def take_turns(
 ) -> dict[str, dict[str, float]]:
     """Measure peers by the CPU's clock, in interleaved rounds.
 
-    Each timed call follows an untimed call of the same peer. Otherwise the caches and page tables that the previous peer left
-    would slow down the next peer: up to 1.4 times the time after a peer that allocates a [H, T, T] matrix.
+    Each timed call follows an untimed call of the same peer. Otherwise the caches and page tables that the previous
+    peer left would slow down the next peer: up to 1.4 times the time after a peer that allocates a [H, T, T] matrix.
 
     Args:
         peers: Calls by name.

@@ -1,8 +1,8 @@
 """The rule by which scales are accepted: a lower loss than at γ = 1 on examples that the search did not fit.
 
-A search proposes candidates; `AcceptanceTest` decides from their held-out scores which are admissible, `Selection` keeps
-the admissible candidate with the least held-out loss (γ = 1 is the first candidate), and `Patience` ends a search that
-no longer improves.
+A search proposes candidates; `AcceptanceTest` decides from their held-out scores which are admissible, `Selection`
+keeps the admissible candidate with the least held-out loss (γ = 1 is the first candidate), and `Patience` ends a search
+that no longer improves.
 
 With labels a candidate is admissible if its held-out accuracy is no lower than at γ = 1. Without labels an objective
 such as `information` falls with any split of the inputs into groups, right or wrong. Three more conditions are tested:
@@ -12,8 +12,8 @@ such as `information` falls with any split of the inputs into groups, right or w
 - agreement: searches on disjoint parts of the examples must lead to the same predictions; otherwise the predictions are
   due to chance. The measure is Cohen's kappa of the folds' predictions, the mean over pairs of folds.
 - resemblance: the tuned model must separate the inputs as the untuned model does. The measure is the correlation over
-  examples of each label's log-odds before and after, the mean over labels. A constant added to a label's scores does not
-  change this measure.
+  examples of each label's log-odds before and after, the mean over labels. A constant added to a label's scores does
+  not change this measure.
 
 With several tasks, each measure is the lowest of the tasks' values.
 """
@@ -261,8 +261,8 @@ def evidence(scores: Tensor) -> float:
 def resemblance(before: Tensor, after: Tensor) -> float:
     """Return how alike two score tables separate the examples: the mean over labels of a correlation, in [-1, 1].
 
-    For each label, the log-odds before and after are correlated over the examples. A label's log-odds are its score less
-    the mean score of the example's labels. Labels that some examples lack (score -inf) are left out.
+    For each label, the log-odds before and after are correlated over the examples. A label's log-odds are its score
+    less the mean score of the example's labels. Labels that some examples lack (score -inf) are left out.
 
     Args:
         before: Scores [N, C].

@@ -16,9 +16,9 @@ from zerotuning.evaluation.prefix_cache import behind_prefix
 from zerotuning.models.device_maps import input_device
 from zerotuning.patching.patch import candidates
 
-#: Number of tokens in a pass on the CPU beyond which candidates gain nothing from a shared pass. Time of a candidate in a
-#: shared pass, relative to a pass of its own (SmolLM2-135M, one core with AMX, bfloat16): 1/3 with 48 tokens, 1/2 with
-#: 96, 1 with 192 and more (float32: 0.6, 0.8, 0.9).
+#: Number of tokens in a pass on the CPU beyond which candidates gain nothing from a shared pass. Time of a candidate in
+#: a shared pass, relative to a pass of its own (SmolLM2-135M, one core with AMX, bfloat16): 1/3 with 48 tokens, 1/2
+#: with 96, 1 with 192 and more (float32: 0.6, 0.8, 0.9).
 CPU_TOKENS = 512
 #: Number of candidates in one pass at most.
 MAX_CANDIDATES_PER_PASS = 32

@@ -1,8 +1,8 @@
 """`calibrate`: from a model, one or several tasks and some examples to head scales.
 
 This module checks the input, prepares model and tasks, and writes the result; run.py contains the search. The C++
-optimisers (csrc/search) work on plain vectors: objective.py computes the objective at their points and, for the gradient
-method, the gradient in every head's log γ from one backward pass (docs/how-it-works.md, "The idea").
+optimisers (csrc/search) work on plain vectors: objective.py computes the objective at their points and, for the
+gradient method, the gradient in every head's log γ from one backward pass (docs/how-it-works.md, "The idea").
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Calibration:
 
     Attributes:
         scales: The head scales; all 1 where nothing beat γ = 1 on the held-out examples.
-        report: What report.json holds: the task, options, numbers of examples and steps, seconds; `baseline` and `tuned`,
-            loss, accuracy and entropy on the held-out examples before and after; `improved`, `chosen`, and `reason` where
-            nothing was found; `history`, the losses by step; `tasks`, confusion and entropies; `by_seed` and `spread`;
-            `warnings`; versions.
+        report: What report.json holds: the task, options, numbers of examples and steps, seconds; `baseline` and
+            `tuned`, loss, accuracy and entropy on the held-out examples before and after; `improved`, `chosen`, and
+            `reason` where nothing was found; `history`, the losses by step; `tasks`, confusion and entropies; `by_seed`
+            and `spread`; `warnings`; versions.
     """
 
     scales: HeadScales
@@ -225,7 +225,8 @@ def _task_examples(
     prior = None if isinstance(options.prior, str) else torch.tensor(options.prior)
     if prior is not None and len(prior) != scorer.num_labels:
         raise ZeroTuningError(
-            f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, got {len(prior)}"
+            f"prior must be one number for each of the {scorer.num_labels} labels of task {task.name!r}, "
+            f"got {len(prior)}"
         )
     return TaskExamples(task, records, scorer, prior)
 

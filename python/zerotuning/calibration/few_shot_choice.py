@@ -1,12 +1,11 @@
 """Which few-shot examples a calibration uses: random sets are compared by the held-out loss of a short search.
 
-The untuned model's loss does not predict which set is best: few-shot examples favour some labels, and head scales remove
-that bias. Nor does the loss after fitting label biases and a temperature: the best of eight sets by that loss was no
-better than the first set. So each candidate set gets a short search over two folds, on the examples that no candidate
-set contains. Measured with SmolLM2-135M, three sets
-for each of three draws of 200 examples: the correlation of the short search's loss after 30 steps with the test loss of a
-search of 120 steps, within the sets of the same examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and 0.0 on mr,
-where the sets hardly differ.
+The untuned model's loss does not predict which set is best: few-shot examples favour some labels, and head scales
+remove that bias. Nor does the loss after fitting label biases and a temperature: the best of eight sets by that loss
+was no better than the first set. So each candidate set gets a short search over two folds, on the examples that no
+candidate set contains. Measured with SmolLM2-135M, three sets for each of three draws of 200 examples: the correlation
+of the short search's loss after 30 steps with the test loss of a search of 120 steps, within the sets of the same
+examples, was 0.84 on trec, 0.90 on sst2, 0.40 on sst5 and 0.0 on mr, where the sets hardly differ.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ if TYPE_CHECKING:
 
 #: With fewer examples, the candidates' losses differ by chance.
 MIN_COMPARISON_EXAMPLES = 32
-#: Every short search has these options in place of the calibration's: a tenth of the calibration's work on 200 examples.
+#: Every short search has these options in place of the calibration's: on 200 examples, a tenth of the
+#: calibration's work.
 TRIAL_OPTIONS: dict[str, Any] = {
     "method": "gradient",
     "objective": "task-loss",

@@ -111,7 +111,7 @@ class CalibrationObjective:
     # Losses.
 
     def scores(self, point: np.ndarray, indices: ExampleIndices) -> list[Tensor]:
-        """Return each task's label scores of the examples at `indices`, float32 [n, C]; NaN where they are not finite."""
+        """Return each task's label scores of the examples at `indices`, float32 [n, C]; NaN where not finite."""
         return self.scores_at([point], indices)[0]
 
     def scores_at(self, points: Sequence[np.ndarray], indices: ExampleIndices) -> list[list[Tensor]]:

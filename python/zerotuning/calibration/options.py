@@ -19,9 +19,9 @@ TIES = ("none", "layer", "all")
 PRIORS = ("unknown", "estimate")
 
 DEFAULT_STEPS = {"gradient": 60, "paper": 0, "cma-es": 300}
-#: With few examples, one held-out fifth is too noisy: the gradient method makes folds. From MANY_EXAMPLES on the gradient
-#: method makes one fold and twice the steps, and averages the searches of three seeds. These numbers were chosen on
-#: validation examples outside the search (docs/results).
+#: With few examples, one held-out fifth is too noisy: the gradient method makes folds. From MANY_EXAMPLES on the
+#: gradient method makes one fold and twice the steps, and averages the searches of three seeds. These numbers were
+#: chosen on validation examples outside the search (docs/results).
 DEFAULT_FOLDS = 4
 MANY_EXAMPLES = 128
 STEPS_OF_MANY = 120
@@ -58,8 +58,8 @@ class CalibrationOptions:
             method averages their log γ, the others keep the search of the least held-out loss. Default: 1, or 3 where
             the gradient method has labels, one fold and 128 examples or more.
         folds: Number of cross-validation folds of the gradient method, at least 1; 1 is a single 80/20 split. Default:
-            4; 1 from 128 examples on; 2 without labels, so that two searches without a common example can confirm each other.
-            The other methods always make a single 80/20 split.
+            4; 1 from 128 examples on; 2 without labels, so that two searches without a common example can confirm each
+            other. The other methods always make a single 80/20 split.
         combine: How the gradient method combines its folds: `average`, the mean of the folds' log γ at the chosen step,
             or `refit`, one more search on all examples that ends at that step.
         l2_penalties: Strengths p of the penalty p/2 · |log γ|² that is added to the objective, each at least 0. With
@@ -67,9 +67,10 @@ class CalibrationOptions:
         average: Decay of a moving average of each search's points, in [0, 1). Averaged points are candidates beside the
             points themselves. 0: no average.
         learning_rate: Approximate length of the first gradient step in each log γ; above 0.
-        epsilon: Gradient, in nats per unit of log γ, below which a head's step is shorter than `learning_rate`; above 0.
-        step_examples: Number of examples that one gradient step reads, at least 1. Default: 64, or 32 in each of several
-            folds.
+        epsilon: Gradient, in nats per unit of log γ, below which a head's step is shorter than `learning_rate`;
+            above 0.
+        step_examples: Number of examples that one gradient step reads, at least 1. Default: 64, or 32 in each of
+            several folds.
         patience: Number of held-out evaluations without improvement after which the gradient method ends. 0: no early
             end.
         prior: For `information`, the share of each label: `unknown`, as equal as possible; `estimate`, from the untuned
@@ -82,8 +83,8 @@ class CalibrationOptions:
         tie: `none`; `layer`, one γ for the heads of a layer; or `all`, one γ for all heads.
         batch_size: Number of prompts in one forward pass, at least 1.
         max_new_tokens: Longest generated text in tokens, at least 1, where a metric of generated text is the objective.
-        truncate: Whether prompts that exceed the model's context are shortened (tasks/tokenization.py). Otherwise such a
-            prompt is an error.
+        truncate: Whether prompts that exceed the model's context are shortened (tasks/tokenization.py). Otherwise such
+            a prompt is an error.
 
     Raises:
         ZeroTuningError: A value outside its range; the message names the option.

@@ -15,8 +15,8 @@ MAX_ABS_LOG_SCALE = 4.0
 class ScaleParameterization:
     """log γ = fixed + M x, with x [P] the searched numbers and M [layers * heads, P] of zeros and ones.
 
-    The log γ of a free head is one entry of x. An entry belongs to one head, to all free heads of a layer, or to all free
-    heads. The other heads stay at `start`, which defaults to γ = 1. x = 0 is γ = 1 in all free heads.
+    The log γ of a free head is one entry of x. An entry belongs to one head, to all free heads of a layer, or to all
+    free heads. The other heads stay at `start`, which defaults to γ = 1. x = 0 is γ = 1 in all free heads.
 
     Args:
         layers: Number of the model's layers.

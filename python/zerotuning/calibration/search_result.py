@@ -16,7 +16,8 @@ class SearchResult:
 
     Attributes:
         point: x [P], the numbers of a ScaleParameterization; None where nothing beat γ = 1.
-        held_out_points: For each split, the x at which its held-out examples are scored (x = 0 where nothing beat γ = 1).
+        held_out_points: For each split, the x at which its held-out examples are scored: x = 0 where nothing beat
+            γ = 1.
         chosen: How `point` was found, for the report: step, penalty and kind of point.
     """
 

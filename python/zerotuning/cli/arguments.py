@@ -42,7 +42,7 @@ def add_command(commands: Any, name: str, run: Run, help: str, **settings: Any) 
 
 
 class RenamedOption(argparse.Action):
-    """The old name of an option, kept for one version. The help omits it; its use prints a warning with the new name."""
+    """The old name of an option, kept for one version. The help omits it; its use warns and gives the new name."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, new_name: str, **settings: Any) -> None:
         """Store into `dest`, as the option `new_name` does."""

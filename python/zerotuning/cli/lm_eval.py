@@ -14,7 +14,8 @@ def add_to(commands: Any) -> None:
         commands,
         "lm-eval",
         run,
-        "run lm-evaluation-harness's own command line, with --model zerotuning --model_args pretrained=MODEL,scales=DIR",
+        "run lm-evaluation-harness's own command line, "
+        "with --model zerotuning --model_args pretrained=MODEL,scales=DIR",
         add_help=False,
         prefix_chars="\0",  # lm-eval parses every argument, --help among them
     ).add_argument("arguments", nargs="*", help="arguments of lm_eval")

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, every command included. Neither torch nor transformers is imported."""
+    """Return the parser of the whole command line, with every command. Neither torch nor transformers is imported."""
     parser = Parser(
         prog="zerotuning",
         description="Better answers from a frozen language model: one number per attention head scales its "

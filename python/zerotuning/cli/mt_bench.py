@@ -175,7 +175,8 @@ def run_judge(arguments: argparse.Namespace) -> None:
     summary = judging.summarise(path)
     print(f"{summary['judgments']} judgments by {arguments.judge_model} in {path}\n\n{table(summary)}\n")
     print(
-        f"  {summary['failures']} without a score (-1), left out of the means; failed requests are made again on resuming"
+        f"  {summary['failures']} without a score (-1), left out of the means; "
+        "failed requests are made again on resuming"
     )
     plain = judging.without_reference(answers, prompts)
     if plain:

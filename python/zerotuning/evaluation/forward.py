@@ -121,8 +121,8 @@ class PlainForward(Forward):
 class _SelectedRows(nn.Module):
     """An output layer cut down to some tokens' rows: hidden states [..., d] to float32 logits [..., len(token_ids)].
 
-    The logits are computed in float32 or float64 for every dtype of the layer: bfloat16 resolves a logit near 20 only to
-    1/16, so labels would tie. The cost is small, because the rows are few.
+    The logits are computed in float32 or float64 for every dtype of the layer: bfloat16 resolves a logit near 20 only
+    to 1/16, so labels would tie. The cost is small, because the rows are few.
     """
 
     def __init__(self, layer: nn.Linear, token_ids: tuple[int, ...]) -> None:

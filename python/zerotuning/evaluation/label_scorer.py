@@ -1,8 +1,8 @@
 """Scores of labels: log-probabilities of texts after a prompt under a causal language model.
 
 The score of a label is the sum of its tokens' log-probabilities after the prompt, or another function of them (the
-task's `scoring`). Only the necessary logits are computed: with single-token labels those of the labels at the last position,
-otherwise those at the last few positions of one sequence for each distinct beginning of a label.
+task's `scoring`). Only the necessary logits are computed: with single-token labels those of the labels at the last
+position, otherwise those at the last few positions of one sequence for each distinct beginning of a label.
 """
 
 from __future__ import annotations

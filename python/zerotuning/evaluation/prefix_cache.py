@@ -19,8 +19,8 @@ from zerotuning.models.inspection import forward_arguments
 #: whole prompts (SmolLM2-135M, two cores with AMX): 1.0 at a ratio of 1/2, 0.7 at 2, 0.35 at 7.
 WORTH_SHARING = 2
 #: Tokens of a batch x parameters of the model below which a GPU waits for launches, so that a pass over the prefix
-#: takes as long as one over the batch. Time of a gradient relative to whole prompts (SmolLM2-135M, H100, recorded): 1.45
-#: at 1,300 tokens, 1.05 at 3,500; with 64 prompts 0.75 with one shot, 0.34 with four.
+#: takes as long as one over the batch. Time of a gradient relative to whole prompts (SmolLM2-135M, H100, recorded):
+#: 1.45 at 1,300 tokens, 1.05 at 3,500; with 64 prompts 0.75 with one shot, 0.34 with four.
 GPU_WORK = 3.5e11
 
 

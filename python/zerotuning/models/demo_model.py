@@ -40,11 +40,12 @@ def demo_model_path() -> Path:
     """Return the path of the embedded model's file in the cache.
 
     The first call downloads the file (93 MB). Every call checks its SHA-256 and replaces a damaged file. Several
-    processes may call this function at once: each downloads into a temporary folder and renames the checked file into place.
+    processes may call this function at once: each downloads into a temporary folder and renames the checked file into
+    place.
 
     Raises:
-        ZeroTuningError: The file cannot be downloaded or the cache cannot be written. The message names the file and the
-            path where a user can put the file.
+        ZeroTuningError: The file cannot be downloaded or the cache cannot be written. The message names the file and
+            the path where a user can put the file.
     """
     path = cache_folder() / FILE_NAME
     if _is_intact(path):

@@ -56,8 +56,8 @@ def input_device(model: Any) -> torch.device:
     This is the device of the input embedding, or the device to which accelerate loads an offloaded embedding.
 
     Raises:
-        ZeroTuningError: The embedding is on the device meta and no hook loads it. transformers 5.6 leaves a model in this
-            state if its map offloads every part to the disk.
+        ZeroTuningError: The embedding is on the device meta and no hook loads it. transformers 5.6 leaves a model in
+            this state if its map offloads every part to the disk.
     """
     embedding = model.get_input_embeddings()
     if not embedding.weight.is_meta:

@@ -54,8 +54,8 @@ def check_gguf_file(path: Path) -> None:
 def dequantizing_arguments() -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that unpack GGUF weights into dense tensors.
 
-    Versions of transformers without GgufConfig always unpack the weights. Newer versions may keep them packed, in layers
-    without gradients and with an attention implementation of their own.
+    Versions of transformers without GgufConfig always unpack the weights. Newer versions may keep them packed, in
+    layers without gradients and with an attention implementation of their own.
     """
     if hasattr(transformers, "GgufConfig"):
         return {"quantization_config": transformers.GgufConfig(dequantize=True)}
@@ -66,9 +66,9 @@ def dequantizing_arguments() -> dict[str, Any]:
 def gguf_parsed_once() -> Iterator[None]:
     """Within the context, transformers parses a .gguf file once.
 
-    transformers parses the file for the tokenizer, the configuration and the weights separately, and builds the table of
-    weight names once for each module. Together these repetitions are most of the loading time. The context also silences the
-    loader's progress bar, which ignores transformers' own setting.
+    transformers parses the file for the tokenizer, the configuration and the weights separately, and builds the table
+    of weight names once for each module. Together these repetitions are most of the loading time. The context also
+    silences the loader's progress bar, which ignores transformers' own setting.
     """
     import gguf as gguf_package
     from transformers import modeling_gguf_pytorch_utils as gguf_loader

@@ -54,8 +54,8 @@ def load_model(
         left.
 
     Raises:
-        ZeroTuningError: The file or folder is missing, truncated or no model; the weights do not cover the model; the hub
-            cannot be reached; or the model cannot be placed as requested. The message is one line.
+        ZeroTuningError: The file or folder is missing, truncated or no model; the weights do not cover the model; the
+            hub cannot be reached; or the model cannot be placed as requested. The message is one line.
     """
     text = os.fspath(name)
     is_gguf = text == DEMO or text.lower().endswith(".gguf")

@@ -1,7 +1,8 @@
 """Data-parallel calibration: each rank evaluates a part of every batch, and sums are reduced over all ranks.
 
-`torchrun … -m zerotuning calibrate` starts the processes and sets the variables that torch.distributed reads. Tensor-parallel
-ranks (tensor_parallel.py) share one model instead: each evaluates every example, and all use rank 0's numbers.
+`torchrun … -m zerotuning calibrate` starts the processes and sets the variables that torch.distributed reads.
+Tensor-parallel ranks (tensor_parallel.py) share one model instead: each evaluates every example, and all use rank 0's
+numbers.
 """
 
 from __future__ import annotations
@@ -88,8 +89,8 @@ class Processes:
     def wait_for_main(self) -> None:
         """Block until every rank has called this: what rank 0 wrote before its call is then visible."""
         if self.count > 1:
-            # A barrier rather than a broadcast: after a broadcast, a thread of gloo may still hold the tensor, and a process
-            # that exits at once aborts while this thread waits for the interpreter (seen with torch 2.10).
+            # A barrier rather than a broadcast: after a broadcast, a thread of gloo may still hold the tensor, and a
+            # process that exits at once aborts while this thread waits for the interpreter (seen with torch 2.10).
             dist.barrier(device_ids=[self._device.index] if self._device.type == "cuda" else None)
 
 
@@ -102,8 +103,8 @@ def is_distributed() -> bool:
 def join_process_group(device: str | None, *, tensor_parallel: bool = False) -> str | None:
     """Initialise the default process group and return the device that this rank should use.
 
-    The ranks first exchange the identities of their GPUs, so that all choose the same backend: NCCL if each rank has a GPU
-    of its own, else gloo.
+    The ranks first exchange the identities of their GPUs, so that all choose the same backend: NCCL if each rank has a
+    GPU of its own, else gloo.
 
     Raises:
         ZeroTuningError: Tensor-parallel ranks share a GPU, or only some ranks have a GPU.

@@ -1,7 +1,8 @@
 """Tensor parallelism: transformers shards every layer, so that each rank holds some of its heads.
 
-Every rank keeps the scales of all heads, (layers, heads). A layer uses the scales of the heads on its rank; the gradient is
-gathered over all heads. All ranks compute the same logits and must run the same forward passes in the same order.
+Every rank keeps the scales of all heads, (layers, heads). A layer uses the scales of the heads on its rank; the
+gradient is gathered over all heads. All ranks compute the same logits and must run the same forward passes in the same
+order.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def check_plan(name: str, config: Any, count: int) -> None:
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     if heads % count or key_heads % count:
         raise ZeroTuningError(
-            f"tensor_parallel: the number of processes must divide the {heads} heads and {key_heads} key/value heads of "
-            f"model {name}, got {count}"
+            f"tensor_parallel: the number of processes must divide the {heads} heads and {key_heads} key/value heads "
+            f"of model {name}, got {count}"
         )
 
 
@@ -77,7 +78,7 @@ def load_arguments(count: int) -> dict[str, Any]:
 
 
 class _SelectLocalHeads(torch.autograd.Function):
-    """Select this rank's heads, (…, heads) -> (…, heads / ranks). The backward pass gathers the gradient of all heads."""
+    """Select this rank's heads, (…, heads) -> (…, heads / ranks). The backward pass gathers all heads' gradients."""
 
     @staticmethod
     def forward(context: Any, log_scale: Tensor, first: int, count: int) -> Tensor:

@@ -85,7 +85,8 @@ class AnswerFile:
     """A file of answers that is rewritten as a whole after every batch; each line has the settings of its answers.
 
     Args:
-        path: The file. If it has answers to some of the questions with the same settings, the other questions are added.
+        path: The file. If it has answers to some of the questions with the same settings, the other questions are
+            added.
         settings: Of the answers, by name.
         questions: The questions to answer.
         overwrite: Start with no answers, whatever the file holds.
@@ -118,8 +119,8 @@ class AnswerFile:
             for name, value in self.settings.items():
                 if saved_settings.get(name) != value:
                     raise ZeroTuningError(
-                        f"output {self.path} holds answers with another {name}: {saved_settings.get(name)!r}, not {value!r};"
-                        " run that command again, choose another file or overwrite it"
+                        f"output {self.path} holds answers with another {name}: {saved_settings.get(name)!r}, "
+                        f"not {value!r}; run that command again, choose another file or overwrite it"
                     )
         self.answers = {answer.question.question_id: answer.record for answer in answers}
         if not self.missing:

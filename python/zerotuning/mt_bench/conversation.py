@@ -16,8 +16,8 @@ class Conversation:
     """Prompts and answers of one tokenizer.
 
     With a chat template the prompt is the template's text, special tokens included, up to the assistant's next turn.
-    Without a chat template the prompt is plain text after the tokenizer's special tokens: "User:" or "Assistant:" before
-    each turn and an empty line between turns. An answer then ends where the model itself writes "User:".
+    Without a chat template the prompt is plain text after the tokenizer's special tokens: "User:" or "Assistant:"
+    before each turn and an empty line between turns. An answer then ends where the model itself writes "User:".
 
     Args:
         tokenizer: A transformers tokenizer.

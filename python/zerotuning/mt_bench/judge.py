@@ -36,7 +36,8 @@ class Judge:
     Args:
         base_url: Of the endpoint, such as http://localhost:8000/v1.
         model: The model's name at the endpoint.
-        api_key_env: The environment variable with the key. Default: OPENAI_API_KEY, if it is set; local servers need none.
+        api_key_env: The environment variable with the key. Default: OPENAI_API_KEY, if it is set; local servers need
+            none.
         max_tokens: The most tokens of a judgment.
         temperature: Of the judgment's sampling.
         timeout: The most seconds of a request.
@@ -72,8 +73,8 @@ class Judge:
             The judgment's text; FAILED where the last retry ended with an error status or a timeout.
 
         Raises:
-            ZeroTuningError: No further judgment could succeed: no server listens at the address, the key is refused, or the
-                endpoint has no such model.
+            ZeroTuningError: No further judgment could succeed: no server listens at the address, the key is refused, or
+                the endpoint has no such model.
         """
         messages = [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
         try:
@@ -111,8 +112,8 @@ class JudgmentFile:
         overwrite: Start with no judgments, whatever the file holds.
 
     Raises:
-        ZeroTuningError: The file holds judgments of another judge, of other answers or prompts, all requested judgments,
-            or something else.
+        ZeroTuningError: The file holds judgments of another judge, of other answers or prompts, all requested
+            judgments, or something else.
     """
 
     def __init__(
@@ -199,8 +200,8 @@ def summarise(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Average a judgment file's scores by turn and category.
 
     Returns:
-        "judgments", their number; "failures", the number of judgments without a score (failed requests and texts without a
-        rating), which are left out of the means; and the means of `means`.
+        "judgments", their number; "failures", the number of judgments without a score (failed requests and texts
+        without a rating), which are left out of the means; and the means of `means`.
     """
     categories = {question.question_id: question.category for question in load_questions()}
     records = read_examples(path)

@@ -1,8 +1,8 @@
 """An offline proxy for a judge: the likelihood of answers under a model, and the entropy of its next tokens.
 
-The proxy needs no judge and no network, and it does not measure quality: a model's own repetitions are likely under it. Use
-the proxy to compare answers to the same questions under one fixed model, and to find out whether decoding settings or head
-scales changed the answers at all.
+The proxy needs no judge and no network, and it does not measure quality: a model's own repetitions are likely under it.
+Use the proxy to compare answers to the same questions under one fixed model, and to find out whether decoding settings
+or head scales changed the answers at all.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def measure_proxy(model: Any, tokenizer: Any, answers: Sequence[Answer], *, prog
     """Measure answers under a model as it stands, each answer in its own dialogue.
 
     An answer's log_likelihood is the mean log-probability of its tokens, its entropy the mean entropy of the model's
-    distributions of these tokens at temperature 1, both in nats. Answers without a token are left out and counted as empty.
-    An answer is cut where the model's context ends, and counted as cut.
+    distributions of these tokens at temperature 1, both in nats. Answers without a token are left out and counted as
+    empty. An answer is cut where the model's context ends, and counted as cut.
 
     Args:
         model: A transformers causal language model.
@@ -43,8 +43,8 @@ def measure_proxy(model: Any, tokenizer: Any, answers: Sequence[Answer], *, prog
         progress: Draw a bar on stderr, if stderr is a terminal.
 
     Returns:
-        {"proxy", "answers", "empty", "cut", "mean", "turns", "categories"}: the figures are averaged by turn and category
-        with equal weights (see `means`).
+        {"proxy", "answers", "empty", "cut", "mean", "turns", "categories"}: the figures are averaged by turn and
+        category with equal weights (see `means`).
 
     Raises:
         ZeroTuningError: A prompt is longer than the model's context, or the model's scores are NaN.
@@ -78,7 +78,7 @@ def _place(answer: Answer, turn: int) -> str:
 
 @torch.no_grad()
 def _figures(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> tuple[float, float]:
-    """Mean log-probability of the tokens after the prompt, and mean entropy of the model's distributions there, in nats."""
+    """Mean log-probability of the tokens after the prompt and mean entropy of the model's distributions there, nats."""
     ids = torch.tensor([[*prompt, *tokens]], device=input_device(model))
     options = {"logits_to_keep": len(tokens) + 1} if "logits_to_keep" in forward_arguments(model) else {}
     logits = model(input_ids=ids, use_cache=False, **options).logits[0, -len(tokens) - 1 : -1]

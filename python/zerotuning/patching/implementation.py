@@ -57,7 +57,8 @@ def switch_implementation(model: Any, name: str) -> None:
         raise ZeroTuningError(f"{type(model).__name__} does not let its attention be replaced: {error}") from error
     if text._attn_implementation != name:
         raise ZeroTuningError(
-            f"{type(model).__name__} does not look its attention up by name (AttentionInterface): no layer can be reached"
+            f"{type(model).__name__} does not look its attention up by name (AttentionInterface): "
+            "no layer can be reached"
         )
 
 

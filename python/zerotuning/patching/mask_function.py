@@ -102,7 +102,7 @@ def _key_mask(
 
 
 def _is_all_real(attention_mask: Tensor, is_decode_step: bool) -> bool:
-    """Whether no key is padding; False in traced and captured graphs and in decode steps on a GPU, which must not wait."""
+    """Whether no key is padding; False in traced and captured graphs and in GPU decode steps, which must not wait."""
     if torch.compiler.is_compiling():
         return False
     if attention_mask.is_cuda and (is_decode_step or torch.cuda.is_current_stream_capturing()):

@@ -90,8 +90,8 @@ def _refuse_unsupported_model(model: Any) -> None:
     patched = next((name for name, module in model.named_modules() if isinstance(module, LayerScales)), None)
     if patched is not None:
         raise ZeroTuningError(
-            f"{patched} was patched through another model, of which {type(model).__name__} is a part or the whole: unpatch "
-            "the other model first"
+            f"{patched} was patched through another model, of which {type(model).__name__} is a part or the whole: "
+            "unpatch the other model first"
         )
     if not hasattr(model, "set_attn_implementation"):
         raise ZeroTuningError(f"model must be a transformers model, got {type(model).__name__}")
@@ -111,7 +111,8 @@ def _common_heads(model: Any, layers: Sequence[LayerScales | None]) -> int:
     heads = {layer.heads for layer in layers if layer is not None}
     if len(heads) > 1:
         raise ZeroTuningError(
-            f"{type(model).__name__} has layers of {sorted(heads)} heads; zerotuning needs the same number in all layers"
+            f"{type(model).__name__} has layers of {sorted(heads)} heads; "
+            "zerotuning needs the same number in all layers"
         )
     return heads.pop()
 
@@ -190,7 +191,8 @@ def _check_scales(model: Any, state: PatchState, name: str, scales: HeadScales) 
     shape = (len(state.layers), state.heads)
     if tuple(scales.gamma.shape) != shape:
         raise ZeroTuningError(
-            f"{label} are for {scales.num_layers} layers x {scales.num_heads} heads, the model has {shape[0]} x {shape[1]}"
+            f"{label} are for {scales.num_layers} layers x {scales.num_heads} heads, "
+            f"the model has {shape[0]} x {shape[1]}"
         )
     check_model_type(model, scales, f"{label} were")
     for index, layer in enumerate(state.layers):

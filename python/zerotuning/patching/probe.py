@@ -139,4 +139,7 @@ def _describe_missing(model: Any, missing: Sequence[int], total: int) -> str:
     )
     shown = ", ".join(blocks[:4]) + (f" and {len(blocks) - 4} more" if len(blocks) > 4 else "")
     advice = "" if len(missing) == total else "; partial=True tunes the others"
-    return f"{len(missing)} of {total} layers of {type(model).__name__} have no attention that zerotuning can reach: {shown}{advice}"
+    return (
+        f"{len(missing)} of {total} layers of {type(model).__name__} have no attention that zerotuning can reach: "
+        f"{shown}{advice}"
+    )

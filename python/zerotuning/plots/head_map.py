@@ -29,8 +29,8 @@ _LABELS = 0.44  # from the map's left edge to the labels beside it
 _BARS, _GAP = 0.72, 0.10
 
 _BAR_COLOUR, _LINE_COLOUR = "#8a94a0", "#c9ced4"
-#: γ at the end of the colour scale -> the γ labelled on the colour bar, beside 1 and the inverses of these γ. The picture
-#: uses the first end that covers all but the most extreme hundredth of the heads.
+#: γ at the end of the colour scale -> the γ labelled on the colour bar, beside 1 and the inverses of these γ. The
+#: picture uses the first end that covers all but the most extreme hundredth of the heads.
 _COLOUR_ENDS = {
     1.25: (1.1, 1.25),
     1.5: (1.25, 1.5),
@@ -154,7 +154,7 @@ def _draw_bars(axes: Any, mean_change: np.ndarray) -> None:
 
 
 def _draw_colours(axes: Any, mesh: Any, end: float, beyond: bool, height: float) -> None:
-    """Draw the bar of colours, `height` inches high, with pointed ends where heads lie beyond the end of the colours."""
+    """Draw the bar of colours, `height` inches high, with pointed ends where heads lie beyond the colours' end."""
     bar = axes.figure.colorbar(mesh, cax=axes, extend="both" if beyond else "neither", extendfrac=0.12 / height)
     named = _COLOUR_ENDS[end]
     ticks = {-math.log2(gamma): f"1/{gamma:g}" for gamma in reversed(named)}

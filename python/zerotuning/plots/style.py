@@ -1,6 +1,7 @@
 """The look of every picture: colours, text sizes, titled axes, and how a figure is written.
 
-The colours are Okabe and Ito's, which colour-blind readers can tell apart. Line styles and markers repeat the distinction.
+The colours are Okabe and Ito's, which colour-blind readers can tell apart. Line styles and markers repeat the
+distinction.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def _temperature(draw: Draw) -> Outcome:
 
 
 def _act(draw: Draw) -> Outcome:
-    """ACT with the paper's alpha and beta, in heads of the layers that its code allows: all but the first two and the last."""
+    """ACT with the paper's alpha and beta, in heads of the layers that ACT's code allows: all but 0, 1 and the last."""
     layers, _ = draw.setting.shape()
     make = _for_every_batch(CalibratedSinks())
     return _steer_best_heads(draw, {"": (make, make)}, set(range(2, layers - 1)))
@@ -245,9 +245,9 @@ def _steer_best_heads(
 ) -> Outcome:
     """Steer the best-ranked heads: the variant and the number of heads with the least loss on the validation examples.
 
-    ACT and PASTA rank heads by the accuracy of the model with one head steered, which takes a pass over the examples for
-    each head. Here one gradient ranks all heads: the derivative of the loss in each head's strength of the intervention.
-    Only heads with a negative derivative are steered.
+    ACT and PASTA rank heads by the accuracy of the model with one head steered, which takes a pass over the examples
+    for each head. Here one gradient ranks all heads: the derivative of the loss in each head's strength of the
+    intervention. Only heads with a negative derivative are steered.
 
     Args:
         draw: The examples.

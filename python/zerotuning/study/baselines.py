@@ -63,7 +63,7 @@ def figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A table for each task with a line for each method: accuracy and gain over untuned with intervals, loss, effort."""
+    """A table for each task, a line for each method: accuracy and gain over untuned with intervals, loss, effort."""
     parts = []
     for task in tasks_of(rows):
         lines = [f"**{task}**", ""]

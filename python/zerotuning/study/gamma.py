@@ -1,6 +1,7 @@
 """`zerotuning study gamma`: accuracy, loss and output entropy with one γ for all heads.
 
-The label-free mode of the paper (section 4) chooses the γ with the least entropy. The study shows the accuracy of that γ.
+The label-free mode of the paper (section 4) chooses the γ with the least entropy. The study shows the accuracy
+of that γ.
 """
 
 from __future__ import annotations

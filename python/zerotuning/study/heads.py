@@ -1,8 +1,8 @@
-"""`zerotuning study heads`: which heads gain by a larger γ and which by a smaller one, how stable the sign is, and the gain.
+"""`zerotuning study heads`: which heads gain by a larger γ, which by a smaller γ, how stable the sign is, and the gain.
 
-The paper (section 3) calls a head up-effective if raising its γ helps, and down-effective if lowering it helps. Here the sign of
-the loss's slope in the head's log γ decides: a negative slope is up. The paper's second finding is that heads differ, so that a
-γ for a group of heads beats one γ for all heads.
+The paper (section 3) calls a head up-effective if raising its γ helps, and down-effective if lowering it helps. Here
+the sign of the loss's slope in the head's log γ decides: a negative slope is up. The paper's second finding is that
+heads differ, so that a γ for a group of heads beats one γ for all heads.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def group_directions(slopes: np.ndarray, group: str) -> np.ndarray:
 
 
 def _group(setting: Setting, name: str, seed: int, group: str, slopes_by_seed: dict[int, np.ndarray]) -> dict[str, Any]:
-    """Figures of a group's shared γ, which is chosen on validation examples (`best_gamma`) and judged on test examples."""
+    """Figures of a group's shared γ, chosen on validation examples (`best_gamma`) and judged on test examples."""
     task = setting.task(name)
     validation, test = (
         setting.scorer(task, records) for records in (setting.drawn(name, seed), setting.tests(name, seed))
@@ -180,7 +180,7 @@ def _bars(axes: Any, shown: Sequence[tuple[str, tuple[float, float]]], place: in
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Three tables: shares of up and down heads with a check of their slopes, the slopes' stability, the groups' gains."""
+    """Three tables: shares of up and down heads with a check of their slopes, slopes' stability, groups' gains."""
     return "\n\n".join((_shares(rows), _stability(rows), _groups(rows)))
 
 
@@ -224,7 +224,8 @@ def _stability(rows: Sequence[Row]) -> str:
 
 def _groups(rows: Sequence[Row]) -> str:
     lines = [
-        "| one γ for | gain in accuracy, points | gain in loss, nats | minus one γ for all, accuracy | minus one γ for all, loss |"
+        "| one γ for | gain in accuracy, points | gain in loss, nats "
+        "| minus one γ for all, accuracy | minus one γ for all, loss |"
     ]
     lines.append("| --- | --- | --- | --- | --- |")
     for group in GROUPS:
@@ -274,7 +275,9 @@ def _leads(rows: Sequence[Row], group: str, what: str, factor: float = 1.0) -> l
 
 STUDY = Experiment(
     name="heads",
-    question="Which heads gain by a larger γ and which by a smaller, how stable is the sign, and how large is the gain?",
+    question=(
+        "Which heads gain by a larger γ and which by a smaller, how stable is the sign, and how large is the gain?"
+    ),
     numbers={
         "small": Numbers(("sst2",), num_draws=1, examples=4, limit=4),
         "full": Numbers(("sst2", "mr", "trec"), num_draws=3, examples=24, limit=40),

@@ -1,8 +1,8 @@
-"""The clause of an input that the model itself quotes as the deciding one: the first step of AutoPASTA (arXiv 2409.10790).
+"""The clause of an input that the model quotes as the deciding clause: AutoPASTA's first step (arXiv 2409.10790).
 
-In the paper the model generates the key sentences of a long context, which are matched to the context's sentences by similarity.
-The inputs of our tasks are mostly single sentences, so clauses replace sentences, and the similarity is the number of shared
-words.
+In the paper the model generates the key sentences of a long context, which are matched to the context's sentences by
+similarity. The inputs of our tasks are mostly single sentences, so clauses replace sentences, and the similarity is the
+number of shared words.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def key_clauses(
         batch_size: Prompts of one batch of generation.
 
     Returns:
-        The clauses' tokens [first, end), counted from the prompt's first token; the whole input where the quotation shares
-        no word with it.
+        The clauses' tokens [first, end), counted from the prompt's first token; the whole input where the quotation
+        shares no word with it.
     """
     texts = [_input(task, record) for record in records]
     questions = [before + content + QUESTION for before, content in texts]
@@ -53,7 +53,7 @@ def key_clauses(
 
 
 def most_alike(content: str, quotation: str) -> tuple[int, int]:
-    """Characters [begin, end) of the clause of `content` that shares most words with the quotation; the first of equals."""
+    """Characters [begin, end) of the first clause of `content` that shares most words with the quotation."""
     quoted = _words(quotation.split('"')[0])
     parts = clauses(content)
     shared = [len(quoted & _words(content[begin:end])) for begin, end in parts]

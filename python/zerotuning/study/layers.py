@@ -1,6 +1,7 @@
 """`zerotuning study layers`: how γ in the heads of one layer, or of a third of the layers, changes loss and accuracy.
 
-The paper (section 3) finds the same trend over γ in shallow, middle and deep layers, and a stronger effect in early layers.
+The paper (section 3) finds the same trend over γ in shallow, middle and deep layers, and a stronger effect in early
+layers.
 """
 
 from __future__ import annotations

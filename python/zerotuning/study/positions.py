@@ -1,7 +1,7 @@
-"""`zerotuning study positions`: what scaling the initial token gains against scaling other tokens (the paper's section 3).
+"""`zerotuning study positions`: what scaling the initial token gains against other tokens (the paper's section 3).
 
-At each position two settings are chosen on validation examples and judged on test examples: the best of a few γ for all heads,
-and a γ for each head by one step along the negative gradient.
+At each position two settings are chosen on validation examples and judged on test examples: the best of a few γ for all
+heads, and a γ for each head by one step along the negative gradient.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ _FIGURES = (
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Draw gains in accuracy and loss, with one γ and with a γ for each head: four panels with a bar for each position."""
+    """Draw gains in accuracy and loss, with one γ and a γ for each head: four panels with a bar for each position."""
     figure, panels = new_panels(columns=2, rows=2)
     positions = _positions(rows)
     for place, (axes, (what, title, unit, factor)) in enumerate(zip(panels, _FIGURES, strict=True)):

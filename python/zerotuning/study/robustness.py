@@ -1,8 +1,8 @@
-"""`zerotuning study robustness`: how much scales tuned in one setting gain in others (the paper's section on robustness).
+"""`zerotuning study robustness`: what scales tuned in one setting gain in others (the paper's section on robustness).
 
-Scales are tuned by gradient on the task's own prompt, without shots or distractors, on the model as loaded. Each part varies
-one thing and measures the same test examples untuned (every γ is 1) and with those scales. The parts `shots` and `examples`
-also tune anew in the varied setting.
+Scales are tuned by gradient on the task's own prompt, without shots or distractors, on the model as loaded. Each part
+varies one thing and measures the same test examples untuned (every γ is 1) and with those scales. The parts `shots` and
+`examples` also tune anew in the varied setting.
 """
 
 from __future__ import annotations
@@ -142,7 +142,10 @@ class Draw:
 
 STUDY = Experiment(
     name="robustness",
-    question="What are scales tuned in one setting worth with shots, long contexts, coarser weights, other decoding and wordings?",
+    question=(
+        "What are scales tuned in one setting worth with shots, long contexts, coarser weights, "
+        "other decoding and wordings?"
+    ),
     numbers={
         "small": Numbers(("sst2",), num_draws=1, examples=4, limit=3),
         "full": Numbers(("sst2", "trec"), num_draws=3, examples=64, limit=64),

@@ -1,4 +1,4 @@
-"""The conditions of `zerotuning study robustness`: what each of its parts varies, and how finely, by size of the study."""
+"""The conditions of `zerotuning study robustness`: what each part varies, and how finely, by size of the study."""
 
 from __future__ import annotations
 

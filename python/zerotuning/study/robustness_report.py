@@ -1,4 +1,4 @@
-"""Pictures and tables of `zerotuning study robustness`: accuracies untuned and tuned, and paired gains, by condition."""
+"""Pictures and tables of `zerotuning study robustness`: accuracy untuned and tuned and paired gain, by condition."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def _table_line(rows: Sequence[Row], task: str, condition: Any, tuned_on: str) -
 def _searches_without_result(rows: Sequence[Row]) -> list[str]:
     """A sentence for each search that ended at γ = 1: in the rows with its scales tuned equals untuned."""
     return [
-        f"Scales of {key['task']}, seed {key['seed']}, {key['examples']} examples, {key['shots']} shots stayed at γ = 1: {row['reason']}."
+        f"Scales of {key['task']}, seed {key['seed']}, {key['examples']} examples, {key['shots']} shots "
+        f"stayed at γ = 1: {row['reason']}."
         for row in select(rows, part="scales")
         if (key := row["key"]) and not row["improved"]
     ]

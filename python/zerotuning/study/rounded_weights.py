@@ -1,4 +1,4 @@
-"""A model whose linear layers' weights are rounded as quantized formats round them, and computed in the model's own type."""
+"""A model with linear weights rounded as quantized formats round weights, and computed in the model's own dtype."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def eight_bit(weight: Tensor) -> Tensor:
 
 
 def four_bit(weight: Tensor) -> Tensor:
-    """Round to 16 levels for each block of 32 weights of a row, from its minimum to its maximum, as GGUF's Q4_1 does."""
+    """Round to 16 levels for each block of 32 weights of a row, from minimum to maximum, as GGUF's Q4_1 does."""
     if weight.shape[-1] % BLOCK:
         return weight
     blocks = weight.unflatten(-1, (-1, BLOCK))

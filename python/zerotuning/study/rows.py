@@ -47,7 +47,7 @@ def accuracy_with_interval(correct: Sequence[int]) -> tuple[float, float, float]
 
 
 def paired_gain(pairs: Iterable[tuple[int, int]]) -> tuple[float, float, float]:
-    """Gain in accuracy on the same examples, in points, and a bootstrap's 95 % interval over examples (mean, low, high).
+    """Gain in accuracy on the same examples, in points, and bootstrap's 95 % interval over examples (mean, low, high).
 
     Args:
         pairs: (before, after) for each example: 1 for the right answer, else 0.

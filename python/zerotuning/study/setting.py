@@ -131,7 +131,7 @@ class Setting:
 
     @contextmanager
     def scaled(self, log_scale: Any) -> Iterator[None]:
-        """Within the context log γ is `log_scale`: one number for all heads, one a layer [L, 1] or one a head [L, H]."""
+        """Within the context log γ is `log_scale`: one for all heads, one a layer [L, 1] or one a head [L, H]."""
         values = torch.as_tensor(log_scale, dtype=torch.float32).expand(self.shape())
         with head_parameters(self.loaded()[0]) as parameters:
             with torch.no_grad():

@@ -31,10 +31,10 @@ def find_spans(
     """Find a part's tokens in each prompt.
 
     Args:
-        position: One of `POSITIONS`. initial: token 0. token 1, token 4 (the last one, if the prompt is shorter). middle:
-            token n // 2 of n. last: token n - 1. random: one of tokens 1 … n - 1, drawn for each example. instruction: the
-            template's lines before the line of the first field. labels: from the first to the last label that the
-            instruction names. content: from the first field to the last field.
+        position: One of `POSITIONS`. initial: token 0. token 1, token 4 (the last one, if the prompt is shorter).
+            middle: token n // 2 of n. last: token n - 1. random: one of tokens 1 … n - 1, drawn for each example.
+            instruction: the template's lines before the line of the first field. labels: from the first to the last
+            label that the instruction names. content: from the first field to the last field.
         task: The prompts' task.
         records: The examples.
         tokenizer: A fast tokenizer, which gives the characters of its tokens.

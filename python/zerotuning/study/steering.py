@@ -3,9 +3,9 @@
     with steered(model, CalibratedSinks(), strength):
         scores = scorer.scores(batch)
 
-An intervention replaces the attention weights of all heads of a layer. `strength` [layers, heads] selects the heads: 1 is the
-intervention, 0 the head's own weights, and a value between mixes them. The strength is differentiable, so that one backward
-pass ranks all heads.
+An intervention replaces the attention weights of all heads of a layer. `strength` [layers, heads] selects the heads: 1
+is the intervention, 0 the head's own weights, and a value between mixes them. The strength is differentiable, so that
+one backward pass ranks all heads.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AttentionMaps:
 
 
 class Intervention(Protocol):
-    """Attention maps of a layer -> the weights (B, H, T, T) that replace its own. Rows sum to 1, rows of padding to 0."""
+    """Attention maps of a layer -> the weights (B, H, T, T) that replace its own; rows sum to 1, or 0 for padding."""
 
     def __call__(self, maps: AttentionMaps) -> Tensor:
         """The new weights (B, H, T, T)."""
@@ -87,10 +87,11 @@ class Temperature:
 class CalibratedSinks:
     """ACT (Yu et al. 2024, arXiv 2406.15765): less weight for attention sinks other than the initial token.
 
-    A key of an input is a sink of a head if its mean weight, over the queries that see the key, exceeds alpha / N, where N is
-    the number of the input's tokens. In every row the weights of sinks are multiplied by beta, and the freed weight goes to
-    the row's other keys, the initial token included, in proportion to their weights. The authors' code
-    (github.com/GATECH-EIC/ACT, models/llama_modelling_aug.py) redistributes the same way, with 0.1 in place of alpha / N.
+    A key of an input is a sink of a head if its mean weight, over the queries that see the key, exceeds alpha / N,
+    where N is the number of the input's tokens. In every row the weights of sinks are multiplied by beta, and the freed
+    weight goes to the row's other keys, the initial token included, in proportion to their weights. The authors' code
+    (github.com/GATECH-EIC/ACT, models/llama_modelling_aug.py) redistributes the same way, with 0.1 in place of
+    alpha / N.
 
     Attributes:
         alpha: The default is the paper's value.
@@ -135,9 +136,9 @@ class CalibratedSinks:
 class MarkedSpan:
     """PASTA (Zhang et al. 2023, arXiv 2311.02262): weights of keys outside the marked span times alpha, renormalized.
 
-    As in the authors' code (github.com/QingruZhang/PASTA, pastalib/pasta.py), log alpha is added to these keys' logits. The
-    weights of a query that sees no key of the span do not change. AutoPASTA (arXiv 2409.10790) weakens only keys that lie in
-    the context and outside the span: `within`.
+    As in the authors' code (github.com/QingruZhang/PASTA, pastalib/pasta.py), log alpha is added to these keys' logits.
+    The weights of a query that sees no key of the span do not change. AutoPASTA (arXiv 2409.10790) weakens only keys
+    that lie in the context and outside the span: `within`.
 
     Attributes:
         spans: Marked keys [first, end) of each sample, as positions in the padded batch: int64 [B, 2].
@@ -204,9 +205,11 @@ def steered(model: nn.Module, intervention: Intervention, strength: Tensor | Non
     T × T weights.
 
     Args:
-        model: A transformers causal language model, patched or not; applied head scales have no effect within the context.
+        model: A transformers causal language model, patched or not; applied head scales have no effect within the
+            context.
         intervention: Makes the weights.
-        strength: s in (1 - s) · own weights + s · the intervention's weights, float [layers, heads]; None: 1 everywhere.
+        strength: s in (1 - s) · own weights + s · the intervention's weights, float [layers, heads]; None: 1
+            everywhere.
 
     Raises:
         ZeroTuningError: The strength has another shape, or the model cannot be steered.

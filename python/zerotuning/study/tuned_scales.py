@@ -1,4 +1,4 @@
-"""Head scales that a study tunes by gradient: each set is a cell of the study, so that a resumed study reads them back."""
+"""Head scales that a study tunes by gradient; each set is a cell of the study, which a resumed study reads back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zerotuning.tasks.task import Task
 
 @dataclass(frozen=True)
 class _TunedOn:
-    """The examples on which scales are tuned: task, seed of the draw, their number, and the shots before each prompt."""
+    """The examples on which scales are tuned: task, seed of the draw, number, and the shots before each prompt."""
 
     task: str
     seed: int

@@ -11,10 +11,13 @@ _REVIEW = (
     "Decide whether the opinion is negative or positive.\nOpinion: {sentence}\nDecision:",
 )
 _QUESTION = (
-    "What does the question ask for: Expression, Entity, Description, Person, Location, or Number?\n{question}\nIt asks for:",
+    "What does the question ask for: Expression, Entity, Description, Person, Location, or Number?\n"
+    "{question}\nIt asks for:",
     "Question: {question}\nKind of answer (Expression, Entity, Description, Person, Location, or Number):",
-    "Say which category fits the question: Expression, Entity, Description, Person, Location, or Number.\nText: {question}\nCategory:",
-    'Someone asks: "{question}"\nThe answer will be an Expression, Entity, Description, Person, Location, or Number, namely',
+    "Say which category fits the question: Expression, Entity, Description, Person, Location, or Number.\n"
+    "Text: {question}\nCategory:",
+    'Someone asks: "{question}"\n'
+    "The answer will be an Expression, Entity, Description, Person, Location, or Number, namely",
 )
 #: Templates of prompts, by task.
 WORDINGS: Mapping[str, tuple[str, ...]] = {"sst2": _REVIEW, "mr": _REVIEW, "trec": _QUESTION}

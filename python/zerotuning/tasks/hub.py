@@ -1,8 +1,8 @@
 r"""Examples from the Hugging Face hub, read by the library `datasets` (the extra zerotuning[datasets]).
 
 The name of data is `hub` (the task's data set), `hub:owner/name`, `hub:owner/name/config`, or `hub:FOLDER` for a local
-folder of data files; each name may end in `:split`. In a task file, `hub:` names the data set and maps its columns to the
-task's fields:
+folder of data files; each name may end in `:split`. In a task file, `hub:` names the data set and maps its columns to
+the task's fields:
 
     hub:
       name: allenai/ai2_arc                         # owner/name

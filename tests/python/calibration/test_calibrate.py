@@ -32,7 +32,7 @@ def test_a_calibration_with_folds_lowers_the_loss(tiny: Any, combine: str) -> No
 
 
 def test_the_held_out_loss_is_of_scales_that_never_saw_the_example(tiny: Any) -> None:
-    """The reference is each fold's search written out: Adam as in csrc/search, and the loss of the held-out examples."""
+    """The reference is each fold's search written out: Adam as in csrc/search, and the held-out examples' loss."""
     found = calibrate(tiny, steps=1, learning_rate=0.2, epsilon=1e-8, l2_penalties=[0.0])
     total = 0.0
     zt.patch(tiny[0])

@@ -1,4 +1,4 @@
-"""The options of prompts: few-shot examples, chat templates, scoring, truncation; wrong ones are refused in one line."""
+"""Options of prompts: few-shot examples, chat templates, scoring, truncation; wrong options are refused in one line."""
 
 from __future__ import annotations
 
@@ -235,7 +235,8 @@ def test_a_resumed_calibration_notices_other_prompts(place: Path, capsys: Any, m
         (evaluate(data="hub"), "task 'films' names no data set of the hub: give hub:owner/name or a file"),
         (
             ["evaluate", "--model", "model", "--task", "subj"],
-            "task 'subj' comes without examples: name a JSON lines file (--data FILE.jsonl), or its data set SetFit/subj",
+            "task 'subj' comes without examples: name a JSON lines file (--data FILE.jsonl), "
+            "or its data set SetFit/subj",
         ),
         (["evaluate", "--model", "model", "--task", "subh"], "unknown task 'subh', did you mean 'subj'?"),
     ],

@@ -54,8 +54,8 @@ def test_routes_equal_the_formula_for_weak_and_strong_sinks(sink, gamma, torch_k
     inputs = inputs_with_scaled_sink(sink, gamma)
     compare(inputs, PLAIN, PLAIN, floor=0.0)
     for forward in (PLAIN, torch_kernel, *([HOPPER] if CAPABILITY == (9, 0) else [])):
-        # γ's gradient is a sum of few rows that cancel, and each saved row is rounded: the error is up to 1.2e-2, depending
-        # on grad_output. 5e-3 holds for longer sequences.
+        # γ's gradient is a sum of few rows that cancel, and each saved row is rounded: the error is up to 1.2e-2,
+        # depending on grad_output. 5e-3 holds for longer sequences.
         compare(inputs, forward, torch_kernel, floor=0.0, scales_limit=1.5e-2)
 
 
@@ -103,7 +103,7 @@ def test_outputs_are_the_same_from_run_to_run() -> None:
 @pytest.mark.parametrize("length", [64, 192, 320, 256])
 @pytest.mark.parametrize("padded", [False, True])
 def test_logits_far_below_zero_do_not_overflow(length, padded) -> None:
-    """If the last tile of keys is half empty, exp(0 - logsumexp) of its missing keys overflows (pytorch issue 196678)."""
+    """If the last tile of keys is half empty, exp(0 - logsumexp) of the missing keys overflows (pytorch #196678)."""
     torch.manual_seed(12)
     query, key, value, log_scale = random_inputs((2, 4, 2, length, length, 64, 64), torch.bfloat16)
     query[..., 0] += 32

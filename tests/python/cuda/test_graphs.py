@@ -43,7 +43,7 @@ def test_hopper_gradients_follow_positions_on_the_device_in_a_captured_graph() -
 
 @pytest.mark.parametrize("route", [RINGS, pytest.param(BULK, marks=needs_hopper)])
 def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams(route) -> None:
-    """A head's last thread block merges its splits; in a captured graph, or for many rows, a second kernel merges them."""
+    """A head's last thread block merges its splits; for a captured graph or many rows, a second kernel does so."""
     torch.manual_seed(16)
     shapes = (
         (1, 8, 2, 1, 3000, 128, 128),
@@ -74,7 +74,7 @@ def test_decoding_gives_the_same_bits_in_a_captured_graph_and_on_several_streams
 
 
 def test_decoding_on_more_streams_than_counters_gives_the_same_output() -> None:
-    """The test runs in a new process, since a stream keeps its counters. From the 65th stream on, a second kernel merges."""
+    """Run in a new process, since a stream keeps its counters. From the 65th stream on, a second kernel merges."""
     torch.multiprocessing.spawn(decode_on_many_streams)
 
 

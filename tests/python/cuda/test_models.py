@@ -82,7 +82,7 @@ def test_head_gradients_equal_those_in_float64(checkpointing) -> None:
 
 
 def packed_batch() -> tuple[Tensor, Tensor]:
-    """input_ids and position_ids of three rows of 200 tokens: sequences of several lengths, of one token, and a whole row."""
+    """input_ids and position_ids of three rows of 200 tokens: sequences of several lengths, 1 token, a whole row."""
     lengths = [[1, 120, 3, 1, 75], [200], [50] * 4]
     positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
     return torch.randint(0, 500, (3, 200)), positions

@@ -1,4 +1,4 @@
-"""Recorded passes: the shapes of recordings, and on a GPU their results against passes that are launched from Python."""
+"""Recorded passes: the shapes of recordings, and on a GPU their results against passes launched from Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models whose layers lie on several devices, or are offloaded to CPU and disk, against the same model on one device."""
+"""Models with layers on several devices, or offloaded to CPU and disk, against the same model on one device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes that hold one model together, by transformers' tensor parallelism, against one process that holds it alone."""
+"""Two processes that share one model by transformers' tensor parallelism, against one process with the whole model."""
 
 from __future__ import annotations
 
