@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_models import random_model
+from random_models import DEEPSEEK, random_model
 from zerotuning.cli.main import main
 from zerotuning.models.demo_model import demo_model_path
 from zerotuning.patching.head_scales import HeadScales
@@ -28,20 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
     "mistral": {"sliding_window": 7},
     "gemma3_text": {"head_dim": 32, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]},
-    "deepseek_v3": {
-        "q_lora_rank": None,
-        "kv_lora_rank": 16,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 12,
-        "num_key_value_heads": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "moe_intermediate_size": 32,
-        "first_k_dense_replace": 1,
-    },
+    "deepseek_v3": DEEPSEEK,
 }
 TASK = 'name: films\nprompt: "Review: {text}\\nSentiment:"\nlabels: [" negative", " positive"]\n'
 # All examples have one label: a change that helps one example helps the others, so that calibration lowers the loss.
